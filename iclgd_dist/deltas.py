@@ -1,0 +1,118 @@
+"""Deltas: what training adds to weights, many lanes at once, attached to a frozen model by hooks.
+
+Knows modules and shapes. Knows nothing of losses, optimisers or tasks. The model's own weights are never written.
+"""
+
+# Shapes: N lanes  R rows of a lane  B = N x R rows, lane by lane  T positions  I inputs  O outputs of a projection
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+from iclgd_dist.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Site:
+    """One projection that can be trained: a module, or the key or value columns of a fused one."""
+
+    name: str  # e.g. model.layers.3.self_attn.k_proj; fused: transformer.h.3.attn.c_attn.k
+    module: nn.Module
+    num_inputs: int
+    num_outputs: int
+    has_bias: bool
+    columns: Tensor | None  # of the module's output; None = all
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What training added to one projection, per lane."""
+
+    weight_NIO: Tensor
+    bias_NO: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight_NIO] if self.bias_NO is None else [self.weight_NIO, self.bias_NO]
+
+
+Deltas = Mapping[str, Delta]
+
+
+def sites(lm: LanguageModel, index: int) -> dict[str, Site]:
+    """Return the key and value sites of a layer, keys "k" and "v"."""
+    layer, family = lm.layers[index], lm.family
+    found = {}
+    for part, path in (("k", family.key), ("v", family.value)):
+        module = attrgetter(path)(layer)
+        num_inputs, num_outputs = _shape(module)
+        columns = None
+        if family.fused != "separate":
+            columns = _columns(family.fused, part, num_outputs, lm.num_heads)
+            num_outputs = len(columns)
+        name = f"{family.layers}.{index}.{path}" + ("" if columns is None else f".{part}")
+        found[part] = Site(name, module, num_inputs, num_outputs, getattr(module, "bias", None) is not None, columns)
+    return found
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return int(module.nx), int(module.nf)  # transformers' Conv1D
+
+
+def _columns(fused: str, part: str, num_outputs: int, num_heads: int) -> Tensor:
+    third = {"q": 0, "k": 1, "v": 2}[part]
+    order = torch.arange(num_outputs)
+    if fused == "blocks":
+        return order.view(3, -1)[third]
+    return order.view(num_heads, 3, -1)[:, third].reshape(-1)
+
+
+def zeros(lm: LanguageModel, index: int, num_lanes: int) -> dict[str, Delta]:
+    """Return deltas that change nothing, for the sites of one layer; keys are site names."""
+    device, dtype = lm.device_of(lm.layers[index]), lm.delta_dtype
+    return {
+        site.name: Delta(
+            torch.zeros(num_lanes, site.num_inputs, site.num_outputs, dtype=dtype, device=device),
+            torch.zeros(num_lanes, site.num_outputs, dtype=dtype, device=device) if site.has_bias else None,
+        )
+        for site in sites(lm, index).values()
+    }
+
+
+@contextlib.contextmanager
+def attached(lm: LanguageModel, index: int, deltas: Deltas) -> Iterator[None]:
+    """Let layer `index` compute with W + delta of the row's lane, for batches of lanes x rows, while the block runs."""
+    handles = []
+    try:
+        for site in sites(lm, index).values():
+            if site.name in deltas:
+                handles.append(site.module.register_forward_hook(_adder(site, deltas[site.name])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(site: Site, delta: Delta):  # type: ignore[no-untyped-def]  # a torch forward hook
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        weight_NIO, bias_NO = delta.weight_NIO, delta.bias_NO
+        num_lanes = weight_NIO.shape[0]
+        inputs = args[0]
+        # The product is formed and added in the deltas' dtype and rounded once: in bfloat16 small updates would be lost.
+        change = torch.bmm(inputs.to(weight_NIO.dtype).reshape(num_lanes, -1, site.num_inputs), weight_NIO)
+        if bias_NO is not None:
+            change = change + bias_NO[:, None]
+        change = change.view(*inputs.shape[:-1], site.num_outputs)
+        raised = output.to(change.dtype)
+        if site.columns is None:
+            return (raised + change).to(output.dtype)
+        return raised.index_add(-1, site.columns.to(output.device), change).to(output.dtype)
+
+    return add

@@ -1,0 +1,114 @@
+"""Record and replay: drive any decoder one layer at a time without knowing its family.
+
+The model's own forward runs once with every decoder layer replaced by the identity; the exact arguments of each layer call are kept. Then the
+real layers are called one by one, on hidden states of ours, with these arguments. Knows nothing of tasks, training or captures.
+"""
+
+# Shapes: B rows  T positions  D width
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from iclgd_dist.model import LanguageModel
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps the arguments, returns the hidden states unchanged."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        object.__setattr__(self, "_layer", layer)  # not a submodule: hooks and devices of the real layer stay out of it
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)  # some models read a layer's attributes, e.g. its attention type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = (args, kwargs)
+        return args[0] if args else kwargs["hidden_states"]
+
+
+class Replay:
+    """A batch of token sequences on its way up through the layers.
+
+    `hidden_BTD` holds the states that enter layer `next_layer`. Right padding needs no mask: no real token sees what follows it.
+    """
+
+    def __init__(self, lm: LanguageModel, ids_BT: Tensor, *, cache: Cache | None = None) -> None:
+        layers = lm.layers
+        recorders = [_Recorder(layer) for layer in layers]
+        real = [layers[n] for n in range(len(layers))]
+        try:
+            for n, recorder in enumerate(recorders):
+                layers[n] = recorder
+            with torch.no_grad():
+                lm.model.base_model(input_ids=ids_BT.to(lm.input_device), past_key_values=cache, use_cache=cache is not None)
+        finally:
+            for n, layer in enumerate(real):
+                layers[n] = layer
+        assert all(recorder.call is not None for recorder in recorders), f"{lm.family.model_type}: a layer was not called"
+        self.calls = [recorder.call for recorder in recorders]
+        self.next_layer = 0
+        args, kwargs = self.calls[0]  # type: ignore[misc]
+        self.hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+
+    def through(self, layer: Callable[..., Any], index: int, hidden_BTD: Tensor) -> Tensor:
+        """Return what layer `index` makes of `hidden_BTD` when called as the model would call it."""
+        args, kwargs = self.calls[index]  # type: ignore[misc]
+        output = layer(hidden_BTD, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": hidden_BTD})
+        return output[0] if isinstance(output, tuple) else output
+
+    def climb(self, layer: Callable[..., Any], index: int) -> None:
+        """Move the states up through layer `index`, which must be the next one."""
+        assert index == self.next_layer, f"layer {index} was called, layer {self.next_layer} is next"
+        self.hidden_BTD = self.through(layer, index, self.hidden_BTD)
+        self.next_layer += 1
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keys and values of a shared prefix, read by every row and changed by none."""
+
+    def __init__(self, source: DynamicLayer, length: int) -> None:
+        super().__init__()
+        self.source, self.length = source, length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows = key_states.shape[0]
+        prefix = (self.source.keys.expand(rows, -1, -1, -1), self.source.values.expand(rows, -1, -1, -1))
+        return torch.cat([prefix[0], key_states], dim=-2), torch.cat([prefix[1], value_states], dim=-2)
+
+
+class Prefix:
+    """A context whose keys and values are computed once and shared by all rows of other replays.
+
+    `replay` carries the context up; at each layer it has to climb before the replays that read `cache()`. Plain full layers throughout: the
+    caches that transformers makes for sliding-window families forget what lies before the window.
+    """
+
+    def __init__(self, lm: LanguageModel, ids_T: Tensor) -> None:
+        self.length = int(ids_T.shape[0])
+        # One layer each from the start: the model asks a cache for its length before any layer has written to it.
+        self._written = DynamicCache()
+        self._written.layers.extend(DynamicLayer() for _ in range(lm.num_layers))
+        self.replay = Replay(lm, ids_T[None], cache=self._written)
+
+    def cache(self) -> Cache:
+        """Return a cache for one replay: reads this prefix, stores nothing."""
+        return Cache(layers=[_PrefixLayer(layer, self.length) for layer in self._written.layers])
+
+    def forget(self, index: int) -> None:
+        """Drop the keys and values of a layer that nobody will read again."""
+        self._written.layers[index].reset()

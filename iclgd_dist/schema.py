@@ -1,0 +1,182 @@
+"""The columns of the results: one table of names, types, meanings and units. Knows pyarrow types; knows nothing of files or models.
+
+One cell is one row of `CELL`. Its nested lists hold the per-fold, per-(layer, fold) and per-example figures; readers explode them into flat tables.
+NULL means undefined or not applicable, never zero; no column holds NaN.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# (name, type, meaning). Text between brackets is the unit.
+Column = tuple[str, pa.DataType, str]
+FOLDS = ("A", "B", "all")
+# Similarities that have a mean over layers in the row, a mean over queries per (layer, fold), and a mean over layers per example.
+SIMILARITIES = (
+    "sim_aou",
+    "sim_aou_norm",
+    "sim_am",
+    "sim_am_zs",
+    "sim_am_delta",
+    "sim_aou_uniform_update",
+    "sim_aou_norm_uniform_update",
+    "sim_aou_gaussian_state",
+    "sim_aou_norm_gaussian_state",
+)
+# Figures that pool the queries first: no mean over queries, no value per example.
+POOLED = ("sim_aou_pooled", "recovered_aou")
+_MEANING = {
+    "sim_aou": "cosine of the change ICL makes to the attention output and the change finetuning makes [-1..1]",
+    "sim_aou_norm": "the same on L2-normalised attention outputs; biased upward with the size of the updates [-1..1]",
+    "sim_am": "cosine of ICL's and finetuning's attention scores, mean over heads [-1..1]",
+    "sim_am_zs": "cosine of ICL's and zero-shot's attention scores, mean over heads [-1..1]",
+    "sim_am_delta": "cosine of the changes of the attention scores, mean over heads; row means over layers >= 1 [-1..1]",
+    "sim_aou_uniform_update": "sim_aou with finetuning's change replaced by i.i.d. uniform [0, 1) numbers: a random baseline [-1..1]",
+    "sim_aou_norm_uniform_update": "sim_aou_norm with finetuning's change replaced by i.i.d. uniform [0, 1) numbers [-1..1]",
+    "sim_aou_gaussian_state": "sim_aou of a finetuned state h_ZS + r, r gaussian, |r| = |u_FT|: a random baseline [-1..1]",
+    "sim_aou_norm_gaussian_state": "sim_aou_norm of the same random state: what the size of the update alone scores [-1..1]",
+    "sim_aou_pooled": "sum_q <u_FT, u_ICL> / sqrt(sum_q |u_FT|^2 sum_q |u_ICL|^2) [-1..1]",
+    "recovered_aou": "1 - sum_q |u_FT - u_ICL|^2 / sum_q |u_ICL|^2: 1 = ICL's change reproduced, 0 = no update [..1]",
+}
+f64, i64, text = pa.float64(), pa.int64(), pa.string()
+
+IDENTITY: list[Column] = [
+    ("key", text, "sha256 of what defines the cell; also its file name [64 hex digits]"),
+    ("kind", text, "zero_shot, icl or finetuned"),
+    ("model", text, "short name of the model's source"),
+    ("model_source", text, "source as written in the sweep file"),
+    ("model_hash", text, "sha256 over weights, tokenizer and config"),
+    ("family", text, "architecture: model_type of its config"),
+    ("storage_dtype", text, "dtype the weights are rounded to"),
+    ("compute_dtype", text, "dtype of the forward and backward passes"),
+    ("task", text, "name of the task"),
+    ("num_demonstrations", i64, "demonstrations in the context and in training (k); NULL for zero_shot"),
+    ("seed", i64, "seed of the draw of demonstrations; NULL for zero_shot"),
+    ("order", i64, "permutation of the draw; 0 = as drawn; NULL for zero_shot"),
+    ("num_queries", i64, "queries evaluated"),
+    ("query_seed", i64, "seed of the draw of queries"),
+    ("protocol", text, "resolved protocol as JSON"),
+    ("train_on", text, "what finetuning saw: true = the demonstrations; NULL unless finetuned"),
+    ("method", text, "vanilla, layer_causal, ...; NULL unless finetuned"),
+    ("learning_rate", f64, "constant learning rate of plain SGD; NULL unless finetuned"),
+    ("step", i64, "number of updates done; NULL unless finetuned"),
+    ("origin", text, "grid or search"),
+    ("sweep", text, "name of the sweep that first computed the cell"),
+]
+
+# Of one set of queries: all of them in the row, fold A and fold B in `folds`.
+ACCURACY: list[Column] = [
+    ("n", i64, "queries in the fold"),
+    ("accuracy", f64, "share of queries whose prediction is the gold label [0..1]"),
+    ("balanced_accuracy", f64, "mean over labels of the share predicted rightly [0..1]"),
+    ("nll_label", f64, "mean of -log softmax over the label scores at the gold label [nats]"),
+    ("nll_raw", f64, "mean of -(mean log-probability of the gold label's tokens) [nats]"),
+    ("majority_baseline", f64, "accuracy of always predicting the most frequent gold label [0..1]"),
+    ("majority_share_predicted", f64, "share of the most predicted label [0..1]"),
+    ("collapsed", pa.bool_(), "one label predicted for >= 95 % of the queries and > 1.2 x its gold share"),
+    ("num_ties", i64, "predictions whose best score was shared; the lowest index won"),
+    ("rec2ftp", f64, "100 x N[ZS wrong, FT right, ICL right] / N[ZS wrong, FT right] [%]"),
+    ("rec2ftp_base", f64, "100 x N[ZS wrong, ICL right] / N[ZS wrong] [%]"),
+    ("num_zs_wrong", i64, "N[ZS wrong]"),
+    ("num_zs_wrong_icl_right", i64, "N[ZS wrong, ICL right]"),
+    ("num_zs_wrong_ft_right", i64, "N[ZS wrong, FT right]"),
+    ("num_zs_wrong_ft_right_icl_right", i64, "N[ZS wrong, FT right, ICL right]"),
+    ("jaccard_changed", f64, "predictions changed from ZS: same change in both / (ICL changed + FT changed - same) [0..1]"),
+    ("agreement_icl", f64, "share of queries predicted as ICL does [0..1]"),
+    ("kappa_icl", f64, "Cohen's kappa with ICL's predictions; NULL if either is constant"),
+    ("kl_label_icl", f64, "mean KL(ICL, FT) over label probabilities [nats]"),
+]
+
+LAYER: list[Column] = [
+    ("layer", i64, "0 = the first decoder layer"),
+    ("fold", text, "A, B or all"),
+    *((name, f64, f"mean over queries: {_MEANING[name]}") for name in SIMILARITIES),
+    *((f"{name}_n", i64, f"queries for which {name} is defined") for name in SIMILARITIES),
+    *((name, f64, _MEANING[name]) for name in POOLED),
+    ("update_ratio", f64, "mean_q |u_FT| / mean_q |u_ICL|"),
+    ("relative_update", f64, "mean_q |u_FT| / mean_q |h_ZS|"),
+    ("relative_update_icl", f64, "mean_q |u_ICL| / mean_q |h_ZS|"),
+    ("update_norm", f64, "mean_q |u_FT|, L2"),
+    ("update_norm_icl", f64, "mean_q |u_ICL|, L2"),
+    ("delta_norm_k", f64, "Frobenius norm of what training added to W_K and its bias (fold all)"),
+    ("delta_norm_v", f64, "Frobenius norm of what training added to W_V and its bias (fold all)"),
+    ("gradient_norm", f64, "L2 norm of the gradient of the layer's K and V in the last update (fold all)"),
+    ("loss", f64, "the layer's own loss before the last update; layer-causal methods only (fold all) [nats per token]"),
+    ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings (fold all)"),
+]
+
+EXAMPLE: list[Column] = [
+    ("query", text, "id of the query: hash of its text and label"),
+    ("fold", text, "A or B"),
+    ("gold", i64, "index of the gold label"),
+    ("prediction", i64, "index of the predicted label"),
+    ("label_scores", pa.list_(f64), "mean log-probability of each label's tokens [nats]"),
+    ("nll_label", f64, "-log softmax over the label scores at the gold label [nats]"),
+    *((name, f64, f"mean over layers: {_MEANING[name]}") for name in SIMILARITIES),
+    ("update_norm", f64, "mean over layers of |u_FT|"),
+]
+
+OUTCOME: list[Column] = [
+    ("status", text, "done or diverged"),
+    ("diverged_step", i64, "first step whose loss, gradient or capture was not finite"),
+    ("last_finite_loss", f64, "training loss before the last finite update [nats per token]"),
+    *ACCURACY,
+    ("prediction_counts", pa.list_(i64), "how often each label was predicted, in label order"),
+    ("label_words", pa.list_(text), "the labels' words, in label order"),
+    *((name, f64, f"mean over layers: {_MEANING[name]}") for name in (*SIMILARITIES, *POOLED)),
+    *(
+        (f"{name}_{part}", f64, f"{name}: {meaning}")
+        for name in (*SIMILARITIES, *POOLED)
+        for part, meaning in (("median", "median over layers"), ("lower", "mean over the lower third of the layers"), ("middle", "... middle third"), ("upper", "... upper third"))
+    ),
+    ("update_ratio", f64, "R: geometric mean over layers of the layers' update_ratio"),
+    ("update_norm", f64, "mean over layers of mean_q |u_FT|"),
+    ("delta_norm", f64, "Frobenius norm of everything training added"),
+    ("gradient_norm", f64, "L2 norm of the whole gradient of the last update"),
+    ("loss", f64, "training loss of the last update's demonstration, before that update; sum over layers for layer-causal methods [nats per token]"),
+    ("num_queries_left_out", i64, "queries skipped in the draw because they do not fit the model's context"),
+]
+
+PROVENANCE: list[Column] = [
+    ("model_revision", text, "hub commit the files came from; NULL for local files"),
+    ("versions", text, "versions of the libraries as JSON"),
+    ("git_commit", text, "commit of this project's code; NULL where unknown"),
+    ("device", text, "device and thread count"),
+    ("tf32", pa.bool_(), "whether matrix products could be rounded to TF32"),
+    ("host", text, "name of the machine"),
+    ("lanes", i64, "learning rates that rode in the same pass"),
+    ("wall_seconds", f64, "the cell's equal share of its block's time [s]"),
+    ("peak_gib", f64, "peak memory of the process: resident, or of the GPU [GiB]"),
+    ("created_at", pa.timestamp("us", tz="UTC"), "when the cell was committed"),
+]
+
+
+def _struct(columns: list[Column]) -> pa.DataType:
+    return pa.struct([pa.field(name, kind) for name, kind, _ in columns])
+
+
+FOLD: list[Column] = [("fold", text, "A or B"), *ACCURACY]
+NESTED: list[Column] = [
+    ("folds", pa.list_(_struct(FOLD)), "accuracy and its kin of fold A and of fold B"),
+    ("layers", pa.list_(_struct(LAYER)), "figures per layer and fold"),
+    ("examples", pa.list_(_struct(EXAMPLE)), "figures per query, in the order drawn"),
+]
+CELL = pa.schema([pa.field(name, kind, metadata={"meaning": meaning}) for name, kind, meaning in [*IDENTITY, *OUTCOME, *PROVENANCE, *NESTED]])
+
+# An attempt: one execution of a block by an actor, whatever came of it. Never a result.
+ATTEMPT: list[Column] = [
+    ("block", text, "name of the block"),
+    ("outcome", text, "done, oom, failed or interrupted"),
+    ("reason", text, "what went wrong, one line; NULL when done"),
+    ("traceback", text, "NULL when done"),
+    ("host", text, "name of the machine"),
+    ("actor", text, "id of the actor that ran it"),
+    ("run", text, "id of the run that scheduled it"),
+    ("num_model_loads", i64, "models this attempt had to load (0 when the actor already held it)"),
+    ("num_baselines", i64, "baselines computed: zero-shot and ICL are one each"),
+    ("num_training_steps", i64, "updates done, summed over methods and learning rates"),
+    ("num_cells", i64, "cells committed"),
+    ("wall_seconds", f64, "time of the attempt [s]"),
+    ("peak_gib", f64, "peak memory of the process [GiB]"),
+    ("created_at", text, "UTC, ISO 8601"),
+]
