@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
-METHODS = ("vanilla", "layer_causal")
+METHOD_VERSIONS = {"vanilla": 1, "layer_causal": 1}  # raised when a method's numbers change; part of a cell's key
+METHODS = tuple(METHOD_VERSIONS)
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
 

@@ -8,9 +8,10 @@ Knows modules and shapes. Knows nothing of losses, optimisers or tasks. The mode
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def sites(lm: LanguageModel, index: int) -> dict[str, Site]:
     return found
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(module: Any) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return int(module.nx), int(module.nf)  # transformers' Conv1D
@@ -100,7 +101,7 @@ def attached(lm: LanguageModel, index: int, deltas: Deltas) -> Iterator[None]:
             handle.remove()
 
 
-def _adder(site: Site, delta: Delta):  # type: ignore[no-untyped-def]  # a torch forward hook
+def _adder(site: Site, delta: Delta) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         weight_NIO, bias_NO = delta.weight_NIO, delta.bias_NO
         num_lanes = weight_NIO.shape[0]
@@ -116,3 +117,12 @@ def _adder(site: Site, delta: Delta):  # type: ignore[no-untyped-def]  # a torch
         return raised.index_add(-1, site.columns.to(output.device), change).to(output.dtype)
 
     return add
+
+
+def norms(lm: LanguageModel, index: int, deltas: Deltas) -> tuple[Tensor, Tensor]:
+    """Return the Frobenius norms (N,) of what was added to W_K and to W_V of a layer, biases included."""
+    k, v = (
+        torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in deltas[site.name].tensors()]).sum(0).sqrt().cpu()
+        for site in sites(lm, index).values()
+    )
+    return k, v

@@ -32,13 +32,15 @@ class Family:
     position: Literal["rotary", "learned", "sinusoidal"] = "rotary"
 
 
-_LLAMA = {"layers": "model.layers", "norm": "model.norm", "attention": "self_attn", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
+def _like_llama(model_type: str) -> Family:
+    return Family(model_type, "model.layers", "model.norm", "self_attn", "self_attn.k_proj", "self_attn.v_proj")
+
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llama", **_LLAMA),
-        Family("qwen3", **_LLAMA),
+        _like_llama("llama"),
+        _like_llama("qwen3"),
         Family("gpt2", "transformer.h", "transformer.ln_f", "attn", "attn.c_attn", "attn.c_attn", fused="blocks", position="learned"),
         Family(
             "gpt_neox",

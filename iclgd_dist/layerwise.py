@@ -86,9 +86,9 @@ class _PrefixLayer(DynamicLayer):
         return self.length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows = key_states.shape[0]
-        prefix = (self.source.keys.expand(rows, -1, -1, -1), self.source.values.expand(rows, -1, -1, -1))
-        return torch.cat([prefix[0], key_states], dim=-2), torch.cat([prefix[1], value_states], dim=-2)
+        rows, keys, values = key_states.shape[0], self.source.keys, self.source.values
+        assert keys is not None and values is not None, "the context has to climb a layer before its readers"
+        return torch.cat([keys.expand(rows, -1, -1, -1), key_states], dim=-2), torch.cat([values.expand(rows, -1, -1, -1), value_states], dim=-2)
 
 
 class Prefix:
@@ -101,14 +101,15 @@ class Prefix:
     def __init__(self, lm: LanguageModel, ids_T: Tensor) -> None:
         self.length = int(ids_T.shape[0])
         # One layer each from the start: the model asks a cache for its length before any layer has written to it.
+        self._layers = [DynamicLayer() for _ in range(lm.num_layers)]
         self._written = DynamicCache()
-        self._written.layers.extend(DynamicLayer() for _ in range(lm.num_layers))
+        self._written.layers.extend(self._layers)
         self.replay = Replay(lm, ids_T[None], cache=self._written)
 
     def cache(self) -> Cache:
         """Return a cache for one replay: reads this prefix, stores nothing."""
-        return Cache(layers=[_PrefixLayer(layer, self.length) for layer in self._written.layers])
+        return Cache(layers=[_PrefixLayer(layer, self.length) for layer in self._layers])
 
     def forget(self, index: int) -> None:
         """Drop the keys and values of a layer that nobody will read again."""
-        self._written.layers[index].reset()
+        self._layers[index].reset()

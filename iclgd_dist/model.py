@@ -62,7 +62,7 @@ def listening(sink: ScoreSink) -> Iterator[None]:
 class LanguageModel:
     """A causal LM in evaluation mode whose weights nobody writes."""
 
-    model: nn.Module
+    model: Any  # a transformers PreTrainedModel
     family: Family
     name: str = "model"
     tokenizer: Any = None
@@ -106,7 +106,7 @@ class LanguageModel:
     @contextlib.contextmanager
     def resident(self, index: int) -> Iterator[Callable[..., Any]]:
         """Yield layer `index` as a function whose weights stay on its device until the block ends: offloaded weights come in once."""
-        layer = self.layers[index]
+        layer: Any = self.layers[index]
         hook = getattr(layer, "_hf_hook", None)
         device = self.device_of(layer)
         with default_dtype(self.delta_dtype):  # XGLM makes constants in the default dtype that overflow when a float64 model meets float32
@@ -160,6 +160,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     attention = RECORDED if family.scores == "interface" else "eager"
     device_map, max_memory = resources.device_map, {int(k) if k.isdigit() else k: v for k, v in resources.max_memory.items()}
     place: dict[str, Any] = {}
+    model: Any
     if device_map != "disk" and not max_memory:
         single = "cpu" if device_map == "cpu" or not torch.cuda.is_available() else device_map
         place = {"device_map": {"": single} if single == "cpu" else single}

@@ -40,7 +40,7 @@ def _rows(query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]]
     for number in numbers:
         prompt = tuple(query_ids[number])
         # The first row of a query is the recorded one and scores the one-token labels too: what follows the prompt cannot change it.
-        first, *others = long or [None]
+        first, others = (long[0], long[1:]) if long else (None, [])
         ids = prompt if first is None else prompt + tuple(label_ids[first][:-1])
         rows.append(_Row(number, ids, len(prompt), short if first is None else (*short, first), True))
         rows += [_Row(number, prompt + tuple(label_ids[n][:-1]), len(prompt), (n,), False) for n in others]
@@ -170,7 +170,8 @@ class QueryPass:
 @contextlib.contextmanager
 def _projections(lm: LanguageModel, index: int, sink: Callable[[nn.Module, Tensor, Tensor, float], None]) -> Iterator[None]:
     """Read queries and keys from the projections' outputs: for families whose attention function cannot be replaced."""
-    layer, seen = lm.layers[index], {}
+    layer = lm.layers[index]
+    seen: dict[str, Tensor] = {}
     modules = {part: attrgetter(path)(layer) for part, path in (("q", lm.family.query), ("k", lm.family.key))}
     attention = attrgetter(lm.family.attention)(layer)
 
@@ -203,7 +204,3 @@ def _packed(
             group = []
         group.append(number)
     yield group
-
-
-def is_finite(capture: Capture) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in (capture.attention_LQD, capture.scores_LQHT, capture.label_scores_QC))

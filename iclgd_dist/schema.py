@@ -46,6 +46,7 @@ IDENTITY: list[Column] = [
     ("model", text, "short name of the model's source"),
     ("model_source", text, "source as written in the sweep file"),
     ("model_hash", text, "sha256 over weights, tokenizer and config"),
+    ("model_notes", pa.list_(text), "what a reader must know of the weights: instruction-tuned, dequantised"),
     ("family", text, "architecture: model_type of its config"),
     ("storage_dtype", text, "dtype the weights are rounded to"),
     ("compute_dtype", text, "dtype of the forward and backward passes"),
@@ -127,7 +128,12 @@ OUTCOME: list[Column] = [
     *(
         (f"{name}_{part}", f64, f"{name}: {meaning}")
         for name in (*SIMILARITIES, *POOLED)
-        for part, meaning in (("median", "median over layers"), ("lower", "mean over the lower third of the layers"), ("middle", "... middle third"), ("upper", "... upper third"))
+        for part, meaning in (
+            ("median", "median over layers"),
+            ("lower", "mean over the lower third of the layers"),
+            ("middle", "... middle third"),
+            ("upper", "... upper third"),
+        )
     ),
     ("update_ratio", f64, "R: geometric mean over layers of the layers' update_ratio"),
     ("update_norm", f64, "mean over layers of mean_q |u_FT|"),
@@ -145,7 +151,7 @@ PROVENANCE: list[Column] = [
     ("tf32", pa.bool_(), "whether matrix products could be rounded to TF32"),
     ("host", text, "name of the machine"),
     ("lanes", i64, "learning rates that rode in the same pass"),
-    ("wall_seconds", f64, "the cell's equal share of its block's time [s]"),
+    ("wall_seconds", f64, "the cell's equal share of the time since its block's previous commit [s]"),
     ("peak_gib", f64, "peak memory of the process: resident, or of the GPU [GiB]"),
     ("created_at", pa.timestamp("us", tz="UTC"), "when the cell was committed"),
 ]
@@ -178,5 +184,6 @@ ATTEMPT: list[Column] = [
     ("num_cells", i64, "cells committed"),
     ("wall_seconds", f64, "time of the attempt [s]"),
     ("peak_gib", f64, "peak memory of the process [GiB]"),
+    ("gflops", f64, "float32 matrix-product rate of the actor, measured when it started [GFLOP/s]"),
     ("created_at", text, "UTC, ISO 8601"),
 ]

@@ -45,7 +45,9 @@ class Method(Protocol):
 
     name: str
 
-    def train(self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0) -> Iterator[Probe]: ...
+    def train(
+        self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0
+    ) -> Iterator[Probe]: ...
 
 
 @runtime_checkable
@@ -120,7 +122,9 @@ class Vanilla:
 
     name = "vanilla"
 
-    def train(self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0) -> Iterator[Probe]:
+    def train(
+        self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0
+    ) -> Iterator[Probe]:
         num_lanes = len(learning_rates)
         sgd = _Sgd([zeros(lm, index, num_lanes) for index in range(lm.num_layers)], _rates(lm, 0, learning_rates))
         for step, sequence in enumerate(demonstrations[: max(steps)], 1):
@@ -162,7 +166,9 @@ class LayerCausal:
             if step in steps:
                 yield sgd.probe(step)
 
-    def train(self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0) -> Iterator[Probe]:
+    def train(
+        self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0
+    ) -> Iterator[Probe]:
         """Yield whole-model probes; holds the deltas of every probed step, so for small models only."""
         inputs = LaneInputs(lm, demonstrations[: max(steps)], len(learning_rates))
         by_step: dict[int, list[Probe]] = {step: [] for step in sorted(steps)}

@@ -13,8 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-LAYERS = {"llama": "model.layers", "qwen3": "model.layers", "gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers", "xglm": "model.layers"}
-NORM = {"llama": "model.norm", "qwen3": "model.norm", "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "opt": "model.decoder.final_layer_norm", "xglm": "model.layer_norm"}
+LAYERS = {
+    "llama": "model.layers",
+    "qwen3": "model.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "opt": "model.decoder.layers",
+    "xglm": "model.layers",
+}
+NORM = {
+    "llama": "model.norm",
+    "qwen3": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "opt": "model.decoder.final_layer_norm",
+    "xglm": "model.layer_norm",
+}
 ATTENTION = {"llama": "self_attn", "qwen3": "self_attn", "gpt2": "attn", "gpt_neox": "attention", "opt": "self_attn", "xglm": "self_attn"}
 
 
@@ -152,7 +166,10 @@ def capture(model: nn.Module, ids: list[int], own: int) -> tuple[Tensor, Tensor,
     """Return, for one prompt at its last token: attention outputs (L, D), scores over the last `own` tokens (L, H, own), log-probabilities (V)."""
     outputs, scores = [], []
     family = model.config.model_type
-    handles = [getattr(layer, ATTENTION[family]).register_forward_hook(lambda m, a, output: outputs.append(output[0][0, -1].detach().clone())) for layer in layers_of(model)]
+    handles = [
+        getattr(layer, ATTENTION[family]).register_forward_hook(lambda m, a, output: outputs.append(output[0][0, -1].detach().clone()))
+        for layer in layers_of(model)
+    ]
     with torch.no_grad(), exact_softmax(lambda values: scores.append(values.reshape(-1, *values.shape[-2:])[:, -1, -own:].clone())):
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
     for handle in handles:

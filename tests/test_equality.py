@@ -67,7 +67,12 @@ def test_deltas_after_every_step_and_all_captures_equal_the_plain_loop(family: s
     for lane, rate in enumerate(RATES):
         loop = plain.train(eager(lm), [LEAD + demonstration for demonstration in DEMONSTRATIONS], len(LEAD), rate, method)
         for probe, (expected, loss, model) in zip(probes, loop, strict=True):
-            got = [tensor[lane].mT if tensor[lane].dim() == 2 else tensor[lane] for index in range(lm.num_layers) for site in sites(lm, index).values() for tensor in probe.deltas[site.name].tensors()]
+            got = [
+                tensor[lane].mT if tensor[lane].dim() == 2 else tensor[lane]
+                for index in range(lm.num_layers)
+                for site in sites(lm, index).values()
+                for tensor in probe.deltas[site.name].tensors()
+            ]
             worst = max(float((a.double() - b.double()).abs().max()) for a, b in zip(got, expected, strict=True))
             assert worst / max(float(b.abs().max()) for b in expected) <= TOLERANCE[dtype]
             assert abs(float(probe.loss_SN[-1, lane]) / float(loss) - 1) <= TOLERANCE[dtype]

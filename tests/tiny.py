@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config, XGLMConfig
 
@@ -15,15 +17,34 @@ _DROP = {"attention_dropout": 0.1}  # must not act: models are in evaluation mod
 
 def config(family: str, layers: int = LAYERS) -> PretrainedConfig:
     if family == "llama":
-        return LlamaConfig(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=2, tie_word_embeddings=True, **_IDS)
+        return LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=HEADS,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            **_IDS,
+        )
     if family == "qwen3":
-        return Qwen3Config(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=16, **_IDS)
+        return Qwen3Config(
+            hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=16, **_IDS
+        )
     if family == "gpt2":
         return GPT2Config(n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_positions=256, **_IDS)
     if family == "gpt_neox":
         return GPTNeoXConfig(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=HEADS, rotary_pct=0.5, **_IDS, **_DROP)
     if family == "opt":
-        return OPTConfig(hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48, num_hidden_layers=layers, num_attention_heads=HEADS, max_position_embeddings=256, **_IDS, **_DROP)
+        return OPTConfig(
+            hidden_size=WIDTH,
+            word_embed_proj_dim=WIDTH,
+            ffn_dim=48,
+            num_hidden_layers=layers,
+            num_attention_heads=HEADS,
+            max_position_embeddings=256,
+            **_IDS,
+            **_DROP,
+        )
     if family == "xglm":
         return XGLMConfig(d_model=WIDTH, ffn_dim=48, num_layers=layers, attention_heads=HEADS, max_position_embeddings=256, **_IDS, **_DROP)
     raise KeyError(family)
@@ -51,3 +72,11 @@ def tiny(family: str, dtype: torch.dtype = torch.float64, *, layers: int = LAYER
 
 def ids(length: int, seed: int) -> list[int]:
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def save_tiny(directory: Path, vocabulary: int) -> None:
+    """Write a random two-layer llama as transformers would."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, max_position_embeddings=512, initializer_range=0.2, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)

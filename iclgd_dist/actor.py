@@ -1,0 +1,174 @@
+"""ModelActor: the Tune trial that holds one model and runs blocks on it, one after another.
+
+Knows Ray Tune's Trainable, models and blocks. Knows nothing of sweeps. Results go to the store from here; Tune sees counts only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+import traceback
+import uuid
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from ray import tune
+
+from iclgd_dist import model as models
+from iclgd_dist import sources
+from iclgd_dist.block import Progress, block_steps, peak_gib
+from iclgd_dist.model import LanguageModel
+from iclgd_dist.plan import Block, halve
+from iclgd_dist.store import Store
+
+REPORT_SECONDS = 1.0
+
+
+class ModelHost:
+    """Holds at most one model and runs blocks on it; swaps it when a block needs another. No Ray."""
+
+    def __init__(self, store: str, run: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.store, self.run = Store(store), run
+        self.actor = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.held: tuple[str, ...] | None = None
+        self.lm: LanguageModel | None = None
+        self.gflops = matmul_gflops()
+
+    def steps(self, block: Block) -> Generator[dict[str, Any], None, None]:
+        """Run a block, yielding counts between pieces of work; the last one has `outcome`. Every execution leaves an attempt record.
+
+        Out of memory halves the lanes and tries again; a block that cannot be run here leaves an attempt and its cells pending.
+        """
+        before = time.perf_counter()
+        missing = tuple(cell for cell in block.cells if cell.key not in self.store)  # by another driver, or before this actor was restarted
+        block = replace(block, cells=missing)
+        counts = Progress(block.cost.flops)
+        num_loads, outcome, reason, trace = 0, "done", None, None
+        try:
+            if missing:
+                if self._needs_another_model(block):
+                    yield self._report(block, counts.at("loading the model"))
+                    self._load(block)
+                    num_loads = 1
+                assert self.lm is not None
+                for counts in block_steps(self.lm, block, self.store):
+                    yield self._report(block, counts)
+        except GeneratorExit:
+            outcome, reason = "interrupted", "the run was stopped"
+            raise
+        except Exception as error:
+            trace = traceback.format_exc()
+            outcome, reason = ("oom" if is_out_of_memory(error) else "failed"), f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        finally:
+            if missing:
+                self.store.record_attempt(
+                    {
+                        "block": block.name,
+                        "outcome": outcome,
+                        "reason": reason,
+                        "traceback": trace,
+                        "host": platform.node(),
+                        "actor": self.actor,
+                        "run": self.run,
+                        "num_model_loads": num_loads,
+                        "num_baselines": counts.num_baselines,
+                        "num_training_steps": counts.num_training_steps,
+                        "num_cells": counts.num_cells,
+                        "wall_seconds": time.perf_counter() - before,
+                        "peak_gib": peak_gib(),
+                        "gflops": self.gflops,
+                        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+                    }
+                )
+        parts = halve(block) if outcome == "oom" else ()
+        if len(parts) == 2:
+            for part in parts:
+                for report in self.steps(part):
+                    outcome = report["outcome"] or outcome
+                    yield report | {"outcome": ""}
+                outcome = "done" if all(cell.key in self.store for cell in block.cells) else outcome
+        yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason or "", "wall_seconds": time.perf_counter() - before}
+
+    def _needs_another_model(self, block: Block) -> bool:
+        return self.held != _model_key(block)
+
+    def _load(self, block: Block) -> None:
+        self.lm, self.held = None, None  # the old one goes before the new one comes
+        directory = sources.fetch(block.model)
+        tokenizer = sources.load_tokenizer(block.model)
+        self.lm = models.load(directory, block.spec, block.resources, storage_dtype=block.storage_dtype, name=block.model.name, tokenizer=tokenizer)
+        self.held = _model_key(block)
+
+    def _report(self, block: Block, counts: Progress) -> dict[str, Any]:
+        return {
+            "block": block.name,
+            "fraction": counts.done_flops / counts.total_flops if counts.total_flops else 1.0,
+            "stage": counts.stage,
+            "num_cells": counts.num_cells,
+            "outcome": "",
+            "gflops": self.gflops,
+        }
+
+
+def _model_key(block: Block) -> tuple[str, ...]:
+    return (block.model.content_hash, block.storage_dtype, block.spec.compute_dtype, str(block.resources.device_map), str(block.resources.max_memory))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out: of the GPU, or of the process (torch raises a plain RuntimeError then)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
+    """Return this process's float32 matrix-product rate [GFLOP/s]: the best of a few, so that times can be compared across machines."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(size, size, device=device)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+class ModelActor(tune.Trainable):
+    """A Tune trial is a block; `reuse_actors` keeps this process, and the model in it, for the next one."""
+
+    def setup(self, config: dict[str, Any], blocks: dict[str, Block] | None = None, store: str = "", run: str = "") -> None:
+        assert blocks, "blocks travel beside the configuration, which Tune would write out"
+        self.blocks = blocks
+        first = blocks[config["block"]]
+        self.host = ModelHost(store, run, first.resources.cpus_per_actor)
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._take(new_config)
+        return True  # False would kill this process and the model with it
+
+    def _take(self, config: dict[str, Any]) -> None:
+        self.reports = self.host.steps(self.blocks[config["block"]])
+
+    def step(self) -> dict[str, Any]:
+        """Work for about a second, then report counts."""
+        start = time.perf_counter()
+        for report in self.reports:
+            if report["outcome"]:
+                return report | {"done": True}
+            if time.perf_counter() - start > REPORT_SECONDS:
+                return report
+        raise AssertionError("a block ended without an outcome")
+
+    def cleanup(self) -> None:
+        self.reports.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Keep nothing: the store is the record."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Restore nothing: what is in the store is not run again."""

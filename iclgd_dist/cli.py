@@ -1,0 +1,228 @@
+"""The command line: iclgd plan | run | status | report. Knows words, exit codes and where results go; the work is elsewhere.
+
+Exit codes: 0 every planned cell has a final row; 2 wrong usage, found before any model loads; 3 some cells failed; 74 storage; 75 stopped by
+SIGTERM, resumable; 130 Ctrl-C. After 75 and 130 the last line is the command that resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from iclgd_dist.config import MAX_CELLS_UNASKED, Sweep, SweepError, load_sweep
+from iclgd_dist.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from iclgd_dist.plan import Plan
+
+USAGE, STORAGE = 2, 74
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help=__doc__.splitlines()[0].split(": ")[0] + ". Compare in-context learning with finetuning over a grid of learning rates and steps.",
+)  # type: ignore[union-attr]
+console = Console(highlight=False)
+
+SweepFile = Annotated[str, typer.Argument(help="Sweep file, e.g. sweeps/demo.toml", metavar="SWEEP")]
+StoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of results. Default: results/<name of the sweep>", show_default=False)]
+Where = Annotated[str, typer.Argument(help="Store directory, or the sweep file whose store it is", metavar="STORE")]
+
+
+@app.command()
+def plan(sweep: SweepFile, store: StoreOption = None) -> None:
+    """Show what a sweep would run: cells, blocks, tokens, FLOPs, memory, time. Loads no model, writes nothing.
+
+    Example: iclgd plan sweeps/demo.toml
+    """
+    loaded = load_sweep(sweep)
+    results = Store(store or _store_of(loaded))
+    planned = _plan(loaded, results, tolerate_unreachable=True)
+    _show_plan(loaded, planned, results)
+
+
+@app.command()
+def run(
+    sweep: SweepFile,
+    store: StoreOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
+) -> None:
+    """Run a sweep: every cell that is not in the store yet. The same command again resumes.
+
+    Example: iclgd run sweeps/demo.toml
+    """
+    from iclgd_dist.plan import count_cells
+
+    loaded = load_sweep(sweep)
+    if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
+        raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
+    results = Store(store or _store_of(loaded))
+    planned = _plan(loaded, results)
+    _show_plan(loaded, planned, results)
+    if not planned.blocks:
+        console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}")
+        return
+    results.prepare()
+    results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
+    from iclgd_dist.runner import CONTROL_C, INTERRUPTED, run_sweep
+
+    code = run_sweep(loaded, planned, results, address=address, console=console)
+    if code in (CONTROL_C, INTERRUPTED):
+        console.print("stopped; what is committed stays. To resume:\n" + shlex.join(["iclgd", *sys.argv[1:]]), soft_wrap=True, markup=False)
+    elif code:
+        console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True)
+    else:
+        console.print(f"next: iclgd report {results.root}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(store: Where) -> None:
+    """Show how far a store is: cells planned, done and diverged, blocks run, models loaded, attempts that failed. Works while a sweep runs.
+
+    Example: iclgd status results/demo
+    """
+    results = _existing(store)
+    keys = results.keys()
+    planned = {key for sweep in results.sweeps() for key in sweep["keys"]}
+    attempts = results.attempts().to_pylist()
+    table = Table(title=f"{results.root}", title_justify="left", show_header=False, box=None)
+    for name, value in (
+        ("cells planned", len(planned)),
+        ("cells committed", len(keys)),
+        ("cells missing", len(planned - keys)),
+        ("cells no sweep asks for", len(keys - planned) if planned else 0),
+        ("blocks run", sum(a["outcome"] == "done" for a in attempts)),
+        ("baselines computed", f"{sum(a['num_baselines'] for a in attempts)} (zero-shot and in-context, once each per block)"),
+        ("training steps", f"{sum(a['num_training_steps'] for a in attempts)} (summed over learning rates)"),
+        ("actors", len({a["actor"] for a in attempts})),
+        (
+            "models loaded",
+            f"{sum(a['num_model_loads'] for a in attempts)} (at most {max(Counter(a['actor'] for a in attempts if a['num_model_loads']).values(), default=0)} by one actor)",
+        ),
+        (
+            "attempts not done",
+            ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(a["outcome"] for a in attempts).items()) if outcome != "done") or "0",
+        ),
+    ):
+        table.add_row(name, str(value))
+    console.print(table)
+    for attempt in [a for a in attempts if a["outcome"] not in ("done", "interrupted")][-5:]:
+        console.print(
+            f"  {attempt['created_at'][:19]} {attempt['block']} on {attempt['host']}: {attempt['outcome']}: {attempt['reason']}", markup=False, soft_wrap=True
+        )
+
+
+@app.command()
+def report(
+    store: Where, out: Annotated[Path | None, typer.Option("--out", help="Where the page goes. Default: <store>/report.html", show_default=False)] = None
+) -> None:
+    """Print the table of results and write the page with all figures.
+
+    Example: iclgd report results/demo
+    """
+    from iclgd_analysis import print_table, write_report
+
+    results = _existing(store)
+    print_table(results, console=console)
+    console.print(f"page: {write_report(results, out)}", soft_wrap=True)
+
+
+def _existing(where: str) -> Store:
+    path = _store_of(load_sweep(where)) if where.endswith(".toml") else Path(where)
+    if not path.is_dir():
+        raise SweepError(f"{path}: no such store; `iclgd run SWEEP` makes one, by default results/<name of the sweep>")
+    return Store(path)
+
+
+def _store_of(sweep: Sweep) -> Path:
+    return Path("results") / sweep.name
+
+
+def _plan(sweep: Sweep, store: Store, *, tolerate_unreachable: bool = False) -> Plan:
+    from iclgd_dist.plan import make_plan
+
+    with console.status("planning") if console.is_terminal else _silent() as shown:
+        say = (lambda text: shown.update(text)) if shown is not None else (lambda text: None)
+        return make_plan(sweep, store.keys(), tolerate_unreachable=tolerate_unreachable, progress=say)
+
+
+class _silent:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
+    for warning in planned.warnings:
+        console.print(f"[yellow]warning[/yellow] {warning}")
+    console.print(f"{sweep.name}: {planned.num_cells} cells in {planned.num_blocks_planned} blocks; store {store.root}", soft_wrap=True)
+    for problem in planned.unreachable:
+        console.print(f"not reachable: tokens, FLOPs and finished cells unknown ({problem})", markup=False, soft_wrap=True)
+    if not planned.blocks:
+        return
+    costs = [block.cost for block in planned.blocks]
+    flops = sum(cost.flops for cost in costs)
+    rate = machine_gflops() * 1e9
+    rows = {
+        "to run": f"{sum(len(block.cells) for block in planned.blocks)} cells in {len(planned.blocks)} blocks; {planned.num_done} are there",
+        "tokens": f"{sum(cost.training_tokens for cost in costs):,} trained, {sum(cost.capture_tokens for cost in costs):,} captured (times learning rates and steps)",
+        "FLOPs": f"{flops:.2e}",
+        "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor, the framework's own apart",
+        "time": f"about {_minutes(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def machine_gflops(size: int = 768) -> float:
+    """Return this machine's float32 matrix-product rate through numpy, in a fraction of a second: the plan's yardstick."""
+    import time
+
+    import numpy as np
+
+    a = np.ones((size, size), dtype=np.float32)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def main() -> None:
+    """Run the command line; errors of the user's are one message and exit code 2, trouble with the store is 74."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    try:
+        app()
+    except SweepError as error:
+        errors.print(str(error))
+        raise SystemExit(USAGE) from None
+    except StoreError as error:
+        errors.print(str(error))
+        raise SystemExit(STORAGE) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Expand a sweep into cells with keys, subtract what the store holds, group the rest into blocks, estimate what they cost.
+
+Knows axes, keys and arithmetic. Loads no weights and imports no torch; models are known by hash, config and tokenizer only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from iclgd_dist.config import METHOD_VERSIONS, ModelSpec, Protocol, Resources, Sweep
+from iclgd_dist.families import family_of
+from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify, load_tokenizer
+from iclgd_dist.tasks import Draw, Encoded, draw, encode, fits_context, load_task
+
+KEY_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One grid point of a block."""
+
+    key: str
+    kind: str  # zero_shot, icl or finetuned
+    method: str | None = None
+    learning_rate: float | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a block costs, by arithmetic on its actual tokens."""
+
+    training_tokens: int  # tokens x lanes that go forward and backward
+    capture_tokens: int  # tokens x lanes x probed steps that go forward, baselines included
+    flops: float  # matrix products, without padding
+    baseline_flops: float  # the part that does not shrink when lanes are split over actors
+    peak_gib: float  # weights, deltas and captures; not the framework itself
+
+
+@dataclass(frozen=True)
+class Block:
+    """One model, task, k, seed and order with the cells that are still missing. A Tune trial is a block. Plain data; travels to actors."""
+
+    name: str
+    model: ModelIdentity
+    spec: ModelSpec
+    storage_dtype: str
+    protocol: Protocol
+    resources: Resources
+    draw: Draw
+    num_demonstrations: int
+    seed: int
+    order: int
+    query_seed: int
+    sweep: str
+    cells: tuple[Cell, ...]
+    cost: Cost
+
+    def learning_rates(self, method: str) -> list[float]:
+        """Return the learning rates of a method's missing cells, ascending: its lanes."""
+        return sorted({cell.learning_rate for cell in self.cells if cell.method == method and cell.learning_rate is not None})
+
+    def steps(self, method: str) -> list[int]:
+        return sorted({cell.step for cell in self.cells if cell.method == method and cell.step is not None})
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """Return the IDENTITY columns of one of its cells."""
+        drawn = cell.kind != "zero_shot"
+        return {
+            "key": cell.key,
+            "kind": cell.kind,
+            "model": self.model.name,
+            "model_source": self.model.source,
+            "model_hash": self.model.content_hash,
+            "model_notes": list(self.model.notes),
+            "family": self.model.model_type,
+            "storage_dtype": self.storage_dtype,
+            "compute_dtype": self.spec.compute_dtype,
+            "task": self.draw.task,
+            "num_demonstrations": self.num_demonstrations if drawn else None,
+            "seed": self.seed if drawn else None,
+            "order": self.order if drawn else None,
+            "num_queries": len(self.draw.queries),
+            "query_seed": self.query_seed,
+            "protocol": json.dumps(self.protocol.model_dump(), sort_keys=True),
+            "train_on": "true" if cell.kind == "finetuned" else None,
+            "method": cell.method,
+            "learning_rate": cell.learning_rate,
+            "step": cell.step,
+            "origin": "grid",
+            "sweep": self.sweep,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a sweep, and the blocks that remain. `unreachable` names models or tasks known from the file alone."""
+
+    num_cells: int
+    num_done: int
+    keys: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    num_blocks_planned: int
+    unreachable: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def count_cells(sweep: Sweep) -> tuple[int, int]:
+    """Return the numbers of cells and of blocks, from the file alone."""
+    draws = len(sweep.seeds) * sweep.orders
+    trained = sum(len(rates) for rates in sweep.learning_rates.values())
+    per_task = 1 + sum(draws * (1 + trained * sum(step <= k for step in sweep.steps)) for k in sweep.num_demonstrations)
+    pairs = len(sweep.models) * len(sweep.tasks)
+    return pairs * per_task, pairs * draws * len(sweep.num_demonstrations)
+
+
+def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreachable: bool = False, progress: Callable[[str], None] = lambda text: None) -> Plan:
+    """Expand, subtract the keys in `finished`, group and estimate.
+
+    Errors: SweepError for a task, model, label, prompt or draw that cannot be used; SourceUnreachable unless tolerated.
+    """
+    blocks: list[Block] = []
+    keys: list[str] = []
+    unreachable: list[str] = []
+    warnings = list(sweep.warnings)
+    for k in sweep.num_demonstrations:
+        if too_far := [step for step in sweep.steps if step > k]:
+            warnings.append(f"num_demonstrations {k}: steps {', '.join(map(str, too_far))} exceed its {k} updates and are left out")
+    for spec in sweep.models:
+        progress(f"identifying {spec.source}")
+        try:
+            model = identify(spec, folder=sweep.folder)
+            family_of(model.model_type)
+            progress(f"reading the tokenizer of {model.name}")
+            encoder = _Encoder(sweep, model)
+            found = [block for seed in sweep.seeds for task in sweep.tasks for block in _blocks(sweep, spec, model, task, seed, encoder)]
+        except SourceUnreachable as error:
+            if not tolerate_unreachable:
+                raise
+            unreachable.append(str(error))
+            continue
+        for block in found:
+            keys += [cell.key for cell in block.cells]
+            missing = tuple(cell for cell in block.cells if cell.key not in finished)
+            if missing:
+                blocks.append(with_cells(block, missing, encoder.encoded(block)))
+    distinct = tuple(dict.fromkeys(keys))
+    num_cells, num_blocks = count_cells(sweep)
+    return Plan(num_cells, sum(key in finished for key in distinct), distinct, tuple(blocks), num_blocks, tuple(unreachable), tuple(dict.fromkeys(warnings)))
+
+
+class _Encoder:
+    """Draws and token ids of one model's blocks, made once."""
+
+    def __init__(self, sweep: Sweep, model: ModelIdentity) -> None:
+        self.sweep, self.tokenizer = sweep, load_tokenizer(model)
+        self.max_positions = max_positions(model.config)
+        self.cache: dict[Draw, Encoded] = {}
+
+    def draw(self, task: str, k: int, seed: int, order: int) -> Draw:
+        sweep = self.sweep
+        loaded = load_task(task, own=sweep.own_task(task), folder=sweep.folder)
+        fits = fits_context(self.tokenizer, loaded, protocol=sweep.protocol, max_positions=self.max_positions)
+        return draw(loaded, num_demonstrations=k, seed=seed, order=order, num_queries=sweep.num_queries, query_seed=sweep.query_seed, fits=fits)
+
+    def encoded(self, block: Block) -> Encoded:
+        if block.draw not in self.cache:
+            self.cache[block.draw] = encode(block.draw, self.tokenizer, protocol=block.protocol, max_positions=self.max_positions)
+        return self.cache[block.draw]
+
+
+def _blocks(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, task: str, seed: int, encoder: _Encoder) -> Iterable[Block]:
+    storage = spec.storage_dtype or str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
+    for k in sweep.num_demonstrations:
+        for order in range(sweep.orders):
+            drawn = encoder.draw(task, k, seed, order)
+            base = {
+                "schema": KEY_SCHEMA,
+                "model": model.content_hash,
+                "storage_dtype": storage,
+                "compute_dtype": spec.compute_dtype,
+                "task": task,
+                "template": drawn.template,
+                "label_words": list(drawn.label_words),
+                "queries": [[query.id, query.prompt, query.label] for query in drawn.queries],
+                **{f"protocol.{name}": value for name, value in sweep.protocol.model_dump(exclude_defaults=True).items()},
+            }
+            shown = base | {"demonstrations": [[d.id, d.prompt, d.label] for d in drawn.demonstrations], "seed": seed, "order": order}
+            cells = [Cell(key_of(base | {"kind": "zero_shot"}), "zero_shot"), Cell(key_of(shown | {"kind": "icl"}), "icl")]
+            # Hashed once for the block: a cell's key is the hash of its draw's hash and its own few values.
+            trained = {"kind": "finetuned", "draw": key_of(shown)}
+            for method, rates in sweep.learning_rates.items():
+                for rate in rates:
+                    for step in sweep.steps:
+                        if step <= k:
+                            point = {"method": method, "method_version": METHOD_VERSIONS[method], "learning_rate": float(rate).hex(), "step": step}
+                            cells.append(Cell(key_of(trained | point), "finetuned", method, rate, step))
+            block = Block(
+                name="",
+                model=model,
+                spec=spec,
+                storage_dtype=storage,
+                protocol=sweep.protocol,
+                resources=sweep.resources,
+                draw=drawn,
+                num_demonstrations=k,
+                seed=seed,
+                order=order,
+                query_seed=sweep.query_seed,
+                sweep=sweep.name,
+                cells=tuple(cells),
+                cost=Cost(0, 0, 0.0, 0.0, 0.0),
+            )
+            encoder.encoded(block)  # labels, tokens and context length are checked before anything is loaded
+            yield block
+
+
+def key_of(values: dict[str, Any]) -> str:
+    """Return the sha256 of canonical JSON. An option at its default is left out of `values`, so that later options leave old keys as they are."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
+
+
+def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block:
+    """Return the block with other cells, named and costed anew."""
+    named = hashlib.sha256("\n".join(sorted(cell.key for cell in cells)).encode()).hexdigest()[:8]
+    name = f"{block.draw.task}-k{block.num_demonstrations}-s{block.seed}-o{block.order}-{named}"
+    block = replace(block, cells=cells, name=name)
+    return replace(block, cost=cost_of(block, encoded))
+
+
+def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
+    """Split the lanes of the largest blocks until there is one for each actor; a learning rate of both methods stays together.
+
+    Each part repeats its block's baselines: that is what splitting costs.
+    """
+    parts = list(blocks)
+    while 0 < len(parts) < num_actors:
+        largest = max(range(len(parts)), key=lambda n: (parts[n].cost.flops, -n))
+        halves = halve(parts[largest])
+        if len(halves) == 1:
+            break
+        parts[largest : largest + 1] = halves
+    return tuple(parts)
+
+
+def halve(block: Block) -> tuple[Block, ...]:
+    """Return two blocks with half of the learning rates each, or the block itself where there is only one."""
+    rates = sorted({cell.learning_rate for cell in block.cells if cell.learning_rate is not None})
+    if len(rates) < 2:
+        return (block,)
+    middle = rates[len(rates) // 2]
+    halves = []
+    for number, lower in enumerate((True, False), 1):
+        cells = tuple(cell for cell in block.cells if (lower if cell.learning_rate is None else (cell.learning_rate < middle) == lower))
+        trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
+        base = block.cost.baseline_flops
+        cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
+        halves.append(replace(block, cells=cells, name=f"{block.name}.{number}", cost=cost))
+    return tuple(halves)
+
+
+def max_positions(config: dict[str, Any]) -> int | None:
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    layers: int
+    width: int
+    vocabulary: int
+    layer_weights: int  # matrix elements of one decoder layer
+    trained_weights: int  # of K and V of one layer
+
+    @staticmethod
+    def of(config: dict[str, Any]) -> _Sizes:
+        def first(*names: str, default: int = 0) -> int:
+            return next((int(config[name]) for name in names if config.get(name)), default)
+
+        width = first("hidden_size", "n_embd", "d_model")
+        heads = first("num_attention_heads", "n_head", "attention_heads", default=1)
+        head_width = first("head_dim", default=width // heads)
+        kv = first("num_key_value_heads", default=heads) * head_width
+        inner = first("intermediate_size", "n_inner", "ffn_dim", default=4 * width)
+        gated = 3 if config.get("model_type") in ("llama", "qwen3") else 2
+        attention = 2 * width * heads * head_width + 2 * width * kv
+        layers = first("num_hidden_layers", "n_layer", "num_layers")
+        return _Sizes(layers, width, first("vocab_size"), attention + gated * width * inner, 2 * width * kv)
+
+
+def cost_of(block: Block, encoded: Encoded) -> Cost:
+    """Estimate a block from the shapes of its model and the lengths of its prompts."""
+    sizes = _Sizes.of(block.model.config)
+    body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
+    head = 2.0 * sizes.width * sizes.vocabulary  # of one position's logits
+    query_tokens = sum(len(ids) for ids in encoded.queries)
+    lead = len(encoded.prefix_ids) * len(encoded.queries)
+    label_rows = len(encoded.queries) * max(1, sum(len(ids) > 1 for ids in encoded.label_ids))
+    captured = query_tokens * 2 + lead + len(encoded.context_ids)  # zero-shot, in-context, the context itself
+    baseline = captured * body + 2 * label_rows * head + min(32, len(encoded.queries)) * (query_tokens + lead) / len(encoded.queries) * body
+    training = 0
+    flops = baseline
+    delta_elements, capture_elements = 0.0, 2.0
+    for method in {cell.method for cell in block.cells if cell.method}:
+        lanes, steps = len(block.learning_rates(method)), block.steps(method)
+        tokens = lanes * sum(len(ids) for ids in encoded.training_sequences[: max(steps)])
+        probed = lanes * len(steps)
+        exits = sizes.layers if method == "layer_causal" else 1
+        # Forward, gradients of the inputs, gradients of the deltas; logits forward and backward at every early exit.
+        flops += tokens * (2 * body + 4 * sizes.layers * sizes.trained_weights + 2 * exits * head)
+        flops += probed * ((query_tokens + lead) * (body + 2 * sizes.layers * sizes.trained_weights) + label_rows * head)
+        training += tokens
+        captured += probed * (query_tokens + lead)
+        live = 2 * lanes * sizes.trained_weights * (1 if method == "layer_causal" else sizes.layers)
+        delta_elements = max(delta_elements, live)
+        capture_elements = max(capture_elements, 2 + (probed if method == "layer_causal" else lanes))
+    weight_bytes = {"float64": 8, "float32": 4}.get(block.spec.compute_dtype, 2)
+    weights = (sizes.layers * sizes.layer_weights + sizes.width * sizes.vocabulary) * weight_bytes
+    widest = max(len(ids) for ids in encoded.queries)
+    capture_bytes = 4 * capture_elements * len(encoded.queries) * (sizes.layers * sizes.width + widest * sizes.width)
+    logits_bytes = (
+        12 * sizes.vocabulary * max(len(ids) for ids in encoded.training_sequences) * max([1, *(len(block.learning_rates(m)) for m in METHOD_VERSIONS)])
+    )
+    return Cost(training, captured, flops, baseline, (weights + 4 * delta_elements + capture_bytes + logits_bytes) / 2**30)
