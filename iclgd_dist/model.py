@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import infer_auto_device_map, init_empty_weights, load_checkpoint_and_dispatch
+from accelerate import dispatch_model, init_empty_weights
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import send_to_device
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from iclgd_dist.config import ModelSpec, Resources, SweepError
+from iclgd_dist.config import ModelSpec, Resources
 from iclgd_dist.families import Family, family_of
 
 RECORDED = "iclgd_recorded"
@@ -149,8 +149,8 @@ def _at(root: Any, path: str | None) -> Any:
 def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtype: str, name: str = "model", tokenizer: Any = None) -> LanguageModel:
     """Load a model directory through accelerate: on one device, sharded over the GPUs of a node, or offloaded to CPU or disk.
 
-    Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`.
-    Errors: SweepError for an unsupported architecture or weights whose names do not match it.
+    Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`; offloaded ones rest in the former.
+    Errors: SweepError for an unsupported architecture.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32: part of a cell's key
     torch.backends.cudnn.allow_tf32 = False
@@ -158,69 +158,67 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     family = family_of(config.model_type)
     compute, storage = getattr(torch, spec.compute_dtype), getattr(torch, storage_dtype)
     attention = RECORDED if family.scores == "interface" else "eager"
-    device_map, max_memory = resources.device_map, {int(k) if k.isdigit() else k: v for k, v in resources.max_memory.items()}
-    place: dict[str, Any] = {}
-    model: Any
-    if device_map != "disk" and not max_memory:
-        single = "cpu" if device_map == "cpu" or not torch.cuda.is_available() else device_map
-        place = {"device_map": {"": single} if single == "cpu" else single}
-    if place:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=storage, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, local_files_only=True, **place
-        )
-        for tensor in model.parameters():
-            tensor.data = tensor.data.to(compute)
-        offload = None
-    else:
-        model, offload = _load_offloaded(directory, config, attention, device_map, max_memory, compute, storage, family)
-    model.eval().requires_grad_(False)
-    return LanguageModel(model, family, name, tokenizer, compute, offload)
-
-
-def _load_offloaded(
-    directory: Path, config: Any, attention: str, device_map: str, max_memory: dict[Any, str], compute: torch.dtype, storage: torch.dtype, family: Family
-) -> tuple[nn.Module, Any]:
-    """Dispatch layer by layer, so that a decoder layer comes in whole; weights rest in the storage dtype and are raised as they come in."""
-    with default_dtype(compute), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation=attention, trust_remote_code=False)
-    model.tie_weights()
-    layers = attrgetter(family.layers)(model)
-    block = type(layers[0]).__name__
-    _require_names(directory, model)
-    if device_map == "disk":
-        main = 0 if torch.cuda.is_available() else "cpu"
-        whole = {name: main for name, _ in model.named_modules() if name and not any(True for _ in model.get_submodule(name).children())}
-        placed: dict[str, Any] = {name: at for name, at in whole.items() if not name.startswith(f"{family.layers}.")}
-        placed |= {f"{family.layers}.{n}": "disk" for n in range(len(layers))}
-    else:
-        placed = infer_auto_device_map(model, max_memory=max_memory or None, no_split_module_classes=[block], dtype=storage)
+    place: dict[str, Any] = {"device_map": resources.device_map}
+    if resources.device_map == "disk":
+        place["device_map"] = _layers_on_disk(config, family)
+    elif resources.device_map == "cpu" or not (torch.cuda.is_available() or resources.max_memory):
+        place["device_map"] = {"": "cpu"}
+    elif resources.max_memory:
+        place["max_memory"] = {int(device) if device.isdigit() else device: size for device, size in resources.max_memory.items()}
     folder = tempfile.TemporaryDirectory(prefix="iclgd-offload-", dir=os.environ.get("ICLGD_OFFLOAD_DIR"))
-    model = load_checkpoint_and_dispatch(
-        model,
-        str(directory),
-        device_map=placed,
-        max_memory=max_memory or None,
-        no_split_module_classes=[block],
-        preload_module_classes=[block],
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
         dtype=storage,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
         offload_folder=folder.name,
+        **place,
+    )
+    _hook_whole_layers(model, family)
+    _raise(model, compute)
+    model.eval().requires_grad_(False)
+    return LanguageModel(model, family, name, tokenizer, compute, folder)
+
+
+def _layers_on_disk(config: Any, family: Family) -> dict[str, Any]:
+    """Return the device map with every decoder layer on disk and all else on the first device."""
+    main = 0 if torch.cuda.is_available() else "cpu"
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    leaves = [name for name, module in empty.named_modules() if name and not any(module.children())]
+    placed: dict[str, Any] = {name: main for name in leaves if not name.startswith(f"{family.layers}.")}
+    return placed | {f"{family.layers}.{n}": "disk" for n in range(len(attrgetter(family.layers)(empty)))}
+
+
+def _hook_whole_layers(model: Any, family: Family) -> None:
+    """Where weights are offloaded, let a decoder layer come in as a whole: transformers hooks every leaf, which would load it for each micro-batch."""
+    datasets = [hook.weights_map.dataset for module in model.modules() for hook in _hooks(module) if getattr(hook, "weights_map", None) is not None]
+    if not datasets:
+        return
+    remove_hook_from_submodules(model)
+    dispatch_model(
+        model,
+        model.hf_device_map,
+        state_dict=datasets[0].state_dict or None,
+        offload_dir=datasets[0].save_folder,
+        offload_index=datasets[0].index,
+        preload_module_classes=[type(attrgetter(family.layers)(model)[0]).__name__],
         skip_keys="past_key_values",
     )
-    for tensor in model.parameters():
-        if tensor.device.type != "meta":
-            tensor.data = tensor.data.to(compute)
-    return model, folder
 
 
-def _require_names(directory: Path, model: nn.Module) -> None:
-    """Raise SweepError when the weights on disk are not named as the model names them: accelerate would load nothing and say little."""
-    stored: set[str] = set()
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as weights:
-            stored |= set(weights.keys())
-    tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    if missing := {name for name, _ in model.named_parameters()} - stored - tied:
-        raise SweepError(
-            f"{directory}: {len(missing)} weights have other names in the files than in {type(model).__name__} ({sorted(missing)[0]} is not there); "
-            "to offload this model, load it once with transformers and save_pretrained() it to a directory"
-        )
+def _hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
+
+
+def _raise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter `dtype`. An offloaded one is a meta tensor: accelerate casts what comes in to its dtype, and rests in the stored one."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type == "meta":
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
+            else:
+                parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,34 @@
+# make demo   a real model on real text, from nothing to results/demo/report.html
+# make test   all tests
+# make check  formatting, lint, types
+# Each target sets up .venv by itself; it needs Python 3.11 or newer, make and a package index.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+export RAY_AUTH_MODE ?= token
+
+.PHONY: demo test check setup clean
+
+demo: $(READY)
+	$(BIN)/iclgd run sweeps/demo.toml
+	$(BIN)/iclgd report results/demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints/python.txt constraints/embedded.txt
+	@echo "setting up .venv with $(PYTHON): a few minutes, once"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints/python.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement constraints/embedded.txt
+	@touch $(READY)
+
+clean:
+	rm -rf .venv build *.egg-info

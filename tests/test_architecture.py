@@ -1,0 +1,88 @@
+"""The floors of the house: imports point strictly down, Ray and torch stay where they belong, no module holds two nouns."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    8: ("cli",),
+    7: ("runner",),
+    6: ("actor",),
+    5: ("block",),
+    4: ("updates", "probes", "rows"),
+    3: ("deltas", "layerwise"),
+    2: ("model", "plan"),
+    1: ("metrics", "tasks", "families", "sources", "store"),
+    0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
+    0.2: ("files",),
+    0: ("config", "schema"),
+}
+FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
+RAY = (6, 7)
+
+
+def imports_of(source: str, package: str = "iclgd_dist") -> set[str]:
+    """Return the dotted names a module imports anywhere in its text; names inside the package come without it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or package != "iclgd_dist", "relative imports hide which floor they reach"
+            base = node.module or ""
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base == package else {base}
+    return {name.removeprefix(f"{package}.") for name in found}
+
+
+def faults(name: str, source: str) -> list[str]:
+    """Return what a module's imports break."""
+    here, found = FLOOR[name], []
+    for imported in sorted(imports_of(source)):
+        top = imported.split(".")[0]
+        if imported in FLOOR and FLOOR[imported] >= here and imported != name:
+            found.append(f"{name} (floor {here}) imports {imported} (floor {FLOOR[imported]})")
+        if top == "ray" and here not in RAY:
+            found.append(f"{name} imports ray")
+        if top in ("torch", "accelerate") and not 1 <= here <= 6:
+            found.append(f"{name} imports {top}")
+        if top == "iclgd_analysis" and name != "cli":
+            found.append(f"{name} imports the analysis")
+    return found
+
+
+def modules() -> dict[str, str]:
+    return {path.stem: path.read_text() for path in (ROOT / "iclgd_dist").glob("*.py") if path.stem != "__init__"}
+
+
+def test_every_module_has_a_floor_and_imports_point_strictly_down() -> None:
+    found = modules()
+    assert set(found) == set(FLOOR)
+    assert [fault for name, source in found.items() for fault in faults(name, source)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "fault"),
+    [
+        ("metrics", "from iclgd_dist.block import run_block", "metrics (floor 1) imports block (floor 5)"),
+        ("updates", "from iclgd_dist import probes", "updates (floor 4) imports probes (floor 4)"),
+        ("block", "import ray", "block imports ray"),
+        ("config", "def late():\n    import torch.nn", "config imports torch"),
+        ("rows", "from iclgd_analysis import load", "rows imports the analysis"),
+    ],
+)
+def test_a_planted_upward_import_is_found(name: str, line: str, fault: str) -> None:
+    assert faults(name, line) == [fault]
+
+
+def test_the_analysis_imports_neither_torch_nor_ray() -> None:
+    for path in (ROOT / "analysis").glob("*.py"):
+        assert {"torch", "ray", "transformers"}.isdisjoint({name.split(".")[0] for name in imports_of(path.read_text(), package="")}), path.name
+
+
+def test_no_module_is_longer_than_400_lines() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for folder in ("iclgd_dist", "analysis") for path in (ROOT / folder).glob("*.py")}
+    assert {str(path): length for path, length in lengths.items() if length > 400} == {}
