@@ -67,8 +67,9 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
     A cell that is there already is kept; a lane that diverges becomes rows with status `diverged` and leaves the others unchanged.
     """
     progress, share = Progress(block.cost.flops), _Shares(block)
-    commit = _Committer(lm, block, store, progress)
     encoded = encode(block.draw, lm.tokenizer, protocol=block.protocol, max_positions=max_positions(block.model.config))
+    sink = "".join(lm.tokenizer.convert_ids_to_tokens(list(encoded.sink_ids)))
+    commit = _Committer(lm, block, store, progress, protocol=json.dumps(block.protocol.model_dump() | {"sink_token": sink}, sort_keys=True))
     sequences = [TrainingSequence(torch.tensor(ids), len(encoded.prefix_ids)) for ids in encoded.training_sequences]
     trained = [name for name in METHODS if block.learning_rates(name)]
     riding = [_Ride(lm, block, encoded, sequences, METHODS[name]) for name in trained if isinstance(METHODS[name], BottomUp)]  # type: ignore[arg-type]
@@ -217,8 +218,9 @@ class _Ride:
 class _Committer:
     """Rows into the store, with what is the same for all cells of the block."""
 
-    def __init__(self, lm: LanguageModel, block: Block, store: Store, progress: Progress) -> None:
-        self.lm, self.block, self.store, self.progress = lm, block, store, progress
+    def __init__(self, lm: LanguageModel, block: Block, store: Store, progress: Progress, *, protocol: str) -> None:
+        self.block, self.store, self.progress = block, store, progress
+        self.shared = provenance(lm) | {"model_revision": block.model.revision, "protocol": protocol}
         self.cells = {(cell.method, cell.learning_rate, cell.step, cell.kind): cell for cell in block.cells}
         self.since = time.perf_counter()
 
@@ -252,9 +254,7 @@ class _Committer:
         seconds = time.perf_counter() - self.since
         for cell, row in rows:
             made = {"lanes": num_lanes, "wall_seconds": seconds / len(rows), "peak_gib": peak_gib(), "created_at": datetime.datetime.now(datetime.UTC)}
-            self.progress.num_cells += self.store.commit(
-                self.block.identity(cell) | row | provenance(self.lm) | {"model_revision": self.block.model.revision} | made
-            )
+            self.progress.num_cells += self.store.commit(self.block.identity(cell) | row | self.shared | made)
         if rows:
             self.since = time.perf_counter()
 

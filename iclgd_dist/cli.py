@@ -132,11 +132,12 @@ def report(
 
     Example: iclgd report results/demo
     """
-    from iclgd_analysis import print_table, write_report
+    from iclgd_analysis import load, write_report
+    from iclgd_analysis.table import show
 
     results = _existing(store)
-    print_table(results, console=console)
-    console.print(f"page: {write_report(results, out)}", soft_wrap=True)
+    show(load(results.root), console)
+    console.print(f"page: {write_report(results.root, out)}", soft_wrap=True)
 
 
 def _existing(where: str) -> Store:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import re
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, ValidationInfo, field_validator
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
@@ -25,14 +25,25 @@ MAX_FILE_BYTES = 1_000_000
 
 DType = Literal["float64", "float32", "bfloat16", "float16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
+Count = Annotated[StrictInt, Field(ge=1)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # strict: true is no number, nor is "1e-3"
 
 
 class SweepError(ValueError):
     """A sweep, or something it names, cannot be used as it stands. The command line prints it and exits with 2."""
 
 
+class _At(ValueError):
+    """A problem of a field, with the keys inside it that lead to the place."""
+
+    def __init__(self, message: str, *keys: str | int) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
 class Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSpec(Frozen):
@@ -48,6 +59,7 @@ class Protocol(Frozen):
     """How prompts are built and where states are recorded. Every switch is part of a cell's key."""
 
     preset: Literal["clean"] = "clean"
+    record_position: Literal["last_prompt"] = "last_prompt"  # where states are captured
     sink: Literal["auto", "bos", "eos"] = "auto"  # the one token every sequence starts with; auto = bos, else eos
     separator: Literal["newline", "eos", "none"] = "newline"  # after the sink and after each demonstration
 
@@ -59,19 +71,19 @@ class Controls(Frozen):
 class Analysis(Frozen):
     """Fixed before the run: the smallest difference that matters, and the update ratio at which methods are compared."""
 
-    smallest_effect: Annotated[float, Field(gt=0)] = 0.02
-    matched_ratio: Annotated[float, Field(gt=0)] = 0.5
+    smallest_effect: Annotated[Number, Field(gt=0)] = 0.02
+    matched_ratio: Annotated[Number, Field(gt=0)] = 0.5
 
 
 class Resources(Frozen):
     """What one actor needs, and how it packs its work. None of it is part of a cell's key."""
 
-    cpus_per_actor: Annotated[StrictInt, Field(ge=1)] = 1
+    cpus_per_actor: Count = 1
     gpus_per_actor: Annotated[StrictInt, Field(ge=0)] = 0
-    max_actors: Annotated[StrictInt, Field(ge=1)] | None = None  # None = as many as fit the cluster
+    max_actors: Count | None = None  # None = as many as fit the cluster
     device_map: Literal["auto", "balanced", "sequential", "cpu", "disk"] = "auto"
     max_memory: dict[str, str] = Field(default_factory=dict)  # per device, e.g. {"0" = "70GiB", "cpu" = "100GiB"}
-    tokens_per_batch: Annotated[StrictInt, Field(ge=1)] = 4096  # padded tokens of one micro-batch, over all lanes
+    tokens_per_batch: Count = 4096  # padded tokens of one micro-batch, over all lanes
 
 
 class OwnTask(Frozen):
@@ -105,94 +117,95 @@ class OwnTask(Frozen):
 class Sweep(Frozen):
     """One question: every combination of the axes is a cell."""
 
+    # What another field is checked against stands above it.
     name: Name
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
+    task: tuple[OwnTask, ...] = ()
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = METHODS
-    seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
-    orders: Annotated[StrictInt, Field(ge=1)] = 1
-    num_demonstrations: Annotated[tuple[StrictInt, ...], Field(min_length=1)] = (16,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    orders: Count = 1
+    num_demonstrations: Annotated[tuple[Count, ...], Field(min_length=1)] = (16,)
     num_queries: Annotated[StrictInt, Field(ge=2)] = 200
-    query_seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 1
-    steps: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
-    learning_rates: dict[str, tuple[float, ...]]
-    protocol: Protocol = Protocol()
+    query_seed: Seed = 1
+    steps: Annotated[tuple[Count, ...], Field(min_length=1)]
     controls: Controls = Controls()
+    learning_rates: dict[str, Annotated[tuple[Number, ...], Field(min_length=1)]]  # one list in the file holds for every method
+    protocol: Protocol = Protocol()
     analysis: Analysis = Analysis()
     resources: Resources = Resources()
-    task: tuple[OwnTask, ...] = ()
     folder: Path = Path()  # of the sweep file: what relative file names start from; not a key of the file
     warnings: tuple[str, ...] = ()  # found while reading; not a key of the file
 
-    @field_validator("tasks", "methods", "seeds", "num_demonstrations", "steps", "models", mode="before")
+    @field_validator("tasks", "methods", "seeds", "num_demonstrations", "steps", "models", "task", mode="before")
     @classmethod
     def _list_or_one(cls, value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
 
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
+        return tuple(dict.fromkeys(models))
+
+    @field_validator("task")
+    @classmethod
+    def _names_of_their_own(cls, own_tasks: tuple[OwnTask, ...]) -> tuple[OwnTask, ...]:
+        for number, own in enumerate(own_tasks):
+            if own.name in (*EMBEDDED_TASKS, *HUB_TASKS, *(earlier.name for earlier in own_tasks[:number])):
+                raise _At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
+        return own_tasks
+
+    @field_validator("tasks", "methods")
+    @classmethod
+    def _known(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.field_name == "methods" or "task" in info.data:  # a faulty [[task]] may be the one that is meant
+            own = (own.name for own in info.data.get("task", ()))
+            known = METHODS if info.field_name == "methods" else (*EMBEDDED_TASKS, *HUB_TASKS, *own)
+            for number, name in enumerate(names):
+                if name not in known:
+                    raise _At(unknown(info.field_name[:-1], name, known), number)
+        return tuple(dict.fromkeys(names))
+
     @field_validator("seeds")
     @classmethod
-    def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        for seed in seeds:
-            if not 0 <= seed < 2**63:
-                raise ValueError(f"must lie in 0..2**63-1, got {seed}")
-        if repeated := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-            raise ValueError(f"must be distinct, got {repeated} more than once")
+    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        for number, seed in enumerate(seeds):
+            if seed in seeds[:number]:
+                raise _At(f"must be distinct, got {seed} more than once", number)
         return seeds
 
     @field_validator("num_demonstrations", "steps")
     @classmethod
-    def _positive(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        if bad := [value for value in values if value < 1]:
-            raise ValueError(f"must be at least 1, got {bad[0]}")
+    def _ascending(cls, values: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        k = max(info.data.get("num_demonstrations", values))
+        for number, value in enumerate(values):
+            if value > k:
+                raise _At(f"must lie in 1..{k} ({k} demonstrations / batch 1 x 1 epoch), got {value}", number)
         return tuple(sorted(set(values)))
-
-    @field_validator("methods")
-    @classmethod
-    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
-        for method in methods:
-            if method not in METHODS:
-                raise ValueError(unknown("method", method, METHODS))
-        return tuple(dict.fromkeys(methods))
 
     @field_validator("learning_rates", mode="before")
     @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        lists = value if isinstance(value, dict) else {"*": value}
-        for name, rates in lists.items():
-            for rate in rates if isinstance(rates, list | tuple) else [rates]:
-                if isinstance(rate, bool) or not isinstance(rate, int | float):
-                    raise ValueError(f"must be numbers, got {rate!r}" + (f" for {name}" if name != "*" else ""))
-        return {name: rates if isinstance(rates, list | tuple) else [rates] for name, rates in lists.items()}
+    def _for_each_method(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            value = {"*": value}
+        elif stranger := next((name for name in value if name not in METHODS), None):
+            raise _At(f"learning_rates: {unknown('method', stranger, METHODS)}{_misplaced(stranger)}", stranger)
+        return {method: rates if isinstance(rates, list | tuple) else [rates] for method, rates in value.items()}
 
-    @model_validator(mode="after")
-    def _together(self) -> Sweep:
-        tasks = (*EMBEDDED_TASKS, *HUB_TASKS, *(own.name for own in self.task))
-        for own in self.task:
-            if own.name in (*EMBEDDED_TASKS, *HUB_TASKS):
-                raise ValueError(f"[[task]] name {own.name!r} is taken by a built-in task; choose another")
-        for task in self.tasks:
-            if task not in tasks:
-                raise ValueError(unknown("task", task, tasks))
-        if max(self.steps) > max(self.num_demonstrations):
-            k = max(self.num_demonstrations)
-            raise ValueError(f"steps must lie in 1..{k} ({k} demonstrations / batch 1 x 1 epoch), got {max(self.steps)}")
-        rates = self.learning_rates
-        rates = dict.fromkeys(self.methods, rates["*"]) if "*" in rates else rates
-        for method in rates:
-            if method not in METHODS:
-                raise ValueError(f"learning_rates: {unknown('method', method, METHODS)}")
-        for method in self.methods:
-            if not rates.get(method):
-                raise ValueError(f"learning_rates for {method!r}: at least one is required, got none")
-            for rate in rates[method]:
-                if not math.isfinite(rate) or rate < 0:
-                    raise ValueError(f"learning_rates for {method!r}: must be finite and positive, got {rate}")
-                if rate == 0 and not self.controls.zero_learning_rate:
-                    raise ValueError("learning rate 0 changes nothing: set [controls] zero_learning_rate = true to run it as a control")
-        # Grid values are sorted and distinct, so that the same grid written twice is the same grid.
-        object.__setattr__(self, "learning_rates", {m: tuple(sorted({float(r) for r in rates[m]})) for m in self.methods})
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
-        return self
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive_rates(cls, lists: dict[str, tuple[float, ...]], info: ValidationInfo) -> dict[str, tuple[float, ...]]:
+        for method, rates in lists.items():
+            for number, rate in enumerate(rates):
+                if rate < 0 or (rate == 0 and "controls" in info.data and not info.data["controls"].zero_learning_rate):
+                    named = "learning_rates" if method == "*" else f"learning_rates.{method}"
+                    way_out = "; [controls] zero_learning_rate = true allows 0 as a control" if rate == 0 else ""
+                    raise _At(f"{named} must be greater than 0, got {rate:g}{way_out}", method, number)
+        methods = info.data.get("methods", METHODS)
+        for method in methods:
+            if method not in lists and "*" not in lists:
+                raise ValueError(f"learning_rates.{method} is required, as {method!r} is one of the methods; got none")
+        return {method: tuple(sorted(set(lists.get(method) or lists["*"]))) for method in methods}
 
     def own_task(self, name: str) -> OwnTask | None:
         return next((own for own in self.task if own.name == name), None)
@@ -202,15 +215,18 @@ class Sweep(Frozen):
         return self.model_dump(mode="json", exclude={"folder", "warnings"})
 
     def digest(self) -> str:
-        """Return 16 hex digits that name what is swept: the same for the same meaning, whatever the file looks like."""
-        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()[:16]
+        """Return 16 hex digits that name what is swept: the same for the same cells, whatever the file looks like and whatever runs it."""
+        values = self.resolved() | {"resources": None, "task": [own.model_dump() for own in self.task if own.name in self.tasks]}
+        values |= {axis: sorted(values[axis], key=json.dumps) for axis in ("models", "task", "tasks", "methods", "seeds")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def unknown(what: str, got: str, known: tuple[str, ...] | list[str]) -> str:
+def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> str:
     """Return the message for a name that is not known, with the nearest one that is."""
-    near = difflib.get_close_matches(got.lower().replace("-", "").replace("_", ""), [k.replace("_", "") for k in known], n=1, cutoff=0.6)
-    meant = next((f"; did you mean {k!r}?" for k in known if near and k.replace("_", "") == near[0]), "")
-    return f"unknown {what} {got!r}{meant} known: {', '.join(sorted(known))}" if meant else f"unknown {what} {got!r}; known: {', '.join(sorted(known))}"
+    plain = {name.replace("_", "").replace("-", "").lower(): name for name in known}
+    near = difflib.get_close_matches(got.replace("_", "").replace("-", "").lower(), plain, n=1, cutoff=0.6)
+    meant = f"; did you mean {plain[near[0]]!r}?" if near else ""
+    return f"unknown {what} {got!r}{where}{meant}; known: {', '.join(sorted(known))}"
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -219,98 +235,163 @@ def load_sweep(path: str | Path) -> Sweep:
     Errors: SweepError naming the file, the line where there is one, what was required and what was got; all problems at once.
     """
     path = Path(path)
+    text = _read(path)
     try:
-        if path.is_dir():
-            raise SweepError(f"{path}: is a directory; a sweep file (.toml) is required")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise SweepError(f"{path}: a sweep file is at most {MAX_FILE_BYTES:,} bytes, got {path.stat().st_size:,}")
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SweepError(_not_toml(path, text, str(error))) from None
+    except RecursionError:
+        raise SweepError(f"{path}: is nested too deeply") from None
+    problems = [((name,), _unknown_key((name,))) for name in ("folder", "warnings") if name in values]
+    try:
+        sweep = Sweep.model_validate(values | {"folder": path.resolve().parent, "warnings": _duplicates(values)})
+    except ValidationError as error:
+        # What holds a bad item also lacks it: pydantic then says that the list is too short.
+        details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
+        problems += [_problem(detail) for detail in details]
+    if problems:
+        placed = sorted({(_line(text, keys), message) for keys, message in problems})
+        raise SweepError("\n".join(f"{path}:{line}: {message}" for line, message in placed))
+    return sweep
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise SweepError(f"{path}: is {'a directory' if path.is_dir() else 'no regular file'}; a sweep file (.toml) is required")
+        if (size := path.stat().st_size) >= MAX_FILE_BYTES:
+            raise SweepError(f"{path}: a sweep file has less than {MAX_FILE_BYTES:,} bytes, got {size:,}")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise SweepError(f"{path}: no such file" + _near_file(path)) from None
+        others = [str(other) for folder in (path.parent, path.parent / "sweeps") for other in folder.glob("*.toml")]
+        near = difflib.get_close_matches(str(path), others, n=1, cutoff=0.5)
+        raise SweepError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else "")) from None
     except UnicodeDecodeError as error:
-        raise SweepError(f"{path}: must be UTF-8, got byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SweepError(f"{path}:{line}: must be UTF-8, got byte 0x{error.object[error.start]:02x}") from None
     except OSError as error:
         raise SweepError(f"{path}: cannot be read: {error.strerror}") from None
     if not text.strip():
         raise SweepError(f"{path}: is empty; see sweeps/demo.toml for an example")
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SweepError(f"{path}: is not TOML: {error}") from None
-    except RecursionError:
-        raise SweepError(f"{path}: is nested too deeply") from None
-    problems = _forbidden(values, {"folder", "warnings"})
-    try:
-        sweep = Sweep.model_validate(values | {"folder": path.resolve().parent, "warnings": _duplicates(values)})
-    except ValidationError as error:
-        problems += [_sentence(detail, values) for detail in error.errors()]
-    if problems:
-        raise SweepError("\n".join(f"{path}:{_line(text, keys)}: {message}" for keys, message in dict.fromkeys(problems)))
-    return sweep
+    return text.replace("\r\n", "\n")
 
 
-def _near_file(path: Path) -> str:
-    others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), others, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _forbidden(values: dict[str, Any], names: set[str]) -> list[tuple[tuple[Any, ...], str]]:
-    return [((name,), _unknown_key((name,), name)) for name in values if name in names]
+def _not_toml(path: Path, text: str, said: str) -> str:
+    """Return TOML's complaint with line and column in front; a key that is set twice is named."""
+    found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", said, re.DOTALL)
+    what, line, column = found.groups() if found else (said, "", "")
+    if what == "Cannot overwrite a value":
+        what = f"{text.splitlines()[int(line) - 1].split('=')[0].strip()} is set twice"
+    return ":".join(filter(None, (str(path), line, column))) + f": is not TOML: {what}"
 
 
 def _duplicates(values: dict[str, Any]) -> tuple[str, ...]:
-    """Return a warning for each grid value that is written twice: it is one cell."""
-    found = []
-    rates = values.get("learning_rates", [])
-    lists = rates if isinstance(rates, dict) else {"": rates}
-    named = {f"learning_rates{'.' if m else ''}{m}": r for m, r in lists.items()} | {key: values.get(key) for key in ("steps", "num_demonstrations", "tasks")}
-    for name, grid in named.items():
-        if isinstance(grid, list) and (twice := sorted({str(v) for v in grid if grid.count(v) > 1})):
-            found.append(f"{name}: {', '.join(twice)} is there more than once and counts once")
-    return tuple(found)
+    """Return a warning for each value of a grid that is written twice: it is one cell."""
+    rates = values.get("learning_rates")
+    grids = {name: values.get(name) for name in ("models", "tasks", "methods", "num_demonstrations", "steps")}
+    grids |= {f"learning_rates.{method}": grid for method, grid in rates.items()} if isinstance(rates, dict) else {"learning_rates": rates}
+    repeated = {name: list(dict.fromkeys(str(v) for v in grid if grid.count(v) > 1)) for name, grid in grids.items() if isinstance(grid, list)}
+    return tuple(f"{name}: {', '.join(twice)} is there more than once and counts once" for name, twice in repeated.items() if twice)
 
 
-def _fields(keys: tuple[Any, ...]) -> list[str]:
-    """Return the keys that are known at the place in the file that `keys` leads to."""
-    model: Any = Sweep
-    sections = {"models": ModelSpec, "protocol": Protocol, "controls": Controls, "analysis": Analysis, "resources": Resources, "task": OwnTask}
-    if len(keys) > 1 and keys[0] in sections:
-        model = sections[keys[0]]
-    return [name for name in model.model_fields if name not in ("folder", "warnings")]
+_SECTIONS: dict[str, type[BaseModel]] = {"models": ModelSpec, "task": OwnTask}
+_SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
+_KEYS = tuple(name for name in Sweep.model_fields if name not in ("folder", "warnings"))
 
 
-def _unknown_key(keys: tuple[Any, ...], name: str) -> str:
-    where = f" in [{keys[0]}]" if len(keys) > 1 else ""
-    return unknown("key", name, _fields(keys)) + where
+def _unknown_key(keys: tuple[Any, ...]) -> str:
+    if len(keys) == 1:
+        return unknown("key", keys[0], _KEYS)
+    header = f"[[{keys[0]}]]" if isinstance(keys[1], int) else f"[{keys[0]}]"
+    return unknown("key", keys[-1], tuple(_SECTIONS[keys[0]].model_fields), where=f" in {header}") + _misplaced(keys[-1])
 
 
-def _sentence(detail: Any, values: dict[str, Any]) -> tuple[tuple[Any, ...], str]:
-    keys = tuple(detail["loc"])
-    name = ".".join(str(key) for key in keys if not isinstance(key, int))
-    if detail["type"] == "extra_forbidden":
-        return keys, _unknown_key(keys, str(keys[-1]))
-    if detail["type"] == "missing":
+def _misplaced(name: str) -> str:
+    return f" ({name} of the sweep itself must stand above the first [section])" if name in _KEYS else ""
+
+
+def _problem(detail: Any) -> tuple[tuple[Any, ...], str]:
+    """Return where a problem that pydantic found is, and a sentence that says what was required and what was got."""
+    keys, kind, given = tuple(detail["loc"]), detail["type"], detail.get("ctx", {})
+    name = ".".join(str(key) for key in keys if not isinstance(key, int) and key != "*")
+    if kind == "extra_forbidden":
+        return keys, _unknown_key(keys)
+    if kind == "missing":
         return keys[:-1], f"{name} is required, got nothing"
-    if detail["type"] == "value_error":
-        message = str(detail["ctx"]["error"])
-        return keys, f"{name} {message}" if name and not message.startswith(("unknown", name)) else message
+    if kind == "too_short":
+        return keys, f"{name}: at least 1 is required, got none"
+    if kind == "value_error":
+        message, inner = str(given["error"]), getattr(given["error"], "keys", ())
+        return (*keys, *inner), message if message.startswith(("unknown", name)) else f"{name} {message}"
+    is_item = isinstance(keys[-1], int)
+    required = {
+        "int_type": "whole numbers" if is_item else "a whole number",
+        "float_type": "numbers" if is_item else "a number",
+        "finite_number": "finite",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "dict_type": f"a table, [{name}]",
+        "model_type": f"tables, [[{name}]]" if is_item else f"a table, [{name}]",
+        "literal_error": given.get("expected"),
+        "greater_than": f"greater than {given.get('gt')}",
+        "greater_than_equal": f"at least {given.get('ge')}",
+        "less_than": f"less than {given.get('lt')}",
+        "string_too_short": "text that is not empty",
+        "string_pattern_mismatch": "at most 80 letters, digits, '_', '-' and '.', the first a letter or digit",
+    }.get(kind, detail["msg"])
     got = detail["input"]
-    shown = f", got {got!r}" if not isinstance(got, dict) else ""
-    return keys, f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}{shown[:200]}"
+    shown = "a table" if isinstance(got, dict) else str(got).lower() if isinstance(got, bool) else repr(got)[:80]
+    return keys, f"{name} must be {required}, got {shown}"
 
 
 def _line(text: str, keys: tuple[Any, ...]) -> int:
-    """Return the line on which the last of `keys` is set (1 where it is not): TOML's parser does not tell."""
-    lines, start = text.splitlines(), 0
-    names = [str(key) for key in keys if not isinstance(key, int)]
-    if names and any(isinstance(key, int) for key in keys[:2]):
-        headers = [n for n, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{re.escape(names[0])}\s*\]\]", line)]
-        position = next(key for key in keys if isinstance(key, int))
-        start = headers[position] if position < len(headers) else 0
-    for name in reversed(names):
-        pattern = rf"\s*(\[+\s*)?(\"?{re.escape(name)}\"?)\s*(=|\]|\.)"
-        for number, line in enumerate(lines[start:], start + 1):
-            if re.match(pattern, line):
-                return number
-    return 1
+    """Return the line that sets what `keys` lead to, or as much of it as is there; TOML's parser does not tell."""
+    keys, best, found = tuple(key for key in keys if key != "*"), 1, 0
+    for line, path, statement in _statements(text):
+        shared = next((n for n, (a, b) in enumerate(zip(path, keys, strict=False)) if a != b), min(len(path), len(keys)))
+        if shared > found:
+            best, found = line, shared
+            if shared == len(path) < len(keys) and isinstance(keys[shared], int):
+                best += _lines_before(statement, keys[shared])
+    return best
+
+
+def _statements(text: str) -> Iterator[tuple[int, tuple[Any, ...], str]]:
+    """Yield (line, keys, text) of each header and each key that is set; the keys of [[table]] end in its number."""
+    table: tuple[Any, ...] = ()
+    counts: dict[tuple[Any, ...], int] = {}
+    first, lines = 1, text.split("\n")
+    for last in range(1, len(lines) + 1):
+        if last - first > 1_000:  # parsing line by line would take long
+            return
+        statement = "\n".join(lines[first - 1 : last])
+        try:
+            value = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue  # a value that goes on in the next line
+        is_header = statement.lstrip().startswith("[")
+        path = () if is_header else table
+        while isinstance(value, dict) and len(value) == 1:
+            ((name, value),) = value.items()
+            path += (name,)
+            if is_header and isinstance(value, list):
+                counts[path] = counts.get(path, 0) + 1
+            path += (counts[path] - 1,) if is_header and path in counts else ()
+        table = path if is_header else table
+        yield first, path, statement
+        first = last + 1
+
+
+def _lines_before(statement: str, item: int) -> int:
+    """Return how many lines of `key = [...]` come before the one that holds an item of the list."""
+    lines = statement.split("\n")
+    for number in range(len(lines)):
+        try:
+            value = tomllib.loads("\n".join(lines[: number + 1]) + "\n]")
+            while isinstance(value, dict):
+                (value,) = value.values()
+        except ValueError:  # not the end of an item (TOMLDecodeError is a ValueError), or no list
+            continue
+        if len(value) > item:
+            return number
+    return 0

@@ -86,7 +86,6 @@ class Block:
             "order": self.order if drawn else None,
             "num_queries": len(self.draw.queries),
             "query_seed": self.query_seed,
-            "protocol": json.dumps(self.protocol.model_dump(), sort_keys=True),
             "train_on": "true" if cell.kind == "finetuned" else None,
             "method": cell.method,
             "learning_rate": cell.learning_rate,

@@ -163,8 +163,11 @@ def _counting(counts: Counts) -> Any:
 @contextlib.contextmanager
 def _ray(resources: Resources, address: str | None) -> Iterator[dict[str, float]]:
     """Connect to a cluster, or start Ray on this machine for loopback only; yield what one node and the whole cluster offer."""
-    if address is None and "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ and os.environ["RAY_AUTH_MODE"] == "token":
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run alone: never written to a file
+    if address is None:
+        # Otherwise Ray turns 127.0.0.1 into this machine's public address and listens there.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        if os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run alone: never written to a file
     import ray
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}

@@ -56,7 +56,7 @@ IDENTITY: list[Column] = [
     ("order", i64, "permutation of the draw; 0 = as drawn; NULL for zero_shot"),
     ("num_queries", i64, "queries evaluated"),
     ("query_seed", i64, "seed of the draw of queries"),
-    ("protocol", text, "resolved protocol as JSON"),
+    ("protocol", text, "resolved protocol as JSON, with the sink token it came to"),
     ("train_on", text, "what finetuning saw: true = the demonstrations; NULL unless finetuned"),
     ("method", text, "vanilla, layer_causal, ...; NULL unless finetuned"),
     ("learning_rate", f64, "constant learning rate of plain SGD; NULL unless finetuned"),

@@ -1,0 +1,66 @@
+"""Per-layer profiles of similarity: each method at its selected learning rate, and at the one whose update is nearest half of ICL's."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from .load import Frames, Setting, nearest_ratio, number, rate, select
+from .panels import Panel, colour, drawing, safe
+
+METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
+TITLE = "Layer profiles"
+SELECTED, NEAREST = "selected", "nearest R = 1/2"
+NOTE = (
+    "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on fold A, shown on fold B. Nearest R = 1/2: "
+    "the learning rate of the grid whose R is nearest, no interpolation, all queries; the two methods' R are close, not equal. A gap is an undefined layer."
+)
+
+
+def data(frames: Frames, setting: Setting) -> pd.DataFrame:
+    """Return one row per cell choice, method and layer: learning rate, R, fold, is_edge, the metrics, num_draws."""
+    parts = []
+    for choice in (SELECTED, NEAREST):
+        for method in setting.methods:
+            picked, near = select(frames, setting, method), nearest_ratio(setting, method)
+            if choice == SELECTED and picked:
+                fold, learning_rate, is_edge = "B", picked.learning_rate, picked.is_edge
+            elif choice == NEAREST and near:
+                fold, learning_rate, is_edge = "all", near[0], False
+            else:
+                continue
+            cells = setting.at(method, learning_rate, setting.last_step)
+            layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == fold)].merge(cells[["key", "seed"]], on="key")
+            means = layers.groupby(["layer", "seed"])[list(METRICS)].mean().groupby("layer").mean().reset_index()
+            ratio = near[1] if near and near[0] == learning_rate else cells["update_ratio"].mean()
+            named = setting.named | {"choice": choice, "method": method}
+            parts.append(means.assign(**named, learning_rate=learning_rate, R=ratio, fold=fold, is_edge=is_edge, num_draws=cells["key"].nunique()))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
+    """Return a panel per choice and metric; the two choices of a metric share their scale."""
+    found = []
+    for choice in (SELECTED, NEAREST):
+        for metric in METRICS:
+            if rows.empty or not (rows["choice"] == choice).any() or rows[metric].isna().all():
+                continue
+            part = rows[rows["choice"] == choice]
+            data, named = [], []
+            for method, line in part.groupby("method", sort=False):
+                at = line.iloc[0]
+                named.append(f"{method} {rate(at['learning_rate'])} (R {number(at['R'], 2)}{', edge of the grid' if at['is_edge'] else ''})")
+                values = [None if pd.isna(value) else float(value) for value in line[metric]]
+                style = {"line": {"color": colour(str(method)), "width": 2}, "marker": {"size": 5}, "mode": "lines+markers"}
+                data.append({"type": "scatter", "x": line["layer"].tolist(), "y": values, "name": safe(method), **style})
+            low, high = min(rows[metric].min(), 0.0), rows[metric].max()
+            room = 0.05 * max(high - low, 1e-6)
+            axis = {"title": {"text": "layer", "standoff": 4}, "tickformat": "d", "zeroline": False}
+            figure = drawing(data, height=260, bottom=52, xaxis=axis, yaxis={"range": [low - room, high + room]}, showlegend=True)
+            found.append(Panel(f"{metric}, {choice}: {', '.join(named)}", figure))
+    return found
+
+
+if __name__ == "__main__":
+    from .report import main
+
+    main(only="layer_profile")

@@ -1,0 +1,50 @@
+"""What all figures share: a panel (title, figure), colours, plain layout. The page draws titles and wraps panels, so figures stay small and readable."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+# Okabe and Ito: told apart with any colour vision.
+COLOURS = {"vanilla": "#0072B2", "layer_causal": "#D55E00", "layer_causal_attn": "#009E73"}
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#8a8a8a"
+LINE, CLEAR = "rgba(128,128,128,0.35)", "rgba(0,0,0,0)"
+AXIS = {"gridcolor": LINE, "linecolor": LINE, "zerolinecolor": GREY, "automargin": True, "tickfont": {"size": 10}}
+LEGEND = {"orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing of a figure; the title is a sentence on what is seen."""
+
+    title: str
+    figure: go.Figure
+
+
+def colour(method: str) -> str:
+    return COLOURS.get(method) or OTHERS[sum(method.encode()) % len(OTHERS)]
+
+
+def safe(text: object) -> str:
+    """Return text that plotly shows as written: its labels understand a little HTML, and names come from data."""
+    return html.escape(str(text))
+
+
+def drawing(data: list[dict[str, Any]], *, height: int, bottom: int = 8, right: int = 8, **layout: Any) -> go.Figure:
+    """Return a figure with the common layout: no background (the page has one, light or dark), thin lines, a legend below."""
+    # One call: every later update of a plotly figure costs as much as making it.
+    common = {
+        "template": {},
+        "height": height,
+        "margin": {"l": 8, "r": right, "t": 22, "b": bottom},
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
+        "font": {"family": "system-ui, sans-serif", "size": 11},
+        "legend": {**LEGEND, "bgcolor": CLEAR, "entrywidth": 118},
+    }
+    axes = {name: {**AXIS, **value} for name, value in layout.items() if name.startswith(("xaxis", "yaxis"))}
+    return go.Figure(data, {**common, **layout, **axes})

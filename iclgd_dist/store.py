@@ -1,0 +1,397 @@
+"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; knows nothing of models, plans or Ray.
+
+    cells/<key>.parquet               one committed cell; the name is all that planning reads
+    compacted/part-<n>-<sha>.parquet  many cells; counts only if the newest manifest lists it
+    compacted/manifest-<n>.json       the parts, their sha256 and their keys; never changed once written
+    attempts/*.json  sweeps/*.json    executions of blocks; resolved sweeps with their planned keys
+
+A commit publishes a cell, a compaction publishes manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only
+spares double work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
+a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be seen late, or
+computed twice, but is never lost or doubled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from iclgd_dist import cells, files
+from iclgd_dist.files import StoreError, Vanished, naming
+from iclgd_dist.schema import ATTEMPT
+
+__all__ = ["Results", "Store", "StoreError", "read_results"]
+
+PART_GROUPS = 20  # row groups per part
+MAX_SMALL_PARTS = 8  # parts of less than cells.GROUP_CELLS * PART_GROUPS cells; when there are so many, the next compaction merges them
+DEBRIS_STALE_SECONDS = 86_400  # what killed processes left is deleted when it is this old
+MANIFEST_VERSION = 1
+
+_CELL_NAME = re.compile(r"([0-9a-f]{64})\.parquet")
+_PART_NAME = re.compile(r"part-\d{8}-[0-9a-f]{16}\.parquet")
+_MANIFEST_NAME = re.compile(r"manifest-(\d{8})\.json")
+_ATTEMPT = pa.schema([(name, kind) for name, kind, _ in ATTEMPT])
+_README = """Results of in-context learning versus gradient descent, one row per finished grid point; written by iclgd, not to be edited by hand.
+Read it with: from iclgd_dist.store import read_results; results = read_results("this directory"); results.cells.to_pandas()
+cells/ holds one Parquet file per result, compacted/ the same many to a file (the newest manifest lists which files count), attempts/ and sweeps/ the history.
+"""
+
+
+def _do_nothing(point: str) -> None:
+    """Tests put something in its place that kills the process or raises at a named point of a commit or a compaction."""
+
+
+fault_point: Callable[[str], None] = _do_nothing
+
+
+def _publish(path: Path, data: bytes) -> bool:
+    return files.publish(path, data, reach=fault_point)
+
+
+@dataclass(frozen=True)
+class _Part:
+    file: str
+    sha256: str
+    commits: dict[str, str]  # key -> 16 hex digits of the sha256 of the loose file it came from
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    number: int = 0
+    parts: tuple[_Part, ...] = ()
+
+    @cached_property
+    def commits(self) -> dict[str, str]:
+        return {key: commit for part in self.parts for key, commit in part.commits.items()}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`."""
+
+    cells: pa.Table
+    folds: pa.Table
+    layers: pa.Table
+    examples: pa.Table
+    attempts: pa.Table
+
+
+class Store:
+    """The results of sweeps in one directory, shared by any number of processes and machines.
+
+    Errors: StoreError when the directory cannot be read or written; what was committed before stays.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._cells, self._compacted, self._attempts, self._sweeps = (self.root / name for name in ("cells", "compacted", "attempts", "sweeps"))
+        self._newest = _Manifest()
+
+    def prepare(self) -> None:
+        """Make the directories and try one write the way a commit writes. Errors: StoreError for a file, a read-only or a full place."""
+        for folder in (self.root, self._cells, self._compacted, self._attempts, self._sweeps):
+            with naming(folder, "made a directory"):
+                os.makedirs(folder, exist_ok=True)
+        with naming(self.root, "written"):
+            files.sync_folder(self.root)
+        probe = files.temporary_in(self._cells)
+        _publish(probe, b"probe")
+        files.remove(probe)
+        if not (self.root / "README.txt").exists():
+            _publish(self.root / "README.txt", _README.encode())
+
+    def keys(self) -> set[str]:
+        """Return the keys of all committed cells, from names and the manifest: no Parquet file is opened. A missing store is empty."""
+        return self._loose_keys() | self._manifest().commits.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return self._cell(key).exists() or key in self._manifest().commits
+
+    def commit(self, row: dict[str, Any]) -> bool:
+        """Store one cell, a row of CELL; it is on disk when this returns. Returns True if this call stored it, False if it was there.
+
+        Errors: ValueError naming the column that is unknown, of the wrong type, NaN or infinite; StoreError when it cannot be written.
+        """
+        path = self._cell(row.get("key", ""))
+        data = cells.encode(row)
+        if row["key"] in self._manifest().commits or not _publish(path, data):
+            return False
+        # While we wrote, another's cell may have been committed, compacted and deleted here: then ours is a second one.
+        if self._manifest().commits.get(row["key"], _short_hash(data)) != _short_hash(data):
+            files.remove(path)
+            return False
+        return True
+
+    def record_attempt(self, attempt: dict[str, Any]) -> None:
+        """Store how one execution of a block went: the columns of ATTEMPT."""
+        cells.table_of([attempt], _ATTEMPT)
+        _publish(self._attempts / f"{uuid.uuid4().hex}.json", json.dumps(attempt, allow_nan=False).encode())
+
+    def attempts(self) -> pa.Table:
+        """Return all attempts, oldest first."""
+        rows = self._read_json(self._attempts)
+        for path, row in rows.items():
+            if newer := sorted(row.keys() - set(_ATTEMPT.names)):
+                raise StoreError(f"holds columns this version does not know: {', '.join(newer)}", path, way_out=cells.UPDATE)
+        with naming(self._attempts, "read"):
+            return cells.table_of(list(rows.values()), _ATTEMPT).sort_by("created_at")
+
+    def save_sweep(self, *, digest: str, resolved: dict[str, Any], keys: list[str]) -> Path:
+        """Store what a run set out to do: the resolved sweep and its planned keys. The same plan is stored once."""
+        if not re.fullmatch(r"[0-9a-f]{8,64}", digest):
+            raise ValueError(f"digest must be 8 to 64 hex digits, got {digest!r}")
+        plan = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
+        path = self._sweeps / f"{digest}-{plan}.json"
+        if not path.exists():
+            _publish(path, json.dumps({"digest": digest, "resolved": resolved, "keys": keys}, allow_nan=False).encode())
+        return path
+
+    def sweeps(self) -> list[dict[str, Any]]:
+        """Return what `save_sweep` stored: digest, resolved and keys of each."""
+        return list(self._read_json(self._sweeps).values())
+
+    def compact(self) -> int:
+        """Move the loose cells into one Parquet file (merging small ones when there are many) and return how many; 0 if another process is at it.
+
+        Readers and writers need not stop. Memory: about cells.GROUP_CELLS cells.
+        """
+        lock = self._compacted / "lock"
+        if not self._loose_keys() or not files.acquire(lock):
+            return 0
+        try:
+            return self._compact(lock)
+        except Vanished:
+            return 0  # another process took the lock over
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(lock)
+
+    def verify(self, *, set_aside: bool = False) -> list[StoreError]:
+        """Read every cell and return what is wrong, one error per damaged file.
+
+        With `set_aside` damaged files move to set_aside/ and their cells count as not run. To be called while nothing else writes to the store.
+        """
+        manifest, damaged, errors = self._manifest(), [], []
+        for key in sorted(self._loose_keys() - manifest.commits.keys()):
+            try:
+                self._load(key)
+            except Vanished:
+                continue
+            except StoreError as error:
+                errors.append(error)
+                if set_aside and error.is_damage:
+                    self._set_aside(self._cell(key))
+        for part in manifest.parts:
+            try:
+                self._check(part)
+            except StoreError as error:
+                errors.append(error)
+                damaged += [part] if error.is_damage else []
+        if set_aside and damaged:
+            path, data = self._next(manifest.number, [part for part in manifest.parts if part not in damaged])
+            if not _publish(path, data):
+                raise StoreError("was written while the store was verified", path, way_out="verify again while nothing runs")
+            for part in damaged:
+                self._set_aside(self._compacted / part.file)
+        return errors
+
+    def _check(self, part: _Part) -> None:
+        path = self._compacted / part.file
+        try:
+            with naming(path, "read"), open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
+                    raise StoreError(f"is damaged: its sha256 is not the manifest's; it held {len(part.commits)} cells", path)
+            for _ in self._part_tables(part):
+                pass
+        except Vanished:
+            raise StoreError(f"is missing; it held {len(part.commits)} cells", path) from None
+
+    def _set_aside(self, path: Path) -> None:
+        with naming(path, "moved"), contextlib.suppress(FileNotFoundError):
+            (self.root / "set_aside").mkdir(exist_ok=True)
+            os.rename(path, self.root / "set_aside" / f"{path.name}.{uuid.uuid4().hex[:8]}")
+
+    def _cell(self, key: str) -> Path:
+        if not re.fullmatch(r"[0-9a-f]{64}", key):
+            raise ValueError(f"key must be 64 lower-case hex digits, got {key!r}")
+        return self._cells / f"{key}.parquet"
+
+    def _loose_keys(self) -> set[str]:
+        return {match[1] for name in files.names_in(self._cells) if (match := _CELL_NAME.fullmatch(name))}
+
+    def _manifest(self) -> _Manifest:
+        """Return the newest manifest. A manifest never changes, so one that was read is not read again."""
+        for _ in range(10):
+            number, name = max(((int(m[1]), m[0]) for m in map(_MANIFEST_NAME.fullmatch, files.names_in(self._compacted)) if m), default=(0, ""))
+            if number > self._newest.number:
+                try:
+                    self._newest = self._read_manifest(self._compacted / name, number)
+                except Vanished:  # two compactions since it was listed
+                    continue
+            return self._newest
+        raise StoreError("manifests come and go while they are read", self._compacted, way_out="check the disk, then run the same command again")
+
+    def _read_manifest(self, path: Path, number: int) -> _Manifest:
+        with naming(path, "read"):
+            try:
+                content = json.loads(files.read(path))
+                if content["version"] > MANIFEST_VERSION:
+                    raise StoreError("is of a newer version", path, way_out=cells.UPDATE)
+                parts = tuple(_Part(file=part["file"], sha256=part["sha256"], commits=dict(part["commits"])) for part in content["parts"])
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"not a manifest: {error!r}") from error
+            if strange := [part.file for part in parts if not _PART_NAME.fullmatch(part.file)]:
+                raise ValueError(f"names the file {strange[0]!r}, which is not a part")
+        return _Manifest(number, parts)
+
+    def _read_json(self, folder: Path) -> dict[Path, dict[str, Any]]:
+        rows = {}
+        for path in sorted(folder / name for name in files.names_in(folder) if name.endswith(".json") and not name.startswith(".")):
+            with naming(path, "read"):
+                rows[path] = json.loads(files.read(path))
+            if not isinstance(rows[path], dict):
+                raise StoreError("is damaged: must be a JSON object", path)
+        return rows
+
+    def _load(self, key: str) -> tuple[pa.Table, str]:
+        """Return a loose cell as a table of one row, and the hash of its file."""
+        path = self._cell(key)
+        data = files.read(path)
+        table = cells.decode(data, path)
+        if table["key"].to_pylist() != [key]:
+            raise StoreError("is damaged: it does not hold the one cell of its name", path)
+        return table, _short_hash(data)
+
+    def _loose_tables(self, keys: list[str], commits: dict[str, str]) -> Iterator[pa.Table]:
+        """Yield loose cells, many to a table; the hashes of their files go into `commits`."""
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(keys), cells.GROUP_CELLS):
+                batch = keys[start : start + cells.GROUP_CELLS]
+                loaded = list(pool.map(self._load, batch))
+                commits.update({key: commit for key, (_, commit) in zip(batch, loaded, strict=True)})
+                yield pa.concat_tables([table for table, _ in loaded]).combine_chunks()
+
+    def _part_tables(self, part: _Part) -> Iterator[pa.Table]:
+        keys: list[str] = []
+        for table in cells.row_groups(self._compacted / part.file):
+            keys += table["key"].to_pylist()
+            yield table
+        if keys != list(part.commits):
+            raise StoreError("is damaged: it does not hold the cells that the manifest lists", self._compacted / part.file)
+
+    def _next(self, number: int, parts: Sequence[_Part]) -> tuple[Path, bytes]:
+        content = {"version": MANIFEST_VERSION, "parts": [vars(part) for part in parts]}
+        return self._compacted / f"manifest-{number + 1:08d}.json", json.dumps(content).encode()
+
+    def _compact(self, lock: Path) -> int:
+        base = self._manifest()
+        fresh = sorted(self._loose_keys() - base.commits.keys())
+        small = [part for part in base.parts if len(part.commits) < cells.GROUP_CELLS * PART_GROUPS]
+        merged = small if fresh and len(small) >= MAX_SMALL_PARTS else []
+        commits = {key: commit for part in merged for key, commit in part.commits.items()}
+        groups = cells.regroup(chain(*map(self._part_tables, merged), self._loose_tables(fresh, commits)))
+        new: list[_Part] = []
+        is_published = False
+        try:
+            for first in groups:
+                new.append(self._write_part(base.number + 1, chain([first], islice(groups, PART_GROUPS - 1)), commits, lock))
+            if new:
+                with naming(self._compacted, "written"):
+                    files.sync_folder(self._compacted)
+                fault_point("before_manifest")
+                is_published = _publish(*self._next(base.number, [*(part for part in base.parts if part not in merged), *new]))
+                is_published &= self._manifest().number == base.number + 1  # else so many came between that this number was free again
+                fault_point("after_manifest")
+        finally:
+            self._clear(replaced={part.file for part in (*base.parts, *new)}, with_debris=is_published)
+        return sum(len(part.commits) for part in new) - sum(len(part.commits) for part in merged) if is_published else 0
+
+    def _write_part(self, number: int, groups: Iterable[pa.Table], commits: dict[str, str], lock: Path) -> _Part:
+        temporary = files.temporary_in(self._compacted)
+        try:
+            with naming(temporary, "written"):
+                keys = cells.write_part(temporary, (_touching(lock, group) for group in groups))
+                with open(temporary, "rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())
+                name = f"part-{number:08d}-{sha256[:16]}.parquet"
+                os.rename(temporary, self._compacted / name)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        return _Part(file=name, sha256=sha256, commits={key: commits[key] for key in keys})
+
+    def _clear(self, *, replaced: set[str], with_debris: bool) -> None:
+        """Delete loose cells that the newest manifest holds, parts it does not list any more, and what killed processes left long ago."""
+        newest = self._manifest()
+        listed = {part.file for part in newest.parts}
+        for key in self._loose_keys() & newest.commits.keys():
+            files.remove(self._cell(key))
+        for name in replaced - listed:
+            files.remove(self._compacted / name)
+        for name in files.names_in(self._compacted):
+            if (match := _MANIFEST_NAME.fullmatch(name)) and int(match[1]) < newest.number - 1:
+                files.remove(self._compacted / name)
+        if not with_debris:
+            return
+        now = files.now(self._compacted)
+        for folder in (self._cells, self._compacted, self._attempts, self._sweeps):
+            for name in files.names_in(folder):
+                if name.startswith(".tmp-") or (_PART_NAME.fullmatch(name) and name not in listed):
+                    with contextlib.suppress(FileNotFoundError):
+                        if now - (folder / name).stat().st_mtime > DEBRIS_STALE_SECONDS:
+                            files.remove(folder / name)
+
+    def _tables(self) -> list[pa.Table]:
+        """Return all cells, each once: parts in the manifest's order, then loose cells by key."""
+        loose = sorted(self._loose_keys() - self._manifest().commits.keys())
+        tables = list(self._loose_tables(loose, {}))
+        manifest = self._manifest()  # after the loose files were read: whichever of them had been compacted meanwhile are in it
+        compacted = pa.array(manifest.commits.keys() & set(loose), pa.string())
+        if len(compacted):
+            tables = [table.filter(pc.invert(pc.is_in(table["key"], compacted))).combine_chunks() for table in tables]
+        return [table for part in manifest.parts for table in self._part_tables(part)] + tables
+
+
+def _touching(lock: Path, table: pa.Table) -> pa.Table:
+    with contextlib.suppress(FileNotFoundError):  # taken over: then the manifest decides whose work counts
+        os.utime(lock)
+    return table
+
+
+def _short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def read_results(store: str | Path | Store) -> Results:
+    """Read everything a store holds; writers and compactions may go on meanwhile.
+
+    Errors: StoreError naming the file that is damaged, of a newer version, or missing.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    if not store.root.is_dir():
+        raise StoreError("is not a store: no such directory", store.root, errno.ENOENT, "check the path; `iclgd run` makes a store")
+    for _ in range(10):
+        try:
+            tables = store._tables()
+            break
+        except Vanished as error:  # compacted or merged after it was listed
+            missing = error
+    else:
+        raise StoreError("is listed in the newest manifest and missing", str(missing))
+    return Results(**cells.flatten(tables), attempts=store.attempts())
