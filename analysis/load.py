@@ -204,7 +204,7 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     cells = results.cells.to_pandas()
     cells["collapsed"] = cells["collapsed"].eq(True)
     is_search = cells["origin"] == "search"
-    named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "origin", "sweep")] + ["tf32"]
+    named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "origin", "sweep")] + ["tf32"]
     grid = cells[~is_search].sort_values("created_at", kind="stable")
     latest = grid[~grid.duplicated(named, keep="last")].sort_values(["model", "task", "method", "learning_rate", "step", "seed", "order"], kind="stable")
     zero_shot, icl = (latest[latest["kind"] == kind] for kind in ("zero_shot", "icl"))

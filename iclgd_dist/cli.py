@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from iclgd_dist.config import MAX_CELLS_UNASKED, Sweep, SweepError, load_sweep
 from iclgd_dist.store import Store, StoreError
@@ -23,13 +25,26 @@ from iclgd_dist.store import Store, StoreError
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
 
-USAGE, STORAGE = 2, 74
+USAGE, STORAGE, INTERRUPTED, CONTROL_C = 2, 74, 75, 130
 app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help=__doc__.splitlines()[0].split(": ")[0] + ". Compare in-context learning with finetuning over a grid of learning rates and steps.",
-)  # type: ignore[union-attr]
+    pretty_exceptions_enable=False,  # they would show local variables
+    help="""Compare in-context learning with finetuning over a grid of learning rates and steps.
+
+A sweep file says what to compare. The commands in order of use:
+
+\b
+iclgd plan   sweeps/demo.toml   what it costs; nothing is written
+iclgd run    sweeps/demo.toml   compute what is missing; again resumes
+iclgd status results/demo       how far it is, also while it runs
+iclgd report results/demo       the table, and a page of figures
+
+\b
+Exit codes: 0 every cell is final; 2 wrong usage; 3 some cells failed;
+74 storage; 75 stopped by SIGTERM; 130 by Ctrl-C. Run again to resume.""",
+)
 console = Console(highlight=False)
 
 SweepFile = Annotated[str, typer.Argument(help="Sweep file, e.g. sweeps/demo.toml", metavar="SWEEP")]
@@ -39,10 +54,13 @@ Where = Annotated[str, typer.Argument(help="Store directory, or the sweep file w
 
 @app.command()
 def plan(sweep: SweepFile, store: StoreOption = None) -> None:
-    """Show what a sweep would run: cells, blocks, tokens, FLOPs, memory, time. Loads no model, writes nothing.
+    """Show what a sweep would run.
+
+    Cells, blocks, tokens, FLOPs, memory and time, by arithmetic on the actual prompts. Loads no model, writes no results.
 
     Example: iclgd plan sweeps/demo.toml
     """
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "2")  # seconds; where the hub does not answer, the file alone does
     loaded = load_sweep(sweep)
     results = Store(store or _store_of(loaded))
     planned = _plan(loaded, results, tolerate_unreachable=True)
@@ -58,7 +76,9 @@ def run(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
 ) -> None:
-    """Run a sweep: every cell that is not in the store yet. The same command again resumes.
+    """Run every cell that is not in the store yet.
+
+    The same command again resumes; a larger grid in the same file adds to what is there.
 
     Example: iclgd run sweeps/demo.toml
     """
@@ -71,25 +91,25 @@ def run(
     planned = _plan(loaded, results)
     _show_plan(loaded, planned, results)
     if not planned.blocks:
-        console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}")
+        console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True, markup=False)
         return
     results.prepare()
     results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
-    from iclgd_dist.runner import CONTROL_C, INTERRUPTED, run_sweep
+    from iclgd_dist.runner import DONE, FAILED, run_sweep
 
     code = run_sweep(loaded, planned, results, address=address, console=console)
-    if code in (CONTROL_C, INTERRUPTED):
-        console.print("stopped; what is committed stays. To resume:\n" + shlex.join(["iclgd", *sys.argv[1:]]), soft_wrap=True, markup=False)
-    elif code:
-        console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True)
-    else:
-        console.print(f"next: iclgd report {results.root}", soft_wrap=True)
+    if code == FAILED:
+        console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True, markup=False)
+    elif code == DONE:
+        console.print(f"next: iclgd report {results.root}", soft_wrap=True, markup=False)
     raise typer.Exit(code)
 
 
 @app.command()
 def status(store: Where) -> None:
-    """Show how far a store is: cells planned, done and diverged, blocks run, models loaded, attempts that failed. Works while a sweep runs.
+    """Show how far a store is, also while a sweep runs.
+
+    Cells planned and committed, blocks run, models loaded, attempts that failed.
 
     Example: iclgd status results/demo
     """
@@ -97,7 +117,7 @@ def status(store: Where) -> None:
     keys = results.keys()
     planned = {key for sweep in results.sweeps() for key in sweep["keys"]}
     attempts = results.attempts().to_pylist()
-    table = Table(title=f"{results.root}", title_justify="left", show_header=False, box=None)
+    table = Table(title=Text(str(results.root)), title_justify="left", show_header=False, box=None)
     for name, value in (
         ("cells planned", len(planned)),
         ("cells committed", len(keys)),
@@ -137,7 +157,7 @@ def report(
 
     results = _existing(store)
     show(load(results.root), console)
-    console.print(f"page: {write_report(results.root, out)}", soft_wrap=True)
+    console.print(f"page: {write_report(results.root, out)}", soft_wrap=True, markup=False)
 
 
 def _existing(where: str) -> Store:
@@ -168,9 +188,11 @@ class _silent:
 
 
 def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
-    for warning in planned.warnings:
-        console.print(f"[yellow]warning[/yellow] {warning}")
-    console.print(f"{sweep.name}: {planned.num_cells} cells in {planned.num_blocks_planned} blocks; store {store.root}", soft_wrap=True)
+    from iclgd_dist.runner import in_words
+
+    for line, kind, style in (*((w, "warning: ", "yellow") for w in planned.warnings), *((n, "note: ", "cyan") for n in planned.notes)):
+        console.print(Text.assemble((kind, style), line), soft_wrap=True)
+    console.print(f"{sweep.name}: {planned.num_cells:,} cells in {planned.num_blocks_planned:,} blocks; store {store.root}", soft_wrap=True, markup=False)
     for problem in planned.unreachable:
         console.print(f"not reachable: tokens, FLOPs and finished cells unknown ({problem})", markup=False, soft_wrap=True)
     if not planned.blocks:
@@ -179,20 +201,16 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
     flops = sum(cost.flops for cost in costs)
     rate = machine_gflops() * 1e9
     rows = {
-        "to run": f"{sum(len(block.cells) for block in planned.blocks)} cells in {len(planned.blocks)} blocks; {planned.num_done} are there",
+        "to run": f"{planned.num_to_run:,} cells in {len(planned.blocks):,} blocks; {planned.num_done:,} are there",
         "tokens": f"{sum(cost.training_tokens for cost in costs):,} trained, {sum(cost.capture_tokens for cost in costs):,} captured (times learning rates and steps)",
         "FLOPs": f"{flops:.2e}",
         "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor, the framework's own apart",
-        "time": f"about {_minutes(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
+        "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def machine_gflops(size: int = 768) -> float:
@@ -215,6 +233,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # while blocks run, the runner's own handlers
+        signal.signal(number, _stop)
     try:
         app()
     except SweepError as error:
@@ -223,6 +243,14 @@ def main() -> None:
     except StoreError as error:
         errors.print(str(error))
         raise SystemExit(STORAGE) from None
+    except SystemExit as end:
+        if end.code in (INTERRUPTED, CONTROL_C):
+            console.print("stopped; what is committed stays. To resume:\n" + shlex.join(["iclgd", *sys.argv[1:]]), soft_wrap=True, markup=False)
+        raise
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise SystemExit(CONTROL_C if number == signal.SIGINT else INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Resources(Frozen):
     max_actors: Count | None = None  # None = as many as fit the cluster
     device_map: Literal["auto", "balanced", "sequential", "cpu", "disk"] = "auto"
     max_memory: dict[str, str] = Field(default_factory=dict)  # per device, e.g. {"0" = "70GiB", "cpu" = "100GiB"}
-    tokens_per_batch: Count = 4096  # padded tokens of one micro-batch, over all lanes
+    tokens_per_batch: Count | None = None  # padded tokens of one micro-batch, over all lanes; None = by device
 
 
 class OwnTask(Frozen):
@@ -158,20 +158,20 @@ class Sweep(Frozen):
     @field_validator("tasks", "methods")
     @classmethod
     def _known(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if info.field_name == "methods" or "task" in info.data:  # a faulty [[task]] may be the one that is meant
-            own = (own.name for own in info.data.get("task", ()))
-            known = METHODS if info.field_name == "methods" else (*EMBEDDED_TASKS, *HUB_TASKS, *own)
+        what = "method" if info.field_name == "methods" else "task"
+        if what == "method" or "task" in info.data:  # a faulty [[task]] may be the one that is meant
+            known = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS, *(own.name for own in info.data["task"]))
             for number, name in enumerate(names):
                 if name not in known:
-                    raise _At(unknown(info.field_name[:-1], name, known), number)
+                    raise _At(unknown(what, name, known), number)
         return tuple(dict.fromkeys(names))
 
     @field_validator("seeds")
     @classmethod
     def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        for number, seed in enumerate(seeds):
-            if seed in seeds[:number]:
-                raise _At(f"must be distinct, got {seed} more than once", number)
+        if len(set(seeds)) < len(seeds):
+            number = next(n for n, seed in enumerate(seeds) if seed in seeds[:n])
+            raise _At(f"must be distinct, got {seeds[number]} more than once", number)
         return seeds
 
     @field_validator("num_demonstrations", "steps")
@@ -385,7 +385,7 @@ def _statements(text: str) -> Iterator[tuple[int, tuple[Any, ...], str]]:
 def _lines_before(statement: str, item: int) -> int:
     """Return how many lines of `key = [...]` come before the one that holds an item of the list."""
     lines = statement.split("\n")
-    for number in range(len(lines)):
+    for number in range(len(lines) - 1):
         try:
             value = tomllib.loads("\n".join(lines[: number + 1]) + "\n]")
             while isinstance(value, dict):
@@ -394,4 +394,4 @@ def _lines_before(statement: str, item: int) -> int:
             continue
         if len(value) > item:
             return number
-    return 0
+    return len(lines) - 1

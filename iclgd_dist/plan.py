@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
-from iclgd_dist.config import METHOD_VERSIONS, ModelSpec, Protocol, Resources, Sweep
+from iclgd_dist.config import HUB_TASKS, METHOD_VERSIONS, ModelSpec, Protocol, Resources, Sweep, SweepError
 from iclgd_dist.families import family_of
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify, load_tokenizer
-from iclgd_dist.tasks import Draw, Encoded, draw, encode, fits_context, load_task
+from iclgd_dist.tasks import Draw, Encoded, Query, Task, draw_demonstrations, draw_queries, encode, fits_context, load_task
 
 KEY_SCHEMA = 1
+MAX_CELLS = 10_000_000  # more would take hours to write down
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,17 @@ class Plan:
 
     num_cells: int
     num_done: int
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # distinct
     blocks: tuple[Block, ...]
     num_blocks_planned: int
     unreachable: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what may be a mistake
+    notes: tuple[str, ...] = ()  # what a reader of the results must know
+
+    @property
+    def num_to_run(self) -> int:
+        """Cells that remain; the zero-shot cell that blocks of one task share counts once."""
+        return len({cell.key for block in self.blocks for cell in block.cells})
 
 
 def count_cells(sweep: Sweep) -> tuple[int, int]:
@@ -118,104 +127,164 @@ def count_cells(sweep: Sweep) -> tuple[int, int]:
 
 
 def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreachable: bool = False, progress: Callable[[str], None] = lambda text: None) -> Plan:
-    """Expand, subtract the keys in `finished`, group and estimate.
+    """Expand, subtract the keys in `finished`, group and estimate. Blocks are ordered by model, then seed, then task.
 
     Errors: SweepError for a task, model, label, prompt or draw that cannot be used; SourceUnreachable unless tolerated.
     """
-    blocks: list[Block] = []
-    keys: list[str] = []
-    unreachable: list[str] = []
-    warnings = list(sweep.warnings)
+    num_cells, num_blocks = count_cells(sweep)
+    if num_cells > MAX_CELLS:
+        raise SweepError(f"a sweep has at most {MAX_CELLS:,} cells, got {num_cells:,}; ask for fewer seeds, orders or learning rates")
+    said = _Said(list(sweep.warnings))
     for k in sweep.num_demonstrations:
         if too_far := [step for step in sweep.steps if step > k]:
-            warnings.append(f"num_demonstrations {k}: steps {', '.join(map(str, too_far))} exceed its {k} updates and are left out")
+            said.warnings.append(f"num_demonstrations {k}: steps {', '.join(map(str, too_far))} exceed its {k} updates and are left out")
+    keys: dict[str, None] = {}
+    blocks: list[Block] = []
+    tasks: dict[str, Task | None] = {}
     for spec in sweep.models:
-        progress(f"identifying {spec.source}")
         try:
+            progress(f"identifying {spec.source}")
             model = identify(spec, folder=sweep.folder)
             family_of(model.model_type)
             progress(f"reading the tokenizer of {model.name}")
-            encoder = _Encoder(sweep, model)
-            found = [block for seed in sweep.seeds for task in sweep.tasks for block in _blocks(sweep, spec, model, task, seed, encoder)]
+            encoder = _Encoder(sweep, model, said)
         except SourceUnreachable as error:
             if not tolerate_unreachable:
                 raise
-            unreachable.append(str(error))
+            said.unreachable.append(str(error))
             continue
-        for block in found:
-            keys += [cell.key for cell in block.cells]
-            missing = tuple(cell for cell in block.cells if cell.key not in finished)
-            if missing:
-                blocks.append(with_cells(block, missing, encoder.encoded(block)))
-    distinct = tuple(dict.fromkeys(keys))
-    num_cells, num_blocks = count_cells(sweep)
-    return Plan(num_cells, sum(key in finished for key in distinct), distinct, tuple(blocks), num_blocks, tuple(unreachable), tuple(dict.fromkeys(warnings)))
+        for seed, name in product(sweep.seeds, sweep.tasks):
+            if name not in tasks:
+                progress(f"reading {name}")
+                tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
+            if (task := tasks[name]) is None:
+                continue
+            progress(f"drawing {name}, seed {seed}")
+            for block, encoded in _blocks(sweep, spec, model, task, seed, encoder):
+                missing = tuple(cell for cell in block.cells if cell.key not in finished)
+                if any(cell.key not in keys for cell in missing):  # else another block does all of it
+                    blocks.append(with_cells(block, missing, encoded))
+                keys |= dict.fromkeys(cell.key for cell in block.cells)
+    if not said.unreachable and len(keys) < num_cells:
+        said.warnings.append(f"models with the same content: {num_cells - len(keys)} cells are others' and count once")
+        num_cells = len(keys)
+    unreachable, warned, notes = (tuple(dict.fromkeys(lines)) for lines in (said.unreachable, said.warnings, said.notes))
+    return Plan(num_cells, sum(key in finished for key in keys), tuple(keys), tuple(blocks), num_blocks, unreachable, warned, notes)
+
+
+@dataclass
+class _Said:
+    """What a plan has to tell, as it is found; the same line may come many times."""
+
+    warnings: list[str]
+    notes: list[str] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
+
+
+def _load(sweep: Sweep, name: str, said: _Said, *, tolerate_unreachable: bool) -> Task | None:
+    """Return the task, or None where the dataset hub cannot be reached and that is tolerated."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            task = load_task(name, own=sweep.own_task(name), folder=sweep.folder)
+    except SweepError as error:
+        # A cause: the hub or its client failed. Without one, the data are there and wrong.
+        if not (tolerate_unreachable and name in HUB_TASKS and error.__cause__ is not None):
+            raise
+        said.unreachable.append(str(error))
+        return None
+    said.warnings += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    if sweep.num_queries > len(task.queries):
+        said.warnings.append(f"task {name!r}: its query pool holds {len(task.queries)}; all of them are taken, instead of num_queries = {sweep.num_queries}")
+    return task
 
 
 class _Encoder:
-    """Draws and token ids of one model's blocks, made once."""
+    """Draws and token ids for one model. Each text is tokenised once and each task's queries are drawn once, however many draws share them."""
 
-    def __init__(self, sweep: Sweep, model: ModelIdentity) -> None:
-        self.sweep, self.tokenizer = sweep, load_tokenizer(model)
+    def __init__(self, sweep: Sweep, model: ModelIdentity, said: _Said) -> None:
+        self.sweep, self.said, self.tokenizer = sweep, said, _Remembering(load_tokenizer(model))
         self.max_positions = max_positions(model.config)
-        self.cache: dict[Draw, Encoded] = {}
+        self.queries: dict[str, tuple[tuple[Query, ...], int]] = {}
 
-    def draw(self, task: str, k: int, seed: int, order: int) -> Draw:
+    def draw(self, task: Task, k: int, seed: int, order: int) -> Draw:
         sweep = self.sweep
-        loaded = load_task(task, own=sweep.own_task(task), folder=sweep.folder)
-        fits = fits_context(self.tokenizer, loaded, protocol=sweep.protocol, max_positions=self.max_positions)
-        return draw(loaded, num_demonstrations=k, seed=seed, order=order, num_queries=sweep.num_queries, query_seed=sweep.query_seed, fits=fits)
+        if task.name not in self.queries:
+            fits = fits_context(self.tokenizer, task, protocol=sweep.protocol, max_positions=self.max_positions)
+            num_queries = min(sweep.num_queries, len(task.queries))
+            self.queries[task.name] = draw_queries(task, num_queries=num_queries, query_seed=sweep.query_seed, fits=fits)
+        queries, num_left_out = self.queries[task.name]
+        demonstrations = draw_demonstrations(task, num_demonstrations=k, seed=seed, order=order)
+        assert not {example.prompt for example in demonstrations} & {query.prompt for query in queries}
+        return Draw(task.name, task.template, task.label_words, demonstrations, queries, num_left_out)
 
-    def encoded(self, block: Block) -> Encoded:
-        if block.draw not in self.cache:
-            self.cache[block.draw] = encode(block.draw, self.tokenizer, protocol=block.protocol, max_positions=self.max_positions)
-        return self.cache[block.draw]
+    def encode(self, draw: Draw) -> Encoded:
+        encoded = encode(draw, self.tokenizer, protocol=self.sweep.protocol, max_positions=self.max_positions)
+        for word, ids in zip(draw.label_words, encoded.label_ids, strict=True):
+            if len(ids) > 1:
+                self.said.notes.append(f"label {word!r} of {draw.task} has {len(ids)} tokens; scored by the mean of their log-probabilities")
+        return encoded
 
 
-def _blocks(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, task: str, seed: int, encoder: _Encoder) -> Iterable[Block]:
+class _Remembering:
+    """A tokenizer that remembers the ids of every text it was given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._known = tokenizer, dict[str, list[int]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            self._known.update(zip(new, self._tokenizer(new, **options)["input_ids"], strict=True))
+        return {"input_ids": [self._known[text] for text in texts]}
+
+
+def _blocks(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, task: Task, seed: int, encoder: _Encoder) -> Iterator[tuple[Block, Encoded]]:
     storage = spec.storage_dtype or str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
-    for k in sweep.num_demonstrations:
-        for order in range(sweep.orders):
-            drawn = encoder.draw(task, k, seed, order)
-            base = {
-                "schema": KEY_SCHEMA,
-                "model": model.content_hash,
-                "storage_dtype": storage,
-                "compute_dtype": spec.compute_dtype,
-                "task": task,
-                "template": drawn.template,
-                "label_words": list(drawn.label_words),
-                "queries": [[query.id, query.prompt, query.label] for query in drawn.queries],
-                **{f"protocol.{name}": value for name, value in sweep.protocol.model_dump(exclude_defaults=True).items()},
-            }
-            shown = base | {"demonstrations": [[d.id, d.prompt, d.label] for d in drawn.demonstrations], "seed": seed, "order": order}
-            cells = [Cell(key_of(base | {"kind": "zero_shot"}), "zero_shot"), Cell(key_of(shown | {"kind": "icl"}), "icl")]
-            # Hashed once for the block: a cell's key is the hash of its draw's hash and its own few values.
-            trained = {"kind": "finetuned", "draw": key_of(shown)}
-            for method, rates in sweep.learning_rates.items():
-                for rate in rates:
-                    for step in sweep.steps:
-                        if step <= k:
-                            point = {"method": method, "method_version": METHOD_VERSIONS[method], "learning_rate": float(rate).hex(), "step": step}
-                            cells.append(Cell(key_of(trained | point), "finetuned", method, rate, step))
-            block = Block(
-                name="",
-                model=model,
-                spec=spec,
-                storage_dtype=storage,
-                protocol=sweep.protocol,
-                resources=sweep.resources,
-                draw=drawn,
-                num_demonstrations=k,
-                seed=seed,
-                order=order,
-                query_seed=sweep.query_seed,
-                sweep=sweep.name,
-                cells=tuple(cells),
-                cost=Cost(0, 0, 0.0, 0.0, 0.0),
-            )
-            encoder.encoded(block)  # labels, tokens and context length are checked before anything is loaded
-            yield block
+    for k, order in product(sweep.num_demonstrations, range(sweep.orders)):
+        drawn = encoder.draw(task, k, seed, order)
+        block = Block(
+            name="",
+            model=model,
+            spec=spec,
+            storage_dtype=storage,
+            protocol=sweep.protocol,
+            resources=sweep.resources,
+            draw=drawn,
+            num_demonstrations=k,
+            seed=seed,
+            order=order,
+            query_seed=sweep.query_seed,
+            sweep=sweep.name,
+            cells=_cells(sweep, spec, model, storage, drawn, k, seed, order),
+            cost=Cost(0, 0, 0.0, 0.0, 0.0),
+        )
+        yield block, encoder.encode(drawn)  # labels, tokens and context length are checked before anything is loaded
+
+
+def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, drawn: Draw, k: int, seed: int, order: int) -> tuple[Cell, ...]:
+    base = {
+        "schema": KEY_SCHEMA,
+        "model": model.content_hash,
+        "storage_dtype": storage,
+        "compute_dtype": spec.compute_dtype,
+        "task": drawn.task,
+        "template": drawn.template,
+        "label_words": list(drawn.label_words),
+        "queries": [[query.id, query.prompt, query.label] for query in drawn.queries],
+        **{f"protocol.{name}": value for name, value in sweep.protocol.model_dump(exclude_defaults=True).items()},
+    }
+    shown = base | {"demonstrations": [[d.id, d.prompt, d.label] for d in drawn.demonstrations], "seed": seed, "order": order}
+    cells = [Cell(key_of(base | {"kind": "zero_shot"}), "zero_shot"), Cell(key_of(shown | {"kind": "icl"}), "icl")]
+    # Hashed once for the block: a cell's key is the hash of its draw's hash and its own few values.
+    trained = {"kind": "finetuned", "draw": key_of(shown)}
+    for method, rates in sweep.learning_rates.items():
+        for rate, step in product(rates, [step for step in sweep.steps if step <= k]):
+            point = {"method": method, "method_version": METHOD_VERSIONS[method], "learning_rate": float(rate).hex(), "step": step}
+            cells.append(Cell(key_of(trained | point), "finetuned", method, rate, step))
+    return tuple(cells)
 
 
 def key_of(values: dict[str, Any]) -> str:
@@ -238,11 +307,11 @@ def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
     """
     parts = list(blocks)
     while 0 < len(parts) < num_actors:
-        largest = max(range(len(parts)), key=lambda n: (parts[n].cost.flops, -n))
-        halves = halve(parts[largest])
-        if len(halves) == 1:
+        wide = [number for number, part in enumerate(parts) if len(halve(part)) == 2]
+        if not wide:
             break
-        parts[largest : largest + 1] = halves
+        largest = max(wide, key=lambda number: (parts[number].cost.flops, -number))
+        parts[largest : largest + 1] = halve(parts[largest])
     return tuple(parts)
 
 

@@ -22,6 +22,10 @@ from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel, listening
 
 
+# Measured on two CPU cores: 1,024 tokens a micro-batch stay in the cache and take 3/4 of the time of 4,096. A GPU wants larger ones.
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+
+
 @dataclass(frozen=True)
 class _Row:
     """One row of a micro-batch: a query's prompt, and all but the last token of one label that has several."""
@@ -80,10 +84,11 @@ class QueryPass:
         lead: Sequence[int] = (),
         prefix: Prefix | None = None,
         num_lanes: int = 1,
-        tokens_per_batch: int = 4096,
+        tokens_per_batch: int | None = None,
         numbers: Sequence[int] | None = None,
     ) -> None:
         self.lm, self.label_ids, self.num_lanes = lm, label_ids, num_lanes
+        tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(lm.input_device.type, TOKENS_PER_BATCH["cuda"])
         numbers = list(range(len(query_ids))) if numbers is None else list(numbers)
         self.slot = {number: slot for slot, number in enumerate(numbers)}
         lead = () if prefix else tuple(lead)

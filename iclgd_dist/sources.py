@@ -366,7 +366,7 @@ def _answer(call: Callable[[], Any], seconds: float) -> Any:
     def ask() -> None:
         try:
             future.set_result(call())
-        except Exception as error:  # noqa: BLE001 - handed to who asked
+        except Exception as error:  # raised again where the answer is waited for
             future.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()

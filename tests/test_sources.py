@@ -23,6 +23,7 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -491,6 +492,11 @@ def test_what_a_killed_conversion_left_is_thrown_away(tmp_path: Path) -> None:
     sources._make_once(target, fail)  # it is there: nothing is made
 
 
+def test_a_gguf_whose_tokenizer_changes_when_it_is_saved_is_refused(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: lambda text: {"input_ids": [0]})
+    assert "its tokenizer changes when it is saved" in message(gguf_file)
+
+
 def test_a_gguf_that_is_not_the_planned_one_is_not_converted(gguf_file: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copy(gguf_file, tmp_path / "tiny.gguf"))
     found = identify(copy)
@@ -567,7 +573,7 @@ class Hub:
         assert files_metadata and timeout <= 3
         if self.error:
             raise self.error
-        siblings = [SimpleNamespace(rfilename="onnx/config.json", lfs=None)]
+        siblings = [SimpleNamespace(rfilename=f"onnx/{name}", lfs=None) for name in ("config.json", "tokenizer.model", WEIGHTS)]
         for path in self.directory.iterdir():
             large = SimpleNamespace(sha256=hashlib.sha256(path.read_bytes()).hexdigest()) if path.stat().st_size > 5000 else None
             siblings.append(SimpleNamespace(rfilename=path.name, lfs=large))
