@@ -1,0 +1,15 @@
+"""Compare in-context learning with finetuning over grids of learning rates and steps. Names are resolved when first used: no torch until then."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {"load_sweep": "config", "read_results": "store", "Store": "store"}
+__all__ = ["Store", "load_sweep", "read_results"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

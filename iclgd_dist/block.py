@@ -8,6 +8,7 @@ the context and the in-context queries, and every bottom-up method with the capt
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import platform
@@ -80,8 +81,9 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
             baselines.climb(layer, index)
             yield progress.at(f"layer {index + 1}/{lm.num_layers}", share.baseline / lm.num_layers)
             for ride in riding:
-                ride.climb(layer, index)
-                yield progress.at(f"{ride.method.name}, layer {index + 1}/{lm.num_layers}", share.of(ride.method.name) / lm.num_layers)
+                pieces = len(ride.passes) * lm.num_layers
+                for step in ride.climb(layer, index):
+                    yield progress.at(f"{ride.method.name}, layer {index + 1}/{lm.num_layers}, step {step}", share.of(ride.method.name) / pieces)
     baseline = baselines.compare()
     progress.num_baselines += 2
     commit.baseline(baseline)
@@ -209,10 +211,12 @@ class _Ride:
         self.passes = {step: _queries(lm, block, encoded, num_lanes=num_lanes) for step in self.trajectory.steps}
         self.num_steps = self.trajectory.steps[-1] * num_lanes
 
-    def climb(self, layer: Any, index: int) -> None:
+    def climb(self, layer: Any, index: int) -> Iterator[int]:
+        """Train layer `index` and move the queries of every probed step through it, yielding each step when it is done."""
         for probe in self.method.train_layer(self.lm, index, layer, self.inputs, self.trajectory.learning_rates, steps=self.trajectory.steps):
             self.trajectory.add_layer(self.lm, index, probe)
             self.passes[probe.step].climb(layer, index, probe.deltas)
+            yield probe.step
 
 
 class _Committer:
@@ -246,7 +250,8 @@ class _Committer:
                     num_queries_left_out=self.block.draw.num_queries_left_out,
                 )
             else:
-                row = finetuned_row(baseline, capture, training=trajectory.record(lane, step), random_seed=int(cell.key[:15], 16))
+                with _one_thread():
+                    row = finetuned_row(baseline, capture, training=trajectory.record(lane, step), random_seed=int(cell.key[:15], 16))
             found.append((cell, row))
         self._commit(found, num_lanes=len(trajectory.learning_rates))
 
@@ -257,6 +262,17 @@ class _Committer:
             self.progress.num_cells += self.store.commit(self.block.identity(cell) | row | self.shared | made)
         if rows:
             self.since = time.perf_counter()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compare captures on one thread: thousands of small products, each of which would wait for the slowest thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Shares:

@@ -146,6 +146,10 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
             progress(f"identifying {spec.source}")
             model = identify(spec, folder=sweep.folder)
             family_of(model.model_type)
+            for name in sweep.tasks:  # before a tokenizer, which takes seconds to import
+                if name not in tasks:
+                    progress(f"reading {name}")
+                    tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
             progress(f"reading the tokenizer of {model.name}")
             encoder = _Encoder(sweep, model, said)
         except SourceUnreachable as error:
@@ -154,9 +158,6 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
             said.unreachable.append(str(error))
             continue
         for seed, name in product(sweep.seeds, sweep.tasks):
-            if name not in tasks:
-                progress(f"reading {name}")
-                tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
             if (task := tasks[name]) is None:
                 continue
             progress(f"drawing {name}, seed {seed}")
@@ -193,6 +194,7 @@ def _load(sweep: Sweep, name: str, said: _Said, *, tolerate_unreachable: bool) -
             raise
         said.unreachable.append(str(error))
         return None
+    draw_demonstrations(task, num_demonstrations=max(sweep.num_demonstrations), seed=0)  # are there enough?
     said.warnings += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     if sweep.num_queries > len(task.queries):
         said.warnings.append(f"task {name!r}: its query pool holds {len(task.queries)}; all of them are taken, instead of num_queries = {sweep.num_queries}")

@@ -1,0 +1,105 @@
+"""Real Ray on this machine: loopback only, killed drivers, signals. One small sweep on a tiny model, driven through the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from iclgd_dist.config import load_sweep
+from iclgd_dist.plan import make_plan
+from iclgd_dist.store import Store, read_results
+
+pytestmark = pytest.mark.slow
+ICLGD = [sys.executable, "-m", "iclgd_dist.cli"]
+
+
+@pytest.fixture
+def long_sweep(sweep_file: Path) -> Path:
+    """Return a sweep of some 20 blocks of a second or so, for one actor."""
+    text = sweep_file.read_text().replace("seeds = [1, 2]", f"seeds = {list(range(1, 21))}")
+    text = re.sub(r"num_queries = 8", "num_queries = 16", text) + "\n[resources]\nmax_actors = 1\n"
+    sweep_file.write_text(text)
+    return sweep_file
+
+
+def start(sweep: Path) -> subprocess.Popen:
+    return subprocess.Popen([*ICLGD, "run", str(sweep)], cwd=sweep.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def committed(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (store / "cells").glob("[0-9a-f]*.parquet")}
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_a_driver_killed_in_the_middle_loses_nothing_and_nothing_is_computed_twice(long_sweep: Path) -> None:
+    store = long_sweep.parent / "results" / "tiny"
+    planned = make_plan(load_sweep(long_sweep))
+    process = start(long_sweep)
+    wait_for(lambda: len(committed(store)) >= 12, process)
+    listening = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for child in [psutil.Process(process.pid), *descendants(process)]
+        for connection in child.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    children = descendants(process)
+    process.kill()
+    process.wait()
+    assert listening == {"127.0.0.1"}
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, f"left behind: {alive}"
+    before = committed(store)
+    assert 12 <= len(before) < len(set(planned.keys))
+
+    resumed = subprocess.run([*ICLGD, "run", str(long_sweep)], cwd=long_sweep.parent, capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    results = read_results(store)
+    assert sorted(results.cells["key"].to_pylist()) == sorted(set(planned.keys)), "each planned cell once"
+    done = Store(store).attempts().to_pylist()
+    # What the killed run had committed was not computed again: at most the block in flight was.
+    clean = sum(8 * 4 // 2 for _ in planned.blocks)
+    recomputed = sum(attempt["num_training_steps"] for attempt in done) - clean
+    assert recomputed <= 16
+    after = {path.name for path in (store / "cells").glob("[0-9a-f]*.parquet")}
+    assert after == set() or all((store / "cells" / name).read_bytes() == before[name] for name in after & before.keys())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_run_in_order_and_prints_how_to_resume(long_sweep: Path, number: signal.Signals, code: int) -> None:
+    store = long_sweep.parent / "results" / "tiny"
+    process = start(long_sweep)
+    wait_for(lambda: len(committed(store)) >= 3, process)
+    sent = time.monotonic()
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert time.monotonic() - sent < 30
+    assert output.rstrip().splitlines()[-1].endswith(f"run {long_sweep}")
+    assert not (store / "cells").joinpath(".tmp").exists()
+    assert not list(store.glob(".tune-*"))
+
+
+def test_more_cpus_than_a_node_has_are_refused_with_both_numbers(sweep_file: Path) -> None:
+    sweep_file.write_text(sweep_file.read_text() + "\n[resources]\ncpus_per_actor = 4000\n")
+    said = subprocess.run([*ICLGD, "run", str(sweep_file)], cwd=sweep_file.parent, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 2
+    assert re.search(r"cpus_per_actor = 4000, but no node of the cluster has more than \d+", said.stderr)
