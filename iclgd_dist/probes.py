@@ -21,7 +21,6 @@ from iclgd_dist.layerwise import Prefix, Replay
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel, listening
 
-
 # Measured on two CPU cores: 1,024 tokens a micro-batch stay in the cache and take 3/4 of the time of 4,096. A GPU wants larger ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 

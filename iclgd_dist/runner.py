@@ -11,13 +11,11 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -273,13 +271,3 @@ def _shown(counts: Counts, console: Console) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def default_store(sweep_or_store: str) -> Path:
-    """Return the store a command means: results/<name> for a sweep file, the directory itself otherwise."""
-    path = Path(sweep_or_store)
-    return Path("results") / path.stem if path.suffix == ".toml" else path
-
-
-def stderr() -> Console:
-    return Console(file=sys.stderr)

@@ -97,7 +97,9 @@ def test_out_of_memory_halves_the_lanes_and_finishes(blocks: tuple[Block, ...], 
     assert sorted(attempt["outcome"] for attempt in store.attempts().to_pylist()) == ["done", "done", "oom"]
 
 
-def test_a_single_lane_that_does_not_fit_leaves_an_attempt_and_its_cells_pending(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_lane_that_does_not_fit_leaves_an_attempt_and_its_cells_pending(
+    blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out_of_memory_above(0, monkeypatch)
     last = run(ModelHost(str(store.root), "run", 2), blocks[0])
     assert last["outcome"] == "oom"

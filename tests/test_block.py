@@ -62,7 +62,9 @@ def test_a_block_commits_every_planned_cell_once_with_its_identity(sweep_file: P
         assert json.loads(row["versions"])["torch"] == torch.__version__
     results = read_results(store)
     assert len(results.examples) == 10 * 8
-    assert {(row["layer"], row["fold"]) for row in results.layers.to_pylist() if row["key"] == block.cells[-1].key} == {(n, f) for n in (0, 1) for f in ("A", "B", "all")}
+    assert {(row["layer"], row["fold"]) for row in results.layers.to_pylist() if row["key"] == block.cells[-1].key} == {
+        (n, f) for n in (0, 1) for f in ("A", "B", "all")
+    }
 
 
 def test_running_a_block_again_commits_nothing(sweep_file: Path, tmp_path: Path) -> None:
@@ -116,7 +118,10 @@ def test_learning_rate_zero_predicts_as_zero_shot_and_every_similarity_is_null(s
 
 
 def test_a_diverging_lane_is_a_row_and_leaves_the_other_lanes_bit_equal(sweep_file: Path, tmp_path: Path) -> None:
-    good, bad = planned(sweep_file, dtype="float32", vanilla="[0.003, 0.05]"), planned(sweep_file, dtype="float32", vanilla="[0.003, 1e38]", layer_causal="[0.003, 1e38]")
+    good, bad = (
+        planned(sweep_file, dtype="float32", vanilla="[0.003, 0.05]"),
+        planned(sweep_file, dtype="float32", vanilla="[0.003, 1e38]", layer_causal="[0.003, 1e38]"),
+    )
     stores = Store(tmp_path / "good"), Store(tmp_path / "bad")
     for block, store in zip((good, bad), stores, strict=True):
         store.prepare()

@@ -120,7 +120,7 @@ def test_the_paper_is_planned_from_its_file_alone_without_slow_imports(tmp_path:
         code, out, errors, imported = iclgd(tmp_path, "plan", str(PAPER), **environment)
         assert time.monotonic() - start < 10  # about 1 s alone; the machine may be busy
         assert (code, errors, imported) == (0, "", set())
-        assert out.startswith("paper: 3,996 cells in 30 blocks; store results/paper\nnot reachable: tokens, FLOPs and finished cells unknown (model 'KoboldAI/")
+        assert out.startswith("paper: 4,002 cells in 36 blocks; store results/paper\nnot reachable: tokens, FLOPs and finished cells unknown (model 'KoboldAI/")
         assert out.count("\n") == 2
         code, out, errors, imported = iclgd(tmp_path, "run", str(PAPER), **environment)
         assert (code, out, imported) == (2, "", set())

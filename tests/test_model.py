@@ -51,7 +51,11 @@ def test_weights_come_in_once_while_a_layer_is_resident(tmp_path: Path, monkeypa
     lm = loaded(tmp_path, device_map="disk")
     loads: list[str] = []
     real = hooks.set_module_tensor_to_device
-    monkeypatch.setattr(hooks, "set_module_tensor_to_device", lambda module, name, device, **k: (loads.append(name) if str(device) != "meta" else None, real(module, name, device, **k))[1])
+    monkeypatch.setattr(
+        hooks,
+        "set_module_tensor_to_device",
+        lambda module, name, device, **k: (loads.append(name) if str(device) != "meta" else None, real(module, name, device, **k))[1],
+    )
     replays = [Replay(lm, torch.tensor([ids(5, seed=n)])) for n in range(4)]
     loads.clear()
     with torch.no_grad(), lm.resident(0) as layer:
