@@ -32,11 +32,10 @@ from iclgd_dist.model import LanguageModel
 from iclgd_dist.plan import Block, Cell, max_positions
 from iclgd_dist.probes import QueryPass
 from iclgd_dist.rows import Baseline, Row, TrainingRecord, diverged_row, finetuned_row, icl_row, make_baseline, zero_shot_row
+from iclgd_dist.schema import NUM_NOISE_QUERIES
 from iclgd_dist.store import Store
 from iclgd_dist.tasks import Encoded, encode
 from iclgd_dist.updates import METHODS, BottomUp, LaneInputs, Probe, TrainingSequence, first_bad_step
-
-NOISE_QUERIES = 32
 
 
 @dataclass
@@ -123,7 +122,7 @@ class _Baselines:
         self.prefix = Prefix(lm, torch.tensor(encoded.context_ids))
         self.zero_shot = _queries(lm, block, encoded)
         self.in_context = _queries(lm, block, encoded, prefix=self.prefix)
-        self.again = _queries(lm, block, encoded, tokens_per_batch=1, numbers=range(min(NOISE_QUERIES, len(encoded.queries))))
+        self.again = _queries(lm, block, encoded, tokens_per_batch=1, numbers=range(min(NUM_NOISE_QUERIES, len(encoded.queries))))
 
     @torch.no_grad()
     def climb(self, layer: Any, index: int) -> None:
@@ -134,8 +133,6 @@ class _Baselines:
 
     def compare(self) -> Baseline:
         (zero_shot,), (again,), (in_context,) = self.zero_shot.captures(), self.again.captures(), self.in_context.captures()
-        count, width = again.attention_LQD.shape[1], again.scores_LQHT.shape[3]
-        first = Capture(zero_shot.attention_LQD[:, :count], zero_shot.scores_LQHT[:, :count, :, :width], zero_shot.label_scores_QC[:count])
         for name, capture in (("zero-shot", zero_shot), ("in-context", in_context)):
             if not capture.is_finite():
                 raise ArithmeticError(f"{self.block.name}: the {name} states of {self.block.model.name} are not finite in {self.block.spec.compute_dtype}")
@@ -143,7 +140,7 @@ class _Baselines:
         return make_baseline(
             zero_shot=zero_shot,
             in_context=in_context,
-            noise=noise_floor(first, again),
+            noise=noise_floor(zero_shot, again),
             gold_Q=[query.label for query in queries],
             folds_Q=[query.fold for query in queries],
             query_ids=[query.id for query in queries],

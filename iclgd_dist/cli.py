@@ -204,7 +204,7 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         "to run": f"{planned.num_to_run:,} cells in {len(planned.blocks):,} blocks; {planned.num_done:,} are there",
         "tokens": f"{sum(cost.training_tokens for cost in costs):,} trained, {sum(cost.capture_tokens for cost in costs):,} captured (times learning rates and steps)",
         "FLOPs": f"{flops:.2e}",
-        "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor, the framework's own apart",
+        "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor",
         "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
     table = Table(show_header=False, box=None)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NUM_NOISE_QUERIES = 32
+from iclgd_dist.schema import NUM_NOISE_QUERIES
+
 FLOOR_FACTOR = 10.0  # a change counts from more than this many times the noise floor
 
 

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from iclgd_dist.config import HUB_TASKS, METHOD_VERSIONS, ModelSpec, Protocol, Resources, Sweep, SweepError
+from iclgd_dist.cost import Cost, cost_of
 from iclgd_dist.families import family_of
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify, load_tokenizer
 from iclgd_dist.tasks import Draw, Encoded, Query, Task, draw_demonstrations, draw_queries, encode, fits_context, load_task
@@ -31,17 +32,6 @@ class Cell:
     method: str | None = None
     learning_rate: float | None = None
     step: int | None = None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a block costs, by arithmetic on its actual tokens."""
-
-    training_tokens: int  # tokens x lanes that go forward and backward
-    capture_tokens: int  # tokens x lanes x probed steps that go forward, baselines included
-    flops: float  # matrix products, without padding
-    baseline_flops: float  # the part that does not shrink when lanes are split over actors
-    peak_gib: float  # weights, deltas and captures; not the framework itself
 
 
 @dataclass(frozen=True)
@@ -299,7 +289,8 @@ def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block
     named = hashlib.sha256("\n".join(sorted(cell.key for cell in cells)).encode()).hexdigest()[:8]
     name = f"{block.draw.task}-k{block.num_demonstrations}-s{block.seed}-o{block.order}-{named}"
     block = replace(block, cells=cells, name=name)
-    return replace(block, cost=cost_of(block, encoded))
+    lanes = {method: (len(block.learning_rates(method)), block.steps(method)) for method in METHOD_VERSIONS if block.learning_rates(method)}
+    return replace(block, cost=cost_of(encoded, config=block.model.config, compute_dtype=block.spec.compute_dtype, lanes=lanes))
 
 
 def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
@@ -335,63 +326,3 @@ def halve(block: Block) -> tuple[Block, ...]:
 
 def max_positions(config: dict[str, Any]) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    layers: int
-    width: int
-    vocabulary: int
-    layer_weights: int  # matrix elements of one decoder layer
-    trained_weights: int  # of K and V of one layer
-
-    @staticmethod
-    def of(config: dict[str, Any]) -> _Sizes:
-        def first(*names: str, default: int = 0) -> int:
-            return next((int(config[name]) for name in names if config.get(name)), default)
-
-        width = first("hidden_size", "n_embd", "d_model")
-        heads = first("num_attention_heads", "n_head", "attention_heads", default=1)
-        head_width = first("head_dim", default=width // heads)
-        kv = first("num_key_value_heads", default=heads) * head_width
-        inner = first("intermediate_size", "n_inner", "ffn_dim", default=4 * width)
-        gated = 3 if config.get("model_type") in ("llama", "qwen3") else 2
-        attention = 2 * width * heads * head_width + 2 * width * kv
-        layers = first("num_hidden_layers", "n_layer", "num_layers")
-        return _Sizes(layers, width, first("vocab_size"), attention + gated * width * inner, 2 * width * kv)
-
-
-def cost_of(block: Block, encoded: Encoded) -> Cost:
-    """Estimate a block from the shapes of its model and the lengths of its prompts."""
-    sizes = _Sizes.of(block.model.config)
-    body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
-    head = 2.0 * sizes.width * sizes.vocabulary  # of one position's logits
-    query_tokens = sum(len(ids) for ids in encoded.queries)
-    lead = len(encoded.prefix_ids) * len(encoded.queries)
-    label_rows = len(encoded.queries) * max(1, sum(len(ids) > 1 for ids in encoded.label_ids))
-    captured = query_tokens * 2 + lead + len(encoded.context_ids)  # zero-shot, in-context, the context itself
-    baseline = captured * body + 2 * label_rows * head + min(32, len(encoded.queries)) * (query_tokens + lead) / len(encoded.queries) * body
-    training = 0
-    flops = baseline
-    delta_elements, capture_elements = 0.0, 2.0
-    for method in {cell.method for cell in block.cells if cell.method}:
-        lanes, steps = len(block.learning_rates(method)), block.steps(method)
-        tokens = lanes * sum(len(ids) for ids in encoded.training_sequences[: max(steps)])
-        probed = lanes * len(steps)
-        exits = sizes.layers if method == "layer_causal" else 1
-        # Forward, gradients of the inputs, gradients of the deltas; logits forward and backward at every early exit.
-        flops += tokens * (2 * body + 4 * sizes.layers * sizes.trained_weights + 2 * exits * head)
-        flops += probed * ((query_tokens + lead) * (body + 2 * sizes.layers * sizes.trained_weights) + label_rows * head)
-        training += tokens
-        captured += probed * (query_tokens + lead)
-        live = 2 * lanes * sizes.trained_weights * (1 if method == "layer_causal" else sizes.layers)
-        delta_elements = max(delta_elements, live)
-        capture_elements = max(capture_elements, 2 + (probed if method == "layer_causal" else lanes))
-    weight_bytes = {"float64": 8, "float32": 4}.get(block.spec.compute_dtype, 2)
-    weights = (sizes.layers * sizes.layer_weights + sizes.width * sizes.vocabulary) * weight_bytes
-    widest = max(len(ids) for ids in encoded.queries)
-    capture_bytes = 4 * capture_elements * len(encoded.queries) * (sizes.layers * sizes.width + widest * sizes.width)
-    logits_bytes = (
-        12 * sizes.vocabulary * max(len(ids) for ids in encoded.training_sequences) * max([1, *(len(block.learning_rates(m)) for m in METHOD_VERSIONS)])
-    )
-    return Cost(training, captured, flops, baseline, (weights + 4 * delta_elements + capture_bytes + logits_bytes) / 2**30)
