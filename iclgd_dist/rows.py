@@ -189,7 +189,9 @@ def _compare(baseline: Baseline, finetuned: Capture, seed: int) -> tuple[dict[st
         found["sim_am_delta"].append(metrics.sim_am_delta(icl_scores, ft_scores, floor_LH=floor_H))
         found["inner"].append(metrics.inner(icl.raw, ft.raw))
         found["norm"].append(ft.raw.norm)
-    stacked = {name: torch.stack(layers) for name, layers in found.items()} | {"sim_am_zs": baseline.sim_am_zs_LQ}
+    stacked = {name: torch.stack(layers) for name, layers in found.items()}
+    # Over the layers and queries that sim_am speaks of, so that the two can be set side by side; ICL's own row has it for all.
+    stacked["sim_am_zs"] = torch.where(stacked["sim_am"].isnan(), math.nan, baseline.sim_am_zs_LQ)
     return {name: stacked[name] for name in SIMILARITIES}, stacked["inner"], stacked["norm"]
 
 

@@ -30,7 +30,7 @@ _MEANING = {
     "sim_aou": "cosine of the change ICL makes to the attention output and the change finetuning makes [-1..1]",
     "sim_aou_norm": "the same on L2-normalised attention outputs; biased upward with the size of the updates [-1..1]",
     "sim_am": "cosine of ICL's and finetuning's attention scores, mean over heads [-1..1]",
-    "sim_am_zs": "cosine of ICL's and zero-shot's attention scores, mean over heads [-1..1]",
+    "sim_am_zs": "cosine of ICL's and zero-shot's attention scores, mean over heads; finetuned rows: where sim_am is defined [-1..1]",
     "sim_am_delta": "cosine of the changes of the attention scores, mean over heads; row means over layers >= 1 [-1..1]",
     "sim_aou_uniform_update": "sim_aou with finetuning's change replaced by i.i.d. uniform [0, 1) numbers: a random baseline [-1..1]",
     "sim_aou_norm_uniform_update": "sim_aou_norm with finetuning's change replaced by i.i.d. uniform [0, 1) numbers [-1..1]",

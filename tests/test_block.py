@@ -113,7 +113,7 @@ def test_learning_rate_zero_predicts_as_zero_shot_and_every_similarity_is_null(s
             assert {r["query"]: r["prediction"] for r in results.examples.to_pylist() if r["key"] == row["key"]} == predicted
             assert row["delta_norm"] == 0
             assert row["update_norm"] <= 1e-5
-            assert all(row[name] is None for name in (*SIMILARITIES, "sim_aou_pooled") if name != "sim_am_zs"), {n: row[n] for n in SIMILARITIES}
+            assert all(row[name] is None for name in (*SIMILARITIES, "sim_aou_pooled")), {n: row[n] for n in SIMILARITIES}
         assert all(row["sim_aou"] is not None for row in rows_of(store, learning_rate=0.05))
 
 

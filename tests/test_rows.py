@@ -133,10 +133,9 @@ def test_a_layers_mean_is_over_its_defined_queries_and_carries_their_number() ->
     for fold, numbers in (("A", {1: 4, 3: 0, 5: 5}), ("B", {1: 5, 3: 0, 5: 4}), ("all", {0: 10, 1: 9, 3: 0, 5: 9})):
         layers = layers_of(finetuned(), fold)
         for layer, number in numbers.items():
-            for name in set(SIMILARITIES) - {"sim_am_zs"}:
+            for name in SIMILARITIES:
                 assert layers[layer][f"{name}_n"] == number
                 assert (layers[layer][name] is None) == (number == 0)
-            assert layers[layer]["sim_am_zs"] is not None
 
 
 def test_a_rows_mean_is_over_the_layers_where_the_figure_is_defined() -> None:
@@ -223,19 +222,17 @@ def test_finetuning_that_changes_nothing_is_zero_shot_with_every_similarity_unde
     row, zero_shot = rows.finetuned_row(base, ZS, training=TRAINING, random_seed=1), rows.zero_shot_row(base)
     for name in ("accuracy", "balanced_accuracy", "nll_label", "nll_raw", "prediction_counts", "num_ties"):
         assert row[name] == zero_shot[name]
-    of_finetuning = [name for name in (*SIMILARITIES, "sim_aou_pooled") if name != "sim_am_zs"]
-    for name in of_finetuning:
+    for name in (*SIMILARITIES, "sim_aou_pooled"):
         assert row[name] is row[f"{name}_median"] is row[f"{name}_upper"] is None
         assert all(layer[name] is None and layer.get(f"{name}_n", 0) == 0 for layer in row["layers"])
         assert name in POOLED or all(example[name] is None for example in row["examples"])
-    assert row["sim_am_zs"] is not None
     assert row["update_norm"] == row["update_ratio"] == row["recovered_aou"] == 0
 
 
 def test_changes_within_the_noise_leave_every_similarity_undefined() -> None:
     noise = NoiseFloor(torch.full((L,), 1e3, dtype=torch.float64), torch.full((L, H), 1e3, dtype=torch.float64))
     row = rows.finetuned_row(baseline(ZS, ICL, noise=noise), capture(3), training=TRAINING, random_seed=1)
-    assert {name for name in (*SIMILARITIES, *POOLED) if row[name] is not None} == {"sim_am_zs", "recovered_aou"}
+    assert {name for name in (*SIMILARITIES, *POOLED) if row[name] is not None} == {"recovered_aou"}
     assert [layer["noise_floor"] for layer in layers_of(row, "all")] == [1e3] * L
     assert [layer["noise_floor"] for layer in layers_of(row, "A")] == [None] * L
 
