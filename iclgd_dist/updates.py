@@ -81,14 +81,16 @@ class _Sgd:
         """Take one step down the gradient of each lane's own loss. Nothing is read back from the device."""
         gradients = torch.autograd.grad(loss_N.sum(), self._tensors())
         with torch.no_grad():
-            squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])
+            home = self.rate_N.device  # a sharded model has its deltas, and a loss, on several devices
+            squares = torch.stack([gradient.flatten(1).square().sum(1).to(home) for gradient in gradients])
             counts = [sum(len(delta.tensors()) for delta in layer.values()) for layer in self.deltas]
             norm_NL = torch.stack([part.sum(0) for part in squares.split(counts)], dim=1).sqrt()
+            loss_N = loss_N.detach().to(home)
             self.alive_N = self.alive_N & loss_N.isfinite() & norm_NL.isfinite().all(1)
             for tensor, gradient in zip(self._tensors(), gradients, strict=True):
-                lanes = (-1,) + (1,) * (tensor.dim() - 1)
-                tensor.copy_(torch.where(self.alive_N.view(lanes), tensor - self.rate_N.view(lanes) * gradient, tensor))
-            self.losses.append(loss_N.detach())
+                alive, rate = (lane.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)) for lane in (self.alive_N, self.rate_N))
+                tensor.copy_(torch.where(alive, tensor - rate * gradient, tensor))
+            self.losses.append(loss_N)
             self.norms.append(norm_NL)
 
     def probe(self, step: int) -> Probe:
