@@ -149,10 +149,10 @@ def sentence(frames: Frames, setting: Setting, rows: pd.DataFrame) -> str:
 
 
 def null_counts(frames: Frames) -> list[tuple[str, str]]:
-    """Return, per metric, how many finetuned cells have a value, of how many planned: those in the store and those still missing."""
-    planned = len(frames.finetuned) + frames.num_missing
+    """Return, per metric, how many finetuned cells have a value, of how many in the store."""
+    there = len(frames.finetuned)
     metrics = ("balanced_accuracy", "nll_label", *SIMILARITIES, *POOLED, "update_ratio")
-    return [(metric, f"{int(frames.finetuned[metric].notna().sum())} used of {planned} planned") for metric in metrics]
+    return [(metric, f"{int(frames.finetuned[metric].notna().sum())} used of {there} finetuned cells in the store") for metric in metrics]
 
 
 def provenance(frames: Frames) -> list[tuple[str, str]]:

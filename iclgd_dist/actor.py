@@ -5,6 +5,7 @@ Knows Ray Tune's Trainable, models and blocks. Knows nothing of sweeps. Results 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -15,15 +16,14 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from ray import tune
 
 from iclgd_dist import model as models
 from iclgd_dist import sources
 from iclgd_dist.block import Progress, block_steps, peak_gib
-from iclgd_dist.model import LanguageModel
+from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.plan import Block, halve
-from iclgd_dist.store import Store
+from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0
 
@@ -32,7 +32,7 @@ class ModelHost:
     """Holds at most one model and runs blocks on it; swaps it when a block needs another. No Ray."""
 
     def __init__(self, store: str, run: str, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
+        set_num_threads(num_threads)
         self.store, self.run = Store(store), run
         self.actor = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.held: tuple[str, ...] | None = None
@@ -48,7 +48,7 @@ class ModelHost:
         missing = tuple(cell for cell in block.cells if cell.key not in self.store)  # by another driver, or before this actor was restarted
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
-        num_loads, outcome, reason, trace = 0, "done", None, None
+        num_loads, outcome, reason, trace = 0, "interrupted", "the run was stopped", ""
         try:
             if missing:
                 if self._needs_another_model(block):
@@ -58,41 +58,32 @@ class ModelHost:
                 assert self.lm is not None
                 for counts in block_steps(self.lm, block, self.store):
                     yield self._report(block, counts)
-        except GeneratorExit:
-            outcome, reason = "interrupted", "the run was stopped"
-            raise
         except Exception as error:
             trace = traceback.format_exc()
-            outcome, reason = ("oom" if is_out_of_memory(error) else "failed"), f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            outcome = "oom" if is_out_of_memory(error) else "storage" if isinstance(error, StoreError) else "failed"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        else:
+            outcome, reason = "done", ""
         finally:
             if missing:
-                self.store.record_attempt(
-                    {
-                        "block": block.name,
-                        "outcome": outcome,
-                        "reason": reason,
-                        "traceback": trace,
-                        "host": platform.node(),
-                        "actor": self.actor,
-                        "run": self.run,
-                        "num_model_loads": num_loads,
-                        "num_baselines": counts.num_baselines,
-                        "num_training_steps": counts.num_training_steps,
-                        "num_cells": counts.num_cells,
-                        "wall_seconds": time.perf_counter() - before,
-                        "peak_gib": peak_gib(),
-                        "gflops": self.gflops,
-                        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-                    }
-                )
+                self._record(block, counts, before, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
         parts = halve(block) if outcome == "oom" else ()
-        if len(parts) == 2:
-            for part in parts:
-                for report in self.steps(part):
-                    outcome = report["outcome"] or outcome
-                    yield report | {"outcome": ""}
-                outcome = "done" if all(cell.key in self.store for cell in block.cells) else outcome
-        yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason or "", "wall_seconds": time.perf_counter() - before}
+        for part in parts if len(parts) == 2 else ():
+            for report in self.steps(part):
+                yield self._report(block, counts.at(report["stage"]))
+            reason = report["reason"] or reason
+        if all(cell.key in self.store for cell in block.cells):
+            outcome, reason = "done", ""
+            counts.num_cells = len(block.cells)
+        yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
+
+    def _record(self, block: Block, counts: Progress, since: float, *, outcome: str, **more: Any) -> None:
+        made: dict[str, Any] = {"block": block.name, "outcome": outcome, "host": platform.node(), "actor": self.actor, "run": self.run}
+        made |= {name: getattr(counts, name) for name in ("num_baselines", "num_training_steps", "num_cells")}
+        made |= {"wall_seconds": time.perf_counter() - since, "peak_gib": peak_gib(), "gflops": self.gflops}
+        made |= {"created_at": datetime.datetime.now(datetime.UTC).isoformat()}
+        with contextlib.suppress(StoreError) if outcome != "done" else contextlib.nullcontext():  # a full store takes no record of that either
+            self.store.record_attempt(made | more)
 
     def _needs_another_model(self, block: Block) -> bool:
         return self.held != _model_key(block)
@@ -117,24 +108,6 @@ class ModelHost:
 
 def _model_key(block: Block) -> tuple[str, ...]:
     return (block.model.content_hash, block.storage_dtype, block.spec.compute_dtype, str(block.resources.device_map), str(block.resources.max_memory))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory ran out: of the GPU, or of the process (torch raises a plain RuntimeError then)."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
-    """Return this process's float32 matrix-product rate [GFLOP/s]: the best of a few, so that times can be compared across machines."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(size, size, device=device)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
 
 
 class ModelActor(tune.Trainable):

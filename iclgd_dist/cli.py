@@ -20,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from iclgd_dist.config import MAX_CELLS_UNASKED, Sweep, SweepError, load_sweep
+from iclgd_dist.runner import CONTROL_C, DONE, FAILED, INTERRUPTED, STORAGE, USAGE, check_machine, in_words, run_sweep
 from iclgd_dist.store import Store, StoreError
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
 
-USAGE, STORAGE, INTERRUPTED, CONTROL_C = 2, 74, 75, 130
 app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
@@ -90,13 +90,13 @@ def run(
     results = Store(store or _store_of(loaded))
     planned = _plan(loaded, results)
     _show_plan(loaded, planned, results)
+    if planned.blocks and address is None:
+        check_machine(loaded.resources)
+    results.prepare()
+    results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
     if not planned.blocks:
         console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True, markup=False)
         return
-    results.prepare()
-    results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
-    from iclgd_dist.runner import DONE, FAILED, run_sweep
-
     code = run_sweep(loaded, planned, results, address=address, console=console)
     if code == FAILED:
         console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True, markup=False)
@@ -188,8 +188,6 @@ class _silent:
 
 
 def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
-    from iclgd_dist.runner import in_words
-
     for line, kind, style in (*((w, "warning: ", "yellow") for w in planned.warnings), *((n, "note: ", "cyan") for n in planned.notes)):
         console.print(Text.assemble((kind, style), line), soft_wrap=True)
     console.print(f"{sweep.name}: {planned.num_cells:,} cells in {planned.num_blocks_planned:,} blocks; store {store.root}", soft_wrap=True, markup=False)

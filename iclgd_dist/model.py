@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -157,11 +158,12 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     family = family_of(config.model_type)
     compute, storage = getattr(torch, spec.compute_dtype), getattr(torch, storage_dtype)
+    has_gpu = resources.gpus_per_actor > 0 and torch.cuda.is_available()  # an actor that asked for none leaves the GPUs to others
     attention = RECORDED if family.scores == "interface" else "eager"
     place: dict[str, Any] = {"device_map": resources.device_map}
     if resources.device_map == "disk":
-        place["device_map"] = _layers_on_disk(config, family)
-    elif resources.device_map == "cpu" or not (torch.cuda.is_available() or resources.max_memory):
+        place["device_map"] = _layers_on_disk(config, family, main=0 if has_gpu else "cpu")
+    elif resources.device_map == "cpu" or not (has_gpu or resources.max_memory):
         place["device_map"] = {"": "cpu"}
     elif resources.max_memory:
         place["max_memory"] = {int(device) if device.isdigit() else device: size for device, size in resources.max_memory.items()}
@@ -178,13 +180,13 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     )
     _hook_whole_layers(model, family)
     _raise(model, compute)
+    _rebuild_buffers(model, config, compute)
     model.eval().requires_grad_(False)
     return LanguageModel(model, family, name, tokenizer, compute, folder)
 
 
-def _layers_on_disk(config: Any, family: Family) -> dict[str, Any]:
-    """Return the device map with every decoder layer on disk and all else on the first device."""
-    main = 0 if torch.cuda.is_available() else "cpu"
+def _layers_on_disk(config: Any, family: Family, *, main: int | str) -> dict[str, Any]:
+    """Return the device map with every decoder layer on disk and all else on `main`."""
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     leaves = [name for name, module in empty.named_modules() if name and not any(module.children())]
@@ -214,6 +216,18 @@ def _hooks(module: nn.Module) -> list[Any]:
     return list(getattr(hook, "hooks", [hook])) if hook is not None else []
 
 
+def _rebuild_buffers(model: Any, config: Any, dtype: torch.dtype) -> None:
+    """Make the tables that are computed, not stored (sinusoidal and rotary positions), anew in `dtype`: loading rounds them with the weights."""
+    with default_dtype(dtype), init_empty_weights(include_buffers=False):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    stored = set(model.state_dict())
+    held = dict(model.named_buffers())
+    for name, table in fresh.named_buffers():
+        if name not in stored and table.is_floating_point():
+            module, _, last = name.rpartition(".")
+            model.get_submodule(module).register_buffer(last, table.to(held[name].device), persistent=False)
+
+
 def _raise(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every parameter `dtype`. An offloaded one is a meta tensor: accelerate casts what comes in to its dtype, and rests in the stored one."""
     for module in model.modules():
@@ -222,3 +236,25 @@ def _raise(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
             else:
                 parameter.data = parameter.data.to(dtype)
+
+
+def set_num_threads(number: int) -> None:
+    torch.set_num_threads(number)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out: of the GPU, or of the process (torch raises a plain RuntimeError then)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
+    """Return this process's float32 matrix-product rate [GFLOP/s]: the best of a few, so that times can be compared across machines."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(size, size, device=device)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9

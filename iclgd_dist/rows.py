@@ -52,6 +52,7 @@ class Baseline:
     in_context_answers: Answers
     attention: tuple[AttentionChange, ...]  # of ICL, per layer
     scores: tuple[ScoreChange, ...]  # of ICL, per layer
+    is_first_layer_still: bool
     zero_shot_norm_LQ: Tensor
     in_context_norm_LQ: Tensor
     sim_am_zs_LQ: Tensor
@@ -67,8 +68,13 @@ def make_baseline(
     query_ids: Sequence[str],
     label_words: Sequence[str],
     num_queries_left_out: int = 0,
+    is_first_layer_still: bool = False,
 ) -> Baseline:
-    """Return the baseline of a block: captures on the CPU, `folds_Q` A or B for each query."""
+    """Return the baseline of a block: captures on the CPU, `folds_Q` A or B for each query.
+
+    `is_first_layer_still`: positions are relative (rotary, ALiBi), so that a context cannot change layer 0's scores of the query's own tokens. What
+    is measured there is the rounding of rotations at other positions, and sim_am_delta is undefined.
+    """
     assert len(gold_Q) == len(folds_Q) == len(query_ids) == zero_shot.attention_LQD.shape[1], "one gold label, fold and id per query"
     assert len(label_words) == zero_shot.label_scores_QC.shape[1], "one score per label"
     assert set(folds_Q) <= {"A", "B"}, "folds are A and B"
@@ -88,6 +94,7 @@ def make_baseline(
         query_ids=tuple(query_ids),
         label_words=tuple(label_words),
         num_queries_left_out=num_queries_left_out,
+        is_first_layer_still=is_first_layer_still,
         zero_shot_answers=metrics.answers(zero_shot.label_scores_QC, gold),
         in_context_answers=metrics.answers(in_context.label_scores_QC, gold),
         attention=changes,
@@ -100,7 +107,7 @@ def make_baseline(
 
 def zero_shot_row(baseline: Baseline) -> Row:
     """Return the row of the zero-shot cell: accuracy, and the noise floor of each layer."""
-    layers = _layer_rows("all", baseline, {"noise_floor": baseline.noise.attention_L})
+    layers = _layer_rows("all", baseline, _floors(baseline))
     return _row(baseline, baseline.zero_shot_answers, layers=layers, examples=_example_rows(baseline, baseline.zero_shot_answers, {}))
 
 
@@ -111,7 +118,7 @@ def icl_row(baseline: Baseline) -> Row:
     """
     similarities = {"sim_am_zs": baseline.sim_am_zs_LQ}
     columns = {fold: _means(similarities, mask) | _in_context_sizes(baseline, mask) for fold, mask in baseline.fold_masks.items()}
-    columns["all"]["noise_floor"] = baseline.noise.attention_L
+    columns["all"] |= _floors(baseline)
     return _row(
         baseline,
         baseline.in_context_answers,
@@ -137,7 +144,7 @@ def finetuned_row(baseline: Baseline, finetuned: Capture, *, training: TrainingR
             "update_norm": norm.mean(1),
         }
     norm_k, norm_v, gradient = (_float64(part) for part in (training.delta_norm_k_L, training.delta_norm_v_L, training.gradient_norm_L))
-    columns["all"] |= {"noise_floor": baseline.noise.attention_L, "delta_norm_k": norm_k, "delta_norm_v": norm_v, "gradient_norm": gradient}
+    columns["all"] |= _floors(baseline) | {"delta_norm_k": norm_k, "delta_norm_v": norm_v, "gradient_norm": gradient}
     columns["all"] |= {} if training.loss_L is None else {"loss": _float64(training.loss_L)}
     answers = metrics.answers(finetuned.label_scores_QC, baseline.gold_Q)
     sizes = {
@@ -190,6 +197,8 @@ def _compare(baseline: Baseline, finetuned: Capture, seed: int) -> tuple[dict[st
         found["inner"].append(metrics.inner(icl.raw, ft.raw))
         found["norm"].append(ft.raw.norm)
     stacked = {name: torch.stack(layers) for name, layers in found.items()}
+    if baseline.is_first_layer_still:
+        stacked["sim_am_delta"][0] = math.nan
     # Over the layers and queries that sim_am speaks of, so that the two can be set side by side; ICL's own row has it for all.
     stacked["sim_am_zs"] = torch.where(stacked["sim_am"].isnan(), math.nan, baseline.sim_am_zs_LQ)
     return {name: stacked[name] for name in SIMILARITIES}, stacked["inner"], stacked["norm"]
@@ -215,6 +224,10 @@ def _means(similarities: dict[str, Tensor], mask_Q: Tensor) -> dict[str, Tensor]
 def _in_context_sizes(baseline: Baseline, mask_Q: Tensor) -> dict[str, Tensor]:
     norm, zero_shot_norm = baseline.in_context_norm_LQ[:, mask_Q], baseline.zero_shot_norm_LQ[:, mask_Q]
     return {"update_norm_icl": norm.mean(1), "relative_update_icl": metrics.relative_update(norm, zero_shot_norm)}
+
+
+def _floors(baseline: Baseline) -> dict[str, Tensor]:
+    return {"noise_floor": baseline.noise.attention_L, "noise_floor_scores": baseline.noise.scores_LH}
 
 
 def _counted(name: str, figure: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ import os
 import secrets
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +28,8 @@ from iclgd_dist.config import Resources, Sweep, SweepError
 from iclgd_dist.plan import Block, Plan, split
 from iclgd_dist.store import Store
 
-DONE, FAILED, INTERRUPTED, CONTROL_C = 0, 3, 75, 130
+DONE, USAGE, FAILED, STORAGE, INTERRUPTED, CONTROL_C = 0, 2, 3, 74, 75, 130  # exit codes
+COMPACT_EVERY = 5_000  # cells
 LOG_SECONDS = 15.0
 
 # Ray reads these when it is first imported; what the user has set stands.
@@ -35,7 +38,7 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours turns Ctrl-C into an orderly stop with its own exit code
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -54,6 +57,7 @@ class Counts:
     stages: dict[str, str] = field(default_factory=dict)  # of blocks that run now
     flops: dict[str, float] = field(default_factory=dict)  # cost per block
     outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)  # block -> outcome, reason
+    num_compacted: int = 0
     gflops: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
@@ -96,24 +100,27 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
         _say_split(plan, blocks, num_actors, console)
         counts = Counts(len(plan.keys) - plan.num_done, sum(block.cost.flops for block in blocks), flops={block.name: block.cost.flops for block in blocks})
         with _shown(counts, console), _stoppable() as stopped:
-            _fit(blocks, store, run, counts, sweep.resources, min(num_actors, len(blocks)))
+            _fit(blocks, store, run, counts, sweep.resources, min(num_actors, len(blocks)), is_shared=address is not None)
     for name, (outcome, reason) in counts.outcomes.items():
         if outcome != "done":
-            console.print(f"[red]{outcome}[/red] {name}: {Text(reason)}", highlight=False)
+            console.print(Text.assemble((outcome, "red"), f" {name}: {reason}"), soft_wrap=True)
     store.compact()
     missing = len(set(plan.keys) - store.keys())
     seconds = time.monotonic() - counts.started
     console.print(
-        f"{counts.num_committed} cells in {in_words(seconds)}; {missing} of {len(plan.keys)} missing; "
+        f"{counts.num_committed} cells in {seconds:.0f} s; {missing} of {len(plan.keys)} missing; "
         f"an actor's float32 matrix product here: {counts.gflops:.0f} GFLOP/s",
         highlight=False,
+        soft_wrap=True,
     )
     if stopped.code:
         return stopped.code
+    if any(outcome == "storage" for outcome, _ in counts.outcomes.values()):
+        return STORAGE
     return FAILED if missing else DONE
 
 
-def _fit(blocks: tuple[Block, ...], store: Store, run: str, counts: Counts, resources: Resources, num_actors: int) -> None:
+def _fit(blocks: tuple[Block, ...], store: Store, run: str, counts: Counts, resources: Resources, num_actors: int, *, is_shared: bool) -> None:
     from ray import tune
     from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
     from ray.tune.execution.placement_groups import PlacementGroupFactory
@@ -123,7 +130,8 @@ def _fit(blocks: tuple[Block, ...], store: Store, run: str, counts: Counts, reso
     bundle: dict[str, float] = {"CPU": resources.cpus_per_actor, **({"GPU": resources.gpus_per_actor} if resources.gpus_per_actor else {})}
     parameters = {"blocks": {block.name: block for block in blocks}, "store": str(store.root.absolute()), "run": run}
     trainable = tune.with_resources(tune.with_parameters(ModelActor, **parameters), lambda _config: PlacementGroupFactory([bundle]))
-    folder = store.root.absolute() / f".tune-{run}"  # shared, as Tune requires of a cluster; gone when the run ends
+    # Tune's own state: never read again. On a cluster it has to lie where every node can write.
+    folder = store.root.absolute() / f".tune-{run}" if is_shared else Path(tempfile.mkdtemp(prefix="iclgd-tune-"))
     tuner = Tuner(
         trainable,
         param_space={"block": tune.grid_search([block.name for block in blocks])},
@@ -134,7 +142,7 @@ def _fit(blocks: tuple[Block, ...], store: Store, run: str, counts: Counts, reso
             verbose=0,
             failure_config=FailureConfig(max_failures=2),  # an actor that dies is replaced; exceptions inside a block never get here
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_counting(counts)],
+            callbacks=[_counting(counts, store)],
         ),
     )
     try:
@@ -143,12 +151,15 @@ def _fit(blocks: tuple[Block, ...], store: Store, run: str, counts: Counts, reso
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _counting(counts: Counts) -> Any:
+def _counting(counts: Counts, store: Store) -> Any:
     from ray.tune import Callback
 
     class Counting(Callback):
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
             counts.take(result)
+            if counts.num_committed - counts.num_compacted >= COMPACT_EVERY:
+                counts.num_compacted = counts.num_committed
+                store.compact()
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             name = trial.config["block"]
@@ -156,6 +167,13 @@ def _counting(counts: Counts) -> Any:
             counts.outcomes[name] = ("failed", "its actor died; `iclgd status` shows the attempts")
 
     return Counting()
+
+
+def check_machine(resources: Resources) -> None:
+    """Raise SweepError when this machine alone cannot hold one actor; asked before anything is written or started."""
+    here = len(os.sched_getaffinity(0))
+    if resources.cpus_per_actor > here:
+        raise SweepError(f"[resources] cpus_per_actor = {resources.cpus_per_actor}, but this machine has {here}; lower it, or give --address of a cluster")
 
 
 @contextlib.contextmanager
@@ -169,10 +187,17 @@ def _ray(resources: Resources, address: str | None) -> Iterator[dict[str, float]
     import ray
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
-    if address is None:
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", num_cpus=max(os.cpu_count() or 1, 1), **quiet)
-    else:
-        ray.init(address=address, **quiet)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if address is None:
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SweepError(f"no Ray cluster answers at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray has put its own in their place
+            signal.signal(number, handler)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield {
@@ -198,6 +223,8 @@ def _num_actors(resources: Resources, free: dict[str, float]) -> int:
                 f"[resources] {what}_per_actor = {wanted}, but no node of the cluster has more than {free[f'node_{what}']:.0f}; lower it or use larger nodes"
             )
     slots = int(free["slots"])
+    if slots < 1:
+        raise SweepError(f"[resources] {resources.cpus_per_actor} CPUs and {resources.gpus_per_actor} GPUs per actor: no single node of the cluster has both")
     return min(slots, resources.max_actors) if resources.max_actors else slots
 
 
@@ -231,6 +258,8 @@ def _stoppable() -> Iterator[_Stopped]:
         stopped.code = CONTROL_C if number == signal.SIGINT else INTERRUPTED
         if callable(signal.getsignal(signal.SIGUSR1)):  # Tune listens: finish the current second of work and end
             os.kill(os.getpid(), signal.SIGUSR1)
+        elif callable(earlier := before[signal.Signals(number)]):
+            earlier(number, frame)  # nothing runs yet: stop as the command line does
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -105,6 +105,7 @@ LAYER: list[Column] = [
     ("gradient_norm", f64, "L2 norm of the gradient of the layer's K and V in the last update (fold all)"),
     ("loss", f64, "the layer's own loss before the last update; layer-causal methods only (fold all) [nats per token]"),
     ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings (fold all)"),
+    ("noise_floor_scores", pa.list_(f64), "the same of the attention scores, per query head (fold all)"),
 ]
 
 EXAMPLE: list[Column] = [
@@ -173,7 +174,7 @@ CELL = pa.schema([pa.field(name, kind, metadata={"meaning": meaning}) for name, 
 # An attempt: one execution of a block by an actor, whatever came of it. Never a result.
 ATTEMPT: list[Column] = [
     ("block", text, "name of the block"),
-    ("outcome", text, "done, oom, failed or interrupted"),
+    ("outcome", text, "done, oom, storage, failed or interrupted"),
     ("reason", text, "what went wrong, one line; NULL when done"),
     ("traceback", text, "NULL when done"),
     ("host", text, "name of the machine"),

@@ -93,11 +93,6 @@ def fetch(identity: ModelIdentity) -> Path:
     return directory
 
 
-def checkpoint(directory: Path) -> Path:
-    """Return the one file to load weights from: model.safetensors or the index. Given the directory, accelerate would prefer a pickle."""
-    return directory / (SINGLE if (directory / SINGLE).exists() else INDEX)
-
-
 def load_tokenizer(identity: ModelIdentity) -> Any:
     """Return the transformers tokenizer; no weights are needed, no code of the model's is run, and nothing is downloaded twice."""
     from transformers import AutoTokenizer

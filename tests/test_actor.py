@@ -13,7 +13,7 @@ from iclgd_dist.actor import ModelHost
 from iclgd_dist.block import Progress
 from iclgd_dist.config import ModelSpec, load_sweep
 from iclgd_dist.plan import Block, make_plan
-from iclgd_dist.store import Store
+from iclgd_dist.store import Store, StoreError
 
 
 @pytest.fixture
@@ -95,6 +95,34 @@ def test_out_of_memory_halves_the_lanes_and_finishes(blocks: tuple[Block, ...], 
     assert run(ModelHost(str(store.root), "run", 2), blocks[0])["outcome"] == "done"
     assert store.keys() == {cell.key for cell in blocks[0].cells}
     assert sorted(attempt["outcome"] for attempt in store.attempts().to_pylist()) == ["done", "done", "oom"]
+
+
+def test_after_a_split_one_half_that_fails_is_what_the_block_reports(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = actor.block_steps
+
+    def steps(lm, block: Block, store: Store):
+        if not block.name.endswith(".2"):  # the whole block and its first half
+            yield Progress(block.cost.flops)
+            raise torch.OutOfMemoryError("out of memory [enforce fail at alloc.cpp:117]")
+        yield from real(lm, block, store)
+
+    monkeypatch.setattr(actor, "block_steps", steps)
+    reports = list(ModelHost(str(store.root), "run", 2).steps(blocks[0]))
+    assert {report["block"] for report in reports} == {blocks[0].name}, "the driver knows no halves"
+    assert [report["outcome"] for report in reports if report["outcome"]] == ["oom"]
+    assert reports[-1]["reason"].endswith("[enforce fail at alloc.cpp:117]")
+    assert store.keys()
+
+
+def test_a_store_that_is_full_is_its_own_outcome(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args, **_kwargs):
+        raise StoreError("cannot be written", str(store.root), 28, "free some space")
+
+    monkeypatch.setattr(Store, "commit", full)
+    monkeypatch.setattr(Store, "record_attempt", full)
+    last = run(ModelHost(str(store.root), "run", 2), blocks[0])
+    assert last["outcome"] == "storage"
+    assert "cannot be written" in last["reason"]
 
 
 def test_a_single_lane_that_does_not_fit_leaves_an_attempt_and_its_cells_pending(

@@ -285,7 +285,7 @@ def test_the_page_names_what_every_figure_rests_on(page: str) -> None:
     assert "of 17 planned, 3 are missing" in page
     assert "Descriptive: 1 seed, fewer than 5" in page
     assert "11 are done and 1 diverged; in 2 of them the classifier collapsed" in page
-    assert "11 used of 15 planned" in page
+    assert "11 used of 12 finetuned cells in the store" in page
 
 
 def test_names_from_data_are_escaped_wherever_they_stand(tmp_path: Path) -> None:

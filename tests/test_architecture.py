@@ -48,7 +48,7 @@ def faults(name: str, source: str) -> list[str]:
             found.append(f"{name} (floor {here}) imports {imported} (floor {FLOOR[imported]})")
         if top == "ray" and here not in RAY:
             found.append(f"{name} imports ray")
-        if top in ("torch", "accelerate") and not 1 <= here <= 6:
+        if top in ("torch", "accelerate") and not 1 <= here <= 5:
             found.append(f"{name} imports {top}")
         if top == "iclgd_analysis" and name != "cli":
             found.append(f"{name} imports the analysis")

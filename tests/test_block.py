@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,13 +153,13 @@ def test_the_rows_of_a_lane_do_not_depend_on_which_other_lanes_ran_beside_it(swe
 
 
 def test_the_golden_block_has_the_numbers_it_had(sweep_file: Path, tmp_path: Path) -> None:
-    """If this fails on purpose, raise the method's version in config.py (the keys change with it) and write the file anew."""
+    """If this fails on purpose, raise the method's version in config.py (the keys change with it) and write the file anew: ICLGD_WRITE_GOLDEN=1."""
     block, store = planned(sweep_file), Store(tmp_path / "store")
     store.prepare()
     run_block(lm_for(block), block, store)
     names = (*SIMILARITIES, *POOLED, "nll_label", "update_ratio", "delta_norm", "loss", "gradient_norm")
     got = {f"{row['kind']} {row['method']} {row['learning_rate']} {row['step']}": {n: row[n] for n in names} for row in rows_of(store)}
-    if not GOLDEN.exists():
+    if os.environ.get("ICLGD_WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(got, indent=1, sort_keys=True))
     expected = json.loads(GOLDEN.read_text())
     assert got.keys() == expected.keys()

@@ -80,6 +80,20 @@ def test_storage_dtype_rounds_the_weights_and_compute_dtype_is_what_they_are_use
     assert exits(low).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_tables_that_are_computed_and_not_stored_are_not_rounded_with_the_weights(place: str, tmp_path: Path) -> None:
+    for family, module, name in (("xglm", "model.embed_positions", "weights"), ("llama", "model.rotary_emb", "inv_freq")):
+        folder = tmp_path / family
+        exact = tiny(family, torch.float32)
+        exact.model.save_pretrained(folder)
+        lm = loaded(folder, device_map=place, storage="float16")
+        expected = getattr(exact.model.get_submodule(module), name)
+        got = getattr(lm.model.get_submodule(module), name)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, expected)
+        assert not torch.equal(expected, expected.half().float()), "the table would survive rounding: nothing is tested"
+
+
 def test_base_weights_ask_for_no_gradient_and_dropout_is_off(tmp_path: Path) -> None:
     tiny("gpt2", torch.float32).model.save_pretrained(tmp_path)
     lm = loaded(tmp_path)

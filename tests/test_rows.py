@@ -119,7 +119,7 @@ def test_the_rows_of_a_fold_are_those_of_its_queries_alone() -> None:
         keep = [query for query in range(Q) if FOLD_OF[query] == fold]
         base = baseline(ZS, ICL, keep=keep)
         alone = {"icl": rows.icl_row(base), "finetuned": rows.finetuned_row(base, some(FT, keep), training=TRAINING, random_seed=11)}
-        of_all_only = RANDOM | {"fold", "delta_norm_k", "delta_norm_v", "gradient_norm", "noise_floor"}
+        of_all_only = RANDOM | {"fold", "delta_norm_k", "delta_norm_v", "gradient_norm", "noise_floor", "noise_floor_scores"}
         for kind, row in alone.items():
             for mine, theirs in zip(layers_of(whole[kind], fold), layers_of(row, "all"), strict=True):
                 for name in set(names(LAYER)) - of_all_only:
@@ -208,8 +208,8 @@ def test_zero_shot_and_icl_rows_hold_only_what_needs_no_finetuning() -> None:
     for name in ("rec2ftp_base", "num_zs_wrong_icl_right"):
         assert kinds["zero_shot"][name] is None and kinds["icl"][name] == kinds["finetuned"][name] is not None
     filled = {kind: {name for layer in kinds[kind]["layers"] for name, value in layer.items() if value is not None} for kind in kinds}
-    assert filled["zero_shot"] == {"layer", "fold", "noise_floor"}
-    assert filled["icl"] == {"layer", "fold", "noise_floor", "sim_am_zs", "sim_am_zs_n", "update_norm_icl", "relative_update_icl"}
+    assert filled["zero_shot"] == {"layer", "fold", "noise_floor", "noise_floor_scores"}
+    assert filled["icl"] == {"layer", "fold", "noise_floor", "noise_floor_scores", "sim_am_zs", "sim_am_zs_n", "update_norm_icl", "relative_update_icl"}
     assert filled["finetuned"] == set(names(LAYER)) - {"loss"}
     assert [len(kinds[kind]["layers"]) for kind in kinds] == [L, 3 * L, 3 * L, 0]
     figures = {*SIMILARITIES, *POOLED, "update_ratio", "update_norm", "delta_norm", "gradient_norm", "loss"}
@@ -331,3 +331,13 @@ def test_a_capture_that_is_not_finite_gets_no_row() -> None:
 def test_a_capture_of_other_queries_is_refused() -> None:
     with pytest.raises(AssertionError, match="shaped as zero-shot's"):
         rows.finetuned_row(baseline(ZS, ICL), some(FT, [0, 1]), training=TRAINING, random_seed=1)
+
+
+def test_where_positions_are_relative_layer_0_has_no_sim_am_delta_and_its_other_figures_stay() -> None:
+    for is_still in (False, True):
+        held = replace(baseline(ZS, ICL), is_first_layer_still=is_still)
+        first, second, *_ = layers_of(rows.finetuned_row(held, capture(3), training=TRAINING, random_seed=1), "all")
+        assert (first["sim_am_delta"] is None) == is_still
+        assert (first["sim_am_delta_n"] == 0) == is_still
+        assert first["sim_am"] is not None
+        assert second["sim_am_delta"] is not None

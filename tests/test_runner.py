@@ -103,4 +103,4 @@ def test_more_cpus_than_a_node_has_are_refused_with_both_numbers(sweep_file: Pat
     sweep_file.write_text(sweep_file.read_text() + "\n[resources]\ncpus_per_actor = 4000\n")
     said = subprocess.run([*ICLGD, "run", str(sweep_file)], cwd=sweep_file.parent, capture_output=True, text=True, timeout=120)
     assert said.returncode == 2
-    assert re.search(r"cpus_per_actor = 4000, but no node of the cluster has more than \d+", said.stderr)
+    assert re.search(r"cpus_per_actor = 4000, but this machine has \d+", said.stderr)
