@@ -9,10 +9,10 @@ from .panels import Panel, colour, drawing, safe
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 TITLE = "Layer profiles"
-SELECTED, NEAREST = "selected", "nearest R = 1/2"
+SELECTED, NEAREST = "selected", "nearest R*"
 NOTE = (
-    "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on fold A, shown on fold B. Nearest R = 1/2: "
-    "the learning rate of the grid whose R is nearest, no interpolation, all queries; the two methods' R are close, not equal. A gap is an undefined layer."
+    "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on fold A, shown on fold B. Nearest R*: "
+    "the learning rate of the grid whose R is nearest R* (matched_ratio of the sweep file, 1/2 unless set), no interpolation, all queries; the two methods' R are close, not equal. A gap is an undefined layer."
 )
 
 

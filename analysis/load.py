@@ -29,7 +29,7 @@ BASE = ["model_hash", "storage_dtype", "compute_dtype", "tf32", "task", "protoco
 DRAW = ["num_demonstrations", "seed", "order"]  # with BASE: one in-context cell each
 ACCURACIES = ("accuracy", "balanced_accuracy")
 BASELINE = ["key", *ACCURACIES, "nll_label", "collapsed", "status"]  # what a finetuned cell carries of its baselines
-MATCHED_RATIO = 0.5
+MATCHED_RATIO = 0.5  # R*, unless a sweep file sets [analysis] matched_ratio
 MIN_SEEDS = 5  # below: descriptive
 NULL = "\N{EN DASH}"
 
@@ -69,6 +69,7 @@ class Frames:
         """Return one Setting per model, task, k, protocol, queries and train_on, in the order of their titles."""
         columns = [*BASE, "num_demonstrations"]
         found = []
+        ratio = float(self.sweeps[-1]["analysis"]["matched_ratio"]) if self.sweeps else MATCHED_RATIO
         drawn = self.cells[self.cells["kind"] == "icl"]
         pairs = pd.concat([drawn[columns], self.finetuned[columns]]).drop_duplicates()
         for _, row in pairs.iterrows():
@@ -76,7 +77,7 @@ class Frames:
             icl, finetuned = _like(drawn, row, columns), _like(self.finetuned, row, columns)
             for train_on in finetuned["train_on"].dropna().unique() if len(finetuned) else ["true"]:
                 rows = finetuned[finetuned["train_on"] == train_on]
-                found.append(Setting(zero_shot, icl, rows, str(train_on), self._num_draws(pd.concat([icl, rows]))))
+                found.append(Setting(zero_shot, icl, rows, str(train_on), self._num_draws(pd.concat([icl, rows])), ratio))
         return sorted(found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "train_on"))))
 
     def _num_draws(self, cells: pd.DataFrame) -> int:
@@ -133,6 +134,7 @@ class Setting:
     finetuned: pd.DataFrame
     train_on: str
     num_draws: int  # planned
+    matched_ratio: float = MATCHED_RATIO  # R*: where methods are compared at equal size of update
 
     @property
     def first(self) -> pd.Series:
@@ -248,13 +250,13 @@ def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") ->
     return Selected(best, best in (rows["learning_rate"].min(), rows["learning_rate"].max()))
 
 
-def nearest_ratio(setting: Setting, method: str, ratio: float = MATCHED_RATIO) -> tuple[float, float] | None:
-    """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest `ratio`, and that R."""
+def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:
+    """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest R*, and that R."""
     rows = setting.at_last_step(method)
     ratios = rows[rows["update_ratio"] > 0].groupby("learning_rate")["update_ratio"].apply(geometric_mean)
     if ratios.empty:
         return None
-    best = (np.log(ratios) - math.log(ratio)).abs().idxmin()
+    best = (np.log(ratios) - math.log(setting.matched_ratio)).abs().idxmin()
     return float(best), float(ratios[best])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from .load import MATCHED_RATIO, Frames, Setting, geometric_mean, number, rate
+from .load import Frames, Setting, geometric_mean, number, rate
 from .panels import GREY, Panel, colour, drawing, safe
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "balanced_accuracy")
@@ -16,7 +16,7 @@ TITLE = "Similarity against the size of the update"
 NOTE = (
     "Each point is a learning rate at the largest step; R is the size of finetuning's change relative to ICL's (geometric mean over layers and draws). Open "
     "markers: collapsed in at least one draw. Dotted (random): a state that knows nothing of ICL, zero-shot plus a random change of the same size; what "
-    "sim_aou_norm scores there is size alone. Vertical line: R = 1/2. Bars, from 2 seeds on: 95 % interval. Diverged learning rates have no R, undefined "
+    "sim_aou_norm scores there is size alone. Vertical line: R*, matched_ratio of the sweep file. Bars, from 2 seeds on: 95 % interval. Diverged learning rates have no R, undefined "
     "similarities no value: they are not drawn."
 )
 
@@ -68,7 +68,9 @@ def _panel(setting: Setting, metric: str, rows: pd.DataFrame, table: pd.DataFram
             dots = {"color": colour(method), "width": 1.5, "dash": "dot"}
             data.append({"type": "scatter", "mode": "lines", "x": x, "y": part["random_state"].tolist(), "name": f"random, {safe(method)}", "line": dots})
         ranges.append(f"{method} {number(y[0], 2)} to {number(y[-1], 2)}")
-    shapes = [{"x0": MATCHED_RATIO, "x1": MATCHED_RATIO, "y0": 0, "y1": 1, "yref": "y domain", "line": {"color": GREY, "width": 1, "dash": "dash"}}]
+    shapes = [
+        {"x0": setting.matched_ratio, "x1": setting.matched_ratio, "y0": 0, "y1": 1, "yref": "y domain", "line": {"color": GREY, "width": 1, "dash": "dash"}}
+    ]
     labels = []
     if metric == "balanced_accuracy":
         base = table.set_index("method")["balanced_accuracy"]
