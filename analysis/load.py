@@ -69,7 +69,7 @@ class Frames:
         """Return one Setting per model, task, k, protocol, queries and train_on, in the order of their titles."""
         columns = [*BASE, "num_demonstrations"]
         found = []
-        ratio = float(self.sweeps[-1]["analysis"]["matched_ratio"]) if self.sweeps else MATCHED_RATIO
+        ratio = float(next((sweep["analysis"]["matched_ratio"] for sweep in reversed(self.sweeps) if "analysis" in sweep), MATCHED_RATIO))
         drawn = self.cells[self.cells["kind"] == "icl"]
         pairs = pd.concat([drawn[columns], self.finetuned[columns]]).drop_duplicates()
         for _, row in pairs.iterrows():
