@@ -72,9 +72,9 @@ class ModelHost:
             for report in self.steps(part):
                 yield self._report(block, counts.at(report["stage"]))
             reason = report["reason"] or reason
+            counts.num_cells += report["num_cells"]
         if all(cell.key in self.store for cell in block.cells):
             outcome, reason = "done", ""
-            counts.num_cells = len(block.cells)
         yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
 
     def _record(self, block: Block, counts: Progress, since: float, *, outcome: str, **more: Any) -> None:

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -176,14 +177,27 @@ def check_machine(resources: Resources) -> None:
         raise SweepError(f"[resources] cpus_per_actor = {resources.cpus_per_actor}, but this machine has {here}; lower it, or give --address of a cluster")
 
 
+def _require_answer(address: str, seconds: float = 5.0) -> None:
+    """Raise SweepError when nothing listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto", or a name that Ray resolves
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except OSError as error:
+        raise SweepError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
+
+
 @contextlib.contextmanager
 def _ray(resources: Resources, address: str | None) -> Iterator[dict[str, float]]:
     """Connect to a cluster, or start Ray on this machine for loopback only; yield what one node and the whole cluster offer."""
-    if address is None:
-        # Otherwise Ray turns 127.0.0.1 into this machine's public address and listens there.
+    if address is not None:
+        _require_answer(address)
+    if address is None or address.startswith(("127.", "localhost:")):
+        # Otherwise Ray turns 127.0.0.1 into this machine's public address, to listen there and to look for the cluster there.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        if os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run alone: never written to a file
+    if address is None and os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run alone: never written to a file
     import ray
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}

@@ -104,3 +104,11 @@ def test_more_cpus_than_a_node_has_are_refused_with_both_numbers(sweep_file: Pat
     said = subprocess.run([*ICLGD, "run", str(sweep_file)], cwd=sweep_file.parent, capture_output=True, text=True, timeout=120)
     assert said.returncode == 2
     assert re.search(r"cpus_per_actor = 4000, but this machine has \d+", said.stderr)
+
+
+def test_an_address_where_no_cluster_listens_is_refused_in_seconds(sweep_file: Path) -> None:
+    started = time.monotonic()
+    said = subprocess.run([*ICLGD, "run", str(sweep_file), "--address", "127.0.0.1:1"], cwd=sweep_file.parent, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 2
+    assert said.stderr.strip() == "no Ray cluster answers at 127.0.0.1:1: Connection refused"
+    assert time.monotonic() - started < 30
