@@ -7,7 +7,7 @@ import torch
 
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.updates import METHODS, BottomUp, Method, Probe, TrainingSequence, first_bad_step
+from iclgd_dist.updates import METHODS, BottomUp, LaneInputs, LayerCausal, Method, Probe, TrainingSequence, first_bad_step
 from tests.tiny import ids, tiny
 
 SEQUENCES = [TrainingSequence(torch.tensor([1, 5, *ids(3 + n % 7, seed=n)]), 2) for n in range(16)]
@@ -78,6 +78,8 @@ def test_a_diverging_lane_is_frozen_and_leaves_the_others_unchanged_bit_for_bit(
         for name, delta in good[step].deltas.items():
             for x, y in zip(delta.tensors(), bad[step].deltas[name].tensors(), strict=True):
                 assert torch.equal(x[[0, 2, 3]], y[[0, 2, 3]])
+    for name, delta in bad[8].deltas.items():
+        assert torch.equal(delta.weight_NIO[1], bad[16].deltas[name].weight_NIO[1]), "a lane that diverged went on moving"
     first = first_bad_step(bad[16].loss_SN, bad[16].gradient_norm_SNL)
     assert first[0] is first[2] is first[3] is None
     assert first[1] is not None
@@ -128,3 +130,12 @@ def test_the_built_in_methods_keep_the_contract() -> None:
     assert all(isinstance(method, Method) and method.name == name for name, method in METHODS.items())
     assert isinstance(METHODS["layer_causal"], BottomUp)
     assert not isinstance(METHODS["vanilla"], BottomUp)
+
+
+def test_what_a_layer_passes_up_carries_no_graph() -> None:
+    """Otherwise the graphs of all layers below, of all demonstrations, stay in memory."""
+    lm = tiny("llama")
+    inputs = LaneInputs(lm, SEQUENCES[:2], 1)
+    with lm.resident(0) as layer:
+        list(LayerCausal().train_layer(lm, 0, layer, inputs, [0.1], steps=[2]))
+    assert all(replay.hidden_BTD.grad_fn is None for replay in inputs.replays)
