@@ -139,7 +139,19 @@ def flatten(tables: list[pa.Table]) -> dict[str, pa.Table]:
         for name, exploded in flat.items():
             exploded.append(_explode(table[name], keys, first_row))
         first_row += len(table)
-    return {"cells": rows} | {name: pa.concat_tables(exploded) for name, exploded in flat.items()}
+    found = {name: pa.concat_tables(exploded) for name, exploded in flat.items()}
+    return {"cells": rows} | _by_kind(found.pop("measures")) | found
+
+
+def _by_kind(measures: pa.Table) -> dict[str, pa.Table]:
+    """Return the measures as one table per kind, the two columns that name what was compared called by what they are."""
+    names = {"control": ("controls", "cell", "control"), "pair": ("pairs", "cell_a", "cell_b"), "metric": ("metrics", "cell", "version")}
+    rest = ["layer", "fold", "metric", "n", "mean", "sd"]
+    tables = {}
+    for kind, (table, cell, other) in names.items():
+        rows = measures.filter(pc.equal(measures["kind"], kind)).select(["key", "name", *rest])
+        tables[table] = rows.rename_columns([cell, other, *rest])
+    return tables
 
 
 def _explode(column: pa.ChunkedArray, keys: pa.Array, first_row: int) -> pa.Table:

@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, StrictBool, StrictInt, ValidationError, ValidationInfo, field_validator
+
+from iclgd_dist.protocol import Frozen, Protocol
+from iclgd_dist.toml_text import line_of, not_toml, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
@@ -42,10 +44,6 @@ class _At(ValueError):
         self.keys = keys
 
 
-class Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ModelSpec(Frozen):
     """Where a model comes from and the dtypes it is kept and computed in."""
 
@@ -53,15 +51,6 @@ class ModelSpec(Frozen):
     revision: str | None = None  # hub only: branch, tag or commit
     storage_dtype: DType | None = None  # weights are rounded to it; None = as stored in the files
     compute_dtype: DType = "float32"
-
-
-class Protocol(Frozen):
-    """How prompts are built and where states are recorded. Every switch is part of a cell's key."""
-
-    preset: Literal["clean"] = "clean"
-    record_position: Literal["last_prompt"] = "last_prompt"  # where states are captured
-    sink: Literal["auto", "bos", "eos"] = "auto"  # the one token every sequence starts with; auto = bos, else eos
-    separator: Literal["newline", "eos", "none"] = "newline"  # after the sink and after each demonstration
 
 
 class Controls(Frozen):
@@ -221,14 +210,6 @@ class Sweep(Frozen):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> str:
-    """Return the message for a name that is not known, with the nearest one that is."""
-    plain = {name.replace("_", "").replace("-", "").lower(): name for name in known}
-    near = difflib.get_close_matches(got.replace("_", "").replace("-", "").lower(), plain, n=1, cutoff=0.6)
-    meant = f"; did you mean {plain[near[0]]!r}?" if near else ""
-    return f"unknown {what} {got!r}{where}{meant}; known: {', '.join(sorted(known))}"
-
-
 def load_sweep(path: str | Path) -> Sweep:
     """Read and check a sweep file.
 
@@ -239,7 +220,7 @@ def load_sweep(path: str | Path) -> Sweep:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SweepError(_not_toml(path, text, str(error))) from None
+        raise SweepError(not_toml(path, text, str(error))) from None
     except RecursionError:
         raise SweepError(f"{path}: is nested too deeply") from None
     problems = [((name,), _unknown_key((name,))) for name in ("folder", "warnings") if name in values]
@@ -250,7 +231,7 @@ def load_sweep(path: str | Path) -> Sweep:
         details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
         problems += [_problem(detail) for detail in details]
     if problems:
-        placed = sorted({(_line(text, keys), message) for keys, message in problems})
+        placed = sorted({(line_of(text, keys), message) for keys, message in problems})
         raise SweepError("\n".join(f"{path}:{line}: {message}" for line, message in placed))
     return sweep
 
@@ -274,15 +255,6 @@ def _read(path: Path) -> str:
     if not text.strip():
         raise SweepError(f"{path}: is empty; see sweeps/demo.toml for an example")
     return text.replace("\r\n", "\n")
-
-
-def _not_toml(path: Path, text: str, said: str) -> str:
-    """Return TOML's complaint with line and column in front; a key that is set twice is named."""
-    found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", said, re.DOTALL)
-    what, line, column = found.groups() if found else (said, "", "")
-    if what == "Cannot overwrite a value":
-        what = f"{text.splitlines()[int(line) - 1].split('=')[0].strip()} is set twice"
-    return ":".join(filter(None, (str(path), line, column))) + f": is not TOML: {what}"
 
 
 def _duplicates(values: dict[str, Any]) -> tuple[str, ...]:
@@ -342,56 +314,3 @@ def _problem(detail: Any) -> tuple[tuple[Any, ...], str]:
     got = detail["input"]
     shown = "a table" if isinstance(got, dict) else str(got).lower() if isinstance(got, bool) else repr(got)[:80]
     return keys, f"{name} must be {required}, got {shown}"
-
-
-def _line(text: str, keys: tuple[Any, ...]) -> int:
-    """Return the line that sets what `keys` lead to, or as much of it as is there; TOML's parser does not tell."""
-    keys, best, found = tuple(key for key in keys if key != "*"), 1, 0
-    for line, path, statement in _statements(text):
-        shared = next((n for n, (a, b) in enumerate(zip(path, keys, strict=False)) if a != b), min(len(path), len(keys)))
-        if shared > found:
-            best, found = line, shared
-            if shared == len(path) < len(keys) and isinstance(keys[shared], int):
-                best += _lines_before(statement, keys[shared])
-    return best
-
-
-def _statements(text: str) -> Iterator[tuple[int, tuple[Any, ...], str]]:
-    """Yield (line, keys, text) of each header and each key that is set; the keys of [[table]] end in its number."""
-    table: tuple[Any, ...] = ()
-    counts: dict[tuple[Any, ...], int] = {}
-    first, lines = 1, text.split("\n")
-    for last in range(1, len(lines) + 1):
-        if last - first > 1_000:  # parsing line by line would take long
-            return
-        statement = "\n".join(lines[first - 1 : last])
-        try:
-            value = tomllib.loads(statement)
-        except tomllib.TOMLDecodeError:
-            continue  # a value that goes on in the next line
-        is_header = statement.lstrip().startswith("[")
-        path = () if is_header else table
-        while isinstance(value, dict) and len(value) == 1:
-            ((name, value),) = value.items()
-            path += (name,)
-            if is_header and isinstance(value, list):
-                counts[path] = counts.get(path, 0) + 1
-            path += (counts[path] - 1,) if is_header and path in counts else ()
-        table = path if is_header else table
-        yield first, path, statement
-        first = last + 1
-
-
-def _lines_before(statement: str, item: int) -> int:
-    """Return how many lines of `key = [...]` come before the one that holds an item of the list."""
-    lines = statement.split("\n")
-    for number in range(len(lines) - 1):
-        try:
-            value = tomllib.loads("\n".join(lines[: number + 1]) + "\n]")
-            while isinstance(value, dict):
-                (value,) = value.values()
-        except ValueError:  # not the end of an item (TOMLDecodeError is a ValueError), or no list
-            continue
-        if len(value) > item:
-            return number
-    return len(lines) - 1

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iclgd_dist.config import SweepError, unknown
+from iclgd_dist.config import SweepError
+from iclgd_dist.toml_text import unknown
 
 FIELD = re.compile(r"\{([^{}]+)\}")  # of a template: the name of a column
 Record = tuple[Mapping[str, str], str]  # the template's columns, the label as the data write it

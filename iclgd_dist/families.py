@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from iclgd_dist.config import SweepError, unknown
+from iclgd_dist.config import SweepError
+from iclgd_dist.toml_text import unknown
 
 
 @dataclass(frozen=True)

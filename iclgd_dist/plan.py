@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from iclgd_dist.config import HUB_TASKS, METHOD_VERSIONS, ModelSpec, Protocol, Resources, Sweep, SweepError
+from iclgd_dist.config import HUB_TASKS, METHOD_VERSIONS, ModelSpec, Resources, Sweep, SweepError
 from iclgd_dist.cost import Cost, cost_of
 from iclgd_dist.families import family_of
+from iclgd_dist.protocol import Protocol
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify, load_tokenizer
 from iclgd_dist.tasks import Draw, Encoded, Query, Task, draw_demonstrations, draw_queries, encode, fits_context, load_task
 

@@ -201,7 +201,7 @@ def _compare(baseline: Baseline, finetuned: Capture, seed: int) -> tuple[dict[st
         stacked["sim_am_delta"][0] = math.nan
     # Over the layers and queries that sim_am speaks of, so that the two can be set side by side; ICL's own row has it for all.
     stacked["sim_am_zs"] = torch.where(stacked["sim_am"].isnan(), math.nan, baseline.sim_am_zs_LQ)
-    return {name: stacked[name] for name in SIMILARITIES}, stacked["inner"], stacked["norm"]
+    return {name: stacked[name] for name in SIMILARITIES if name in stacked}, stacked["inner"], stacked["norm"]
 
 
 def _check(capture: Capture, zero_shot: Capture) -> None:
@@ -260,7 +260,7 @@ def _row(baseline: Baseline, answers: Answers, *, layers: list[Row], examples: l
     row |= _accuracy(baseline, answers, baseline.fold_masks["all"])
     row["prediction_counts"] = answers.predictions_Q.bincount(minlength=len(baseline.label_words)).tolist()
     folds = [dict.fromkeys(name for name, _, _ in FOLD) | {"fold": fold} | _accuracy(baseline, answers, baseline.fold_masks[fold]) for fold in ("A", "B")]
-    return row | {"folds": folds, "layers": layers, "examples": examples}
+    return row | {"folds": folds, "layers": layers, "examples": examples, "measures": []}
 
 
 def _accuracy(baseline: Baseline, answers: Answers, mask_Q: Tensor) -> Row:

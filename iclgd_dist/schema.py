@@ -23,9 +23,23 @@ SIMILARITIES = (
     "sim_aou_norm_uniform_update",
     "sim_aou_gaussian_state",
     "sim_aou_norm_gaussian_state",
+    "sim_aou_prefix",
+    "sim_aou_norm_prefix",
+    "sim_am_prefix",
+    "sim_am_delta_prefix",
+    "kendall_tokens",
+    "kendall_examples",
+    "topk_recall_tokens",
+    "topk_recall_examples",
+    "kendall_tokens_random",
+    "kendall_examples_random",
+    "topk_recall_tokens_random",
+    "topk_recall_examples_random",
 )
 # Figures that pool the queries first: no mean over queries, no value per example.
-POOLED = ("sim_aou_pooled", "recovered_aou")
+POOLED = ("sim_aou_pooled", "recovered_aou", "sim_aou_pooled_prefix")
+NUM_KENDALL_QUERIES = 100  # the first queries, as in the reference, whose attention to the demonstrations is ranked
+TOP_TOKENS, TOP_EXAMPLES = 100, 5  # items that topk_recall compares, as in the reference
 _MEANING = {
     "sim_aou": "cosine of the change ICL makes to the attention output and the change finetuning makes [-1..1]",
     "sim_aou_norm": "the same on L2-normalised attention outputs; biased upward with the size of the updates [-1..1]",
@@ -36,6 +50,19 @@ _MEANING = {
     "sim_aou_norm_uniform_update": "sim_aou_norm with finetuning's change replaced by i.i.d. uniform [0, 1) numbers [-1..1]",
     "sim_aou_gaussian_state": "sim_aou of a finetuned state h_ZS + r, r gaussian, |r| = |u_FT|: a random baseline [-1..1]",
     "sim_aou_norm_gaussian_state": "sim_aou_norm of the same random state: what the size of the update alone scores [-1..1]",
+    "sim_aou_prefix": "sim_aou with ICL on exactly the demonstrations trained on so far [-1..1]",
+    "sim_aou_norm_prefix": "sim_aou_norm with ICL on exactly the demonstrations trained on so far [-1..1]",
+    "sim_am_prefix": "sim_am with ICL on exactly the demonstrations trained on so far [-1..1]",
+    "sim_am_delta_prefix": "sim_am_delta with ICL on exactly the demonstrations trained on so far [-1..1]",
+    "kendall_tokens": "Kendall's tau-b of ICL's and finetuning's attention to the tokens of the demonstrations; first 100 queries [-1..1]",
+    "kendall_examples": "the same of the attention summed per demonstration [-1..1]",
+    "topk_recall_tokens": "share of ICL's 100 most attended demonstration tokens among finetuning's; first 100 queries [0..1]",
+    "topk_recall_examples": "share of ICL's 5 most attended demonstrations among finetuning's [0..1]",
+    "kendall_tokens_random": "kendall_tokens with finetuning's attention replaced by i.i.d. uniform numbers: a random baseline [-1..1]",
+    "kendall_examples_random": "kendall_examples with finetuning's attention replaced by i.i.d. uniform numbers [-1..1]",
+    "topk_recall_tokens_random": "topk_recall_tokens with finetuning's attention replaced by i.i.d. uniform numbers [0..1]",
+    "topk_recall_examples_random": "topk_recall_examples with finetuning's attention replaced by i.i.d. uniform numbers [0..1]",
+    "sim_aou_pooled_prefix": "sim_aou_pooled with ICL on exactly the demonstrations trained on so far [-1..1]",
     "sim_aou_pooled": "sum_q <u_FT, u_ICL> / sqrt(sum_q |u_FT|^2 sum_q |u_ICL|^2) [-1..1]",
     "recovered_aou": "1 - sum_q |u_FT - u_ICL|^2 / sum_q |u_ICL|^2: 1 = ICL's change reproduced, 0 = no update [..1]",
 }
@@ -51,16 +78,21 @@ IDENTITY: list[Column] = [
     ("family", text, "architecture: model_type of its config"),
     ("storage_dtype", text, "dtype the weights are rounded to"),
     ("compute_dtype", text, "dtype of the forward and backward passes"),
+    ("init", text, "trained, or how the weights were drawn anew: random, embeddings_norms or norms"),
+    ("init_scheme", text, "model or fairseq: which initialisation; NULL for trained"),
+    ("init_seed", i64, "seed of the initialisation; NULL for trained"),
     ("task", text, "name of the task"),
     ("num_demonstrations", i64, "demonstrations in the context and in training (k); NULL for zero_shot"),
     ("seed", i64, "seed of the draw of demonstrations; NULL for zero_shot"),
     ("order", i64, "permutation of the draw; 0 = as drawn; NULL for zero_shot"),
+    ("num_context_demonstrations", i64, "demonstrations in the context; fewer than k where the protocol leaves out what does not fit; NULL for zero_shot"),
     ("num_queries", i64, "queries evaluated"),
     ("query_seed", i64, "seed of the draw of queries"),
     ("protocol", text, "resolved protocol as JSON, with the sink token it came to"),
-    ("train_on", text, "what finetuning saw: true = the demonstrations; NULL unless finetuned"),
+    ("train_on", text, "what finetuning saw: true (the demonstrations), random_labels, other_task or shuffled_words; NULL unless finetuned"),
     ("method", text, "vanilla, layer_causal, ...; NULL unless finetuned"),
-    ("learning_rate", f64, "constant learning rate of plain SGD; NULL unless finetuned"),
+    ("method_options", text, "what the sweep file says of a method of its own, as JSON; NULL for built-in methods"),
+    ("learning_rate", f64, "constant learning rate; NULL unless finetuned"),
     ("step", i64, "number of updates done; NULL unless finetuned"),
     ("origin", text, "grid or search"),
     ("sweep", text, "name of the sweep that first computed the cell"),
@@ -155,6 +187,8 @@ PROVENANCE: list[Column] = [
     ("lanes", i64, "learning rates that rode in the same pass"),
     ("wall_seconds", f64, "the cell's equal share of the time since its block's previous commit [s]"),
     ("peak_gib", f64, "peak memory of the process: resident, or of the GPU [GiB]"),
+    ("capture_file", text, "kept capture, relative to the store; NULL where none was kept"),
+    ("capture_sha256", text, "sha256 of that file [64 hex digits]"),
     ("created_at", pa.timestamp("us", tz="UTC"), "when the cell was committed"),
 ]
 
@@ -164,10 +198,22 @@ def _struct(columns: list[Column]) -> pa.DataType:
 
 
 FOLD: list[Column] = [("fold", text, "A or B"), *ACCURACY]
+# Figures that compare a cell with something else, or that a sweep file adds. Readers see them as three tables: `controls`, `pairs`, `metrics`.
+MEASURE: list[Column] = [
+    ("kind", text, "control, pair or metric"),
+    ("name", text, "the control; the key of the other cell of a pair; version of a metric"),
+    ("metric", text, "what was measured"),
+    ("layer", i64, "0 = the first decoder layer; NULL where the figure is of the whole model"),
+    ("fold", text, "A, B or all"),
+    ("n", i64, "queries for which the figure is defined"),
+    ("mean", f64, "mean over them"),
+    ("sd", f64, "standard deviation over them; NULL for fewer than 2"),
+]
 NESTED: list[Column] = [
     ("folds", pa.list_(_struct(FOLD)), "accuracy and its kin of fold A and of fold B"),
     ("layers", pa.list_(_struct(LAYER)), "figures per layer and fold"),
     ("examples", pa.list_(_struct(EXAMPLE)), "figures per query, in the order drawn"),
+    ("measures", pa.list_(_struct(MEASURE)), "controls, pairs and metrics of one's own"),
 ]
 CELL = pa.schema([pa.field(name, kind, metadata={"meaning": meaning}) for name, kind, meaning in [*IDENTITY, *OUTCOME, *PROVENANCE, *NESTED]])
 

@@ -82,12 +82,18 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class Results:
-    """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`."""
+    """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`.
+
+    `controls` (cell, control, layer, fold, metric, n, mean, sd), `pairs` (cell_a, cell_b, ...) and `metrics` (cell, version, ...) hold keys of cells too.
+    """
 
     cells: pa.Table
     folds: pa.Table
     layers: pa.Table
     examples: pa.Table
+    controls: pa.Table
+    pairs: pa.Table
+    metrics: pa.Table
     attempts: pa.Table
 
 

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iclgd_dist.config import OwnTask, Protocol, SweepError, unknown
+from iclgd_dist.config import OwnTask, SweepError
 from iclgd_dist.embedded import FIELD, HUB, PACKAGES, Record, as_text, read_file, read_hub, read_package
+from iclgd_dist.protocol import Protocol
+from iclgd_dist.toml_text import unknown
 
 # The longest UTF-8 that Unicode normalisation (NFKC) makes of one byte; tokens never outnumber the bytes of the normalised text.
 _NORMALISATION_GROWTH = 11

@@ -20,7 +20,8 @@ FLOORS = {
     1: ("metrics", "tasks", "families", "sources", "store"),
     0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
     0.2: ("files",),
-    0: ("config", "schema"),
+    0.1: ("config",),
+    0: ("protocol", "schema", "toml_text"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 RAY = (6, 7)

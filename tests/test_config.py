@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from iclgd_dist.config import MAX_FILE_BYTES, Sweep, SweepError, load_sweep, unknown
+from iclgd_dist.config import MAX_FILE_BYTES, Sweep, SweepError, load_sweep
+from iclgd_dist.toml_text import unknown
 
 GOOD = """# A comment on top.
 name = "small"

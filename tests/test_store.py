@@ -64,7 +64,7 @@ def assert_holds(results: Results, rows: list[dict[str, Any]]) -> None:
     """Compare with plain loops over the rows as they were committed."""
     assert sorted(results.cells["key"].to_pylist()) == sorted(each["key"] for each in rows)
     by_key = {each["key"]: each for each in rows}
-    flat_names = [name for name in CELL.names if name not in ("folds", "layers", "examples")]
+    flat_names = [name for name in CELL.names if name not in ("folds", "layers", "examples", "measures")]
     for got in results.cells.to_pylist():
         assert got == full(by_key[got["key"]], flat_names)
     for name in ("folds", "layers", "examples"):
