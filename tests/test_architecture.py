@@ -21,6 +21,7 @@ FLOORS = {
     0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
     0.2: ("files",),
     0.1: ("config",),
+    0.05: ("extensions",),
     0: ("protocol", "schema", "toml_text"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
