@@ -17,7 +17,7 @@ FLOORS = {
     3: ("deltas", "layerwise"),
     2: ("model", "plan"),
     1.5: ("cost",),
-    1: ("metrics", "tasks", "families", "sources", "store"),
+    1: ("metrics", "ranking", "tasks", "families", "sources", "store"),
     0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
     0.2: ("files",),
     0.1: ("config",),
