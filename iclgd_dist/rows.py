@@ -212,7 +212,7 @@ def diverged_row(*, num_queries: int, label_words: Sequence[str], step: int, las
 
 def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Return every similarity (L, Q), <u_ICL, u_FT> with ICL on all and on the prefix (L, Q), and |u_FT| (L, Q)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, random_maps = (torch.Generator().manual_seed(seed ^ stream) for stream in (0, 1))
     found: dict[str, list[Tensor]] = defaultdict(list)
     # One layer at a time stays in the processor's cache: five times as fast as all layers at once.
     for layer, (icl, icl_scores) in enumerate(zip(baseline.in_context.attention, baseline.in_context.scores, strict=True)):
@@ -236,7 +236,7 @@ def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, s
             found[f"inner{ending}"].append(metrics.inner(attention.raw, ft.raw))
         found["norm"].append(ft.raw.norm)
         if prefix is not None and prefix.capture.ranked_LQT is not None and finetuned.ranked_LQT is not None:
-            ranked = ranking.compare(prefix.capture.ranked_LQT[layer], finetuned.ranked_LQT[layer], prefix.items, generator)
+            ranked = ranking.compare_attention(prefix.capture.ranked_LQT[layer], finetuned.ranked_LQT[layer], prefix.items, generator=random_maps)
             for name, values in ranked.items():
                 found[name].append(torch.cat([values, values.new_full((len(moved_Q) - len(values),), math.nan)]))
     stacked = {name: torch.stack(layers) for name, layers in found.items()}
