@@ -10,25 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iclgd_dist.model import LanguageModel
-
-
-@dataclass(frozen=True)
-class Site:
-    """One projection that can be trained: a module, or the key or value columns of a fused one."""
-
-    name: str  # e.g. model.layers.3.self_attn.k_proj; fused: transformer.h.3.attn.c_attn.k
-    module: nn.Module
-    num_inputs: int
-    num_outputs: int
-    has_bias: bool
-    columns: Tensor | None  # of the module's output; None = all
+from iclgd_dist.sites import Site, sites
 
 
 @dataclass(frozen=True)
@@ -43,36 +30,6 @@ class Delta:
 
 
 Deltas = Mapping[str, Delta]
-
-
-def sites(lm: LanguageModel, index: int) -> dict[str, Site]:
-    """Return the key and value sites of a layer, keys "k" and "v"."""
-    layer, family = lm.layers[index], lm.family
-    found = {}
-    for part, path in (("k", family.key), ("v", family.value)):
-        module = attrgetter(path)(layer)
-        num_inputs, num_outputs = _shape(module)
-        columns = None
-        if family.fused != "separate":
-            columns = _columns(family.fused, part, num_outputs, lm.num_heads)
-            num_outputs = len(columns)
-        name = f"{family.layers}.{index}.{path}" + ("" if columns is None else f".{part}")
-        found[part] = Site(name, module, num_inputs, num_outputs, getattr(module, "bias", None) is not None, columns)
-    return found
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return int(module.nx), int(module.nf)  # transformers' Conv1D
-
-
-def _columns(fused: str, part: str, num_outputs: int, num_heads: int) -> Tensor:
-    third = {"q": 0, "k": 1, "v": 2}[part]
-    order = torch.arange(num_outputs)
-    if fused == "blocks":
-        return order.view(3, -1)[third]
-    return order.view(num_heads, 3, -1)[:, third].reshape(-1)
 
 
 def zeros(lm: LanguageModel, index: int, num_lanes: int) -> dict[str, Delta]:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iclgd_dist.attention import recording_scores
 from iclgd_dist.deltas import Deltas, attached
 from iclgd_dist.layerwise import Prefix, Replay
 from iclgd_dist.metrics import Capture
-from iclgd_dist.model import LanguageModel, listening
+from iclgd_dist.model import LanguageModel
 
 # Measured on two CPU cores: 1,024 tokens a micro-batch stay in the cache and take 3/4 of the time of 4,096. A GPU wants larger ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
@@ -111,7 +112,7 @@ class QueryPass:
 
     @contextlib.contextmanager
     def _recording(self, batch: _MicroBatch, index: int) -> Iterator[None]:
-        module = attrgetter(self.lm.family.attention)(self.lm.layers[index])
+        module = attrgetter(self.lm.family.output)(self.lm.layers[index])
         slots = [self.slot[query] for query in batch.queries]
 
         def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -133,12 +134,8 @@ class QueryPass:
 
         handle = module.register_forward_hook(keep_output)
         try:
-            if self.lm.family.scores == "interface":
-                with listening(keep_scores):
-                    yield
-            else:
-                with _projections(self.lm, index, keep_scores):
-                    yield
+            with recording_scores(self.lm, index, keep_scores):
+                yield
         finally:
             handle.remove()
 
@@ -169,29 +166,6 @@ class QueryPass:
             log_probability_X = logits_XV.logsumexp(-1)
             chosen_Y = (logits_XV[read_Y.to(logits_XV.device), token_Y.to(logits_XV.device)] - log_probability_X[read_Y.to(logits_XV.device)]).cpu()
             self.label_scores_NQC[lane].index_put_((slot_Y, label_Y), chosen_Y * weight_Y, accumulate=True)
-
-
-@contextlib.contextmanager
-def _projections(lm: LanguageModel, index: int, sink: Callable[[nn.Module, Tensor, Tensor, float], None]) -> Iterator[None]:
-    """Read queries and keys from the projections' outputs: for families whose attention function cannot be replaced."""
-    layer = lm.layers[index]
-    seen: dict[str, Tensor] = {}
-    modules = {part: attrgetter(path)(layer) for part, path in (("q", lm.family.query), ("k", lm.family.key))}
-    attention = attrgetter(lm.family.attention)(layer)
-
-    def heads(states_BTX: Tensor) -> Tensor:
-        return states_BTX.view(*states_BTX.shape[:2], lm.num_heads, -1).transpose(1, 2)
-
-    def keep(part: str) -> Callable[..., None]:
-        return lambda _module, _args, output: seen.__setitem__(part, heads(output))
-
-    handles = [module.register_forward_hook(keep(part)) for part, module in modules.items()]
-    handles.append(attention.register_forward_hook(lambda module, _args, _output: sink(module, seen["q"], seen["k"], module.scaling)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _packed(
