@@ -125,5 +125,5 @@ def norms(lm: LanguageModel, index: int, deltas: Deltas) -> dict[str, Tensor]:
     squares: dict[str, list[Tensor]] = defaultdict(list)
     for site in sites(lm, index, ALL_PARTS).values():
         if site.name in deltas:
-            squares[site.part].append(deltas[site.name].squared_norm_N().cpu())
+            squares[site.part.partition(".")[0]].append(deltas[site.name].squared_norm_N().cpu())
     return {part: torch.stack(of_part).sum(0).sqrt() for part, of_part in squares.items()}

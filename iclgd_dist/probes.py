@@ -135,11 +135,10 @@ class QueryPass:
 
     @contextlib.contextmanager
     def _recording(self, batch: _MicroBatch, index: int, trained_NTW: Tensor | None) -> Iterator[None]:
-        module = attrgetter(self.lm.family.attention)(self.lm.layers[index])
+        module = attrgetter(self.lm.family.output)(self.lm.layers[index])
         slots = [self.slot[query] for query in batch.queries]
 
-        def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden_BTD = output[0] if isinstance(output, tuple) else output
+        def keep_output(_module: nn.Module, _args: Any, hidden_BTD: Tensor) -> None:
             taken = hidden_BTD[batch.at_B.to(hidden_BTD.device), batch.position_B.to(hidden_BTD.device)]
             self.attention_NLQD[:, index, slots] = taken.view(self.num_lanes, len(slots), -1).to(self.attention_NLQD)
 

@@ -287,8 +287,8 @@ class LayerCausalAttention(LayerCausal):
     @contextlib.contextmanager
     def exit_states(self, lm: LanguageModel, index: int, replay: Replay) -> Iterator[Callable[[], Tensor]]:
         entered_BTD, seen = replay.hidden_BTD, list[Tensor]()
-        attention = attrgetter(lm.family.attention)(lm.layers[index])
-        handle = attention.register_forward_hook(lambda _module, _args, output: seen.append(output[0] if isinstance(output, tuple) else output))
+        output = attrgetter(lm.family.output)(lm.layers[index])
+        handle = output.register_forward_hook(lambda _module, _args, hidden_BTD: seen.append(hidden_BTD))
         try:
             yield lambda: entered_BTD + seen[0] if self.residual else seen[0]
         finally:
