@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from iclgd_dist.deltas import norms
+from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.layerwise import Prefix
 from iclgd_dist.metrics import Capture, noise_floor
 from iclgd_dist.model import LanguageModel
@@ -34,7 +35,6 @@ from iclgd_dist.probes import QueryPass
 from iclgd_dist.rows import Baseline, Row, TrainingRecord, diverged_row, finetuned_row, icl_row, make_baseline, zero_shot_row
 from iclgd_dist.schema import NUM_NOISE_QUERIES
 from iclgd_dist.store import Store
-from iclgd_dist.tasks import Encoded, encode
 from iclgd_dist.updates import METHODS, BottomUp, LaneInputs, Probe, TrainingSequence, first_bad_step
 
 

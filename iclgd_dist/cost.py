@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from iclgd_dist.encoding import Encoded
 from iclgd_dist.schema import NUM_NOISE_QUERIES
-from iclgd_dist.tasks import Encoded
 
 FRAMEWORK_GIB = 0.7  # torch, transformers and Ray in one process, before any model (measured)
 
@@ -51,8 +51,8 @@ class _Sizes:
         return _Sizes(layers, width, inner, first("vocab_size"), attention + gated * width * inner, 2 * width * kv)
 
 
-def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, lanes: Mapping[str, tuple[int, Sequence[int]]]) -> Cost:
-    """Return what a block costs whose methods have so many lanes and probe these steps (`lanes`: method -> number of lanes, steps)."""
+def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, lanes: Mapping[tuple[str, str], tuple[int, Sequence[int]]]) -> Cost:
+    """Return what a block costs (`lanes`: method, train_on -> number of lanes, probed steps)."""
     sizes = _Sizes.of(config)
     body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
     head = 2.0 * sizes.width * sizes.vocabulary  # of one position's logits
@@ -60,14 +60,15 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
     query_tokens = sum(len(ids) for ids in encoded.queries) + len(encoded.prefix_ids) * num_queries
     label_rows = num_queries * max(1, sum(len(ids) > 1 for ids in encoded.label_ids))
     captured = query_tokens * 2 + len(encoded.context_ids)  # zero-shot, in-context, the context itself
+    captured += sum(query_tokens + len(ids) for ids in encoded.control_contexts.values())
     baseline = captured * body + 2 * label_rows * head + min(NUM_NOISE_QUERIES, num_queries) / num_queries * query_tokens * body
     training, flops = 0, baseline
-    longest = max((len(ids) for ids in encoded.training_sequences), default=0)
     states = 2.0  # captures that are held at once
     live = 0.0  # elements of deltas, gradients, autograd's graph and logits at once
-    for method, (num_lanes, steps) in lanes.items():
+    for (method, train_on), (num_lanes, steps) in lanes.items():
         is_bottom_up = method == "layer_causal"
-        tokens = num_lanes * sum(len(ids) for ids in encoded.training_sequences[: max(steps)])
+        sequences = encoded.training_for(train_on).sequences[: max(steps)]
+        longest, tokens = max(map(len, sequences)), num_lanes * sum(map(len, sequences))
         probed = num_lanes * len(steps)
         # Forward, gradients of the inputs, gradients of the deltas; logits forward and backward at every early exit.
         flops += tokens * (2 * body + 4 * sizes.layers * sizes.trained_weights + 2 * (sizes.layers if is_bottom_up else 1) * head)

@@ -17,10 +17,12 @@ FLOORS = {
     3: ("deltas", "layerwise"),
     2: ("model", "plan"),
     1.5: ("cost",),
+    1.2: ("encoding", "contexts"),  # draws as token ids, draws of controls
     1: ("metrics", "tasks", "families", "sources", "store"),
     0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
     0.2: ("files",),
     0.1: ("config",),
+    0.05: ("axes",),
     0: ("protocol", "schema", "toml_text"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -16,9 +16,10 @@ import pytest
 
 from iclgd_dist import plan as planning
 from iclgd_dist.config import ModelSpec, SweepError, load_sweep
+from iclgd_dist.encoding import encode, fits_context
 from iclgd_dist.plan import Block, Plan, count_cells, halve, key_of, make_plan, split, with_cells
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable
-from iclgd_dist.tasks import draw, encode, fits_context, load_task
+from iclgd_dist.tasks import draw, load_task
 
 CONFIG = {"num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50, "max_position_embeddings": 512}
 SWEEP = """
