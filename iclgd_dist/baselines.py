@@ -65,7 +65,7 @@ class Baselines:
             self._follow(ids, items)
         self.of_trained = {point: ids for point, (ids, _) in shown.items()}
         shift = len(encoded.context_ids) - len(encoded.prefix_ids)
-        has_shift = bool(encoded.control_contexts) and not lm.has_relative_positions
+        has_shift = "shifted" in block.controls.contexts and not lm.has_relative_positions
         self.shifted = queries_of(lm, block, encoded, shift=shift) if has_shift else None
 
     def _follow(self, ids: tuple[int, ...], items: Items) -> None:

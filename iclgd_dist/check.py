@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def tiny_model() -> LanguageModel:
     """Return a random two-layer llama in float64, the same each time."""
     with torch.random.fork_rng(devices=[]), default_dtype(torch.float64):
         torch.manual_seed(0)
-        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = LlamaConfig(vocab_size=97, initializer_range=0.2, **shape)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=RECORDED)
     model.eval().requires_grad_(False)

@@ -84,7 +84,7 @@ class _Manifest:
 class Results:
     """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`.
 
-    `controls` (cell, control, layer, fold, metric, n, mean, sd), `pairs` (cell_a, cell_b, ...) and `metrics` (cell, version, ...) hold keys of cells too.
+    So do `controls` (cell, control, layer, fold, metric, n, mean, sd), `pairs` (cell_a, cell_b, ...) and `metrics` (cell, version, ...).
     """
 
     cells: pa.Table

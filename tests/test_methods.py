@@ -53,12 +53,12 @@ def loop(lm: LanguageModel, names: list[str], optimizer: type[torch.optim.Optimi
         for number, layer in enumerate(model.model.layers):
             if loss != "final":  # each layer starts from states that carry no gradient
 
-                def before(module, args, number=number):
+                def before(module, args, number=number, states=states):
                     states[number, "in"] = args[0].detach()
                     return (states[number, "in"], *args[1:])
 
                 hooks.append(layer.register_forward_pre_hook(before))
-            hooks.append(layer.self_attn.register_forward_hook(lambda m, a, out, number=number: states.__setitem__((number, "attn"), out[0])))
+            hooks.append(layer.self_attn.register_forward_hook(lambda m, a, out, number=number, states=states: states.__setitem__((number, "attn"), out[0])))
         logits = [model(tokens, use_cache=False).logits]
         for hook in hooks:
             hook.remove()

@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from iclgd_dist import embedded, tasks
 from iclgd_dist.config import EMBEDDED_TASKS, HUB_TASKS, OwnTask, SweepError
+from iclgd_dist.encoding import encode, fits_context
 from iclgd_dist.protocol import Protocol
-from iclgd_dist.tasks import Draw, Example, Query, Task, draw, draw_demonstrations, draw_queries, encode, fits_context, load_task
+from iclgd_dist.tasks import Draw, Example, Query, Task, draw, draw_demonstrations, draw_queries, load_task
 
 CLEAN = Protocol()
 
