@@ -118,7 +118,7 @@ class _Baselines:
     """Zero-shot, zero-shot again one query at a time (the noise floor), the context, and the queries in context."""
 
     def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded) -> None:
-        self.block, self.has_relative_positions = block, lm.family.position == "rotary"
+        self.block, self.has_relative_positions = block, lm.has_relative_positions
         self.prefix = Prefix(lm, torch.tensor(encoded.context_ids))
         self.zero_shot = _queries(lm, block, encoded)
         self.in_context = _queries(lm, block, encoded, prefix=self.prefix)

@@ -47,6 +47,11 @@ AttentionInterface.register(RECORDED, _recorded_attention)
 AttentionMaskInterface.register(RECORDED, sdpa_mask)  # without it no mask is made for an attention function of ours
 
 
+def attention_of(family: Family) -> str:
+    """Return the attention implementation that a model of this family is loaded with."""
+    return RECORDED if family.scores == "interface" else family.implementation
+
+
 @contextlib.contextmanager
 def listening(sink: ScoreSink) -> Iterator[None]:
     """Call `sink(attention module, queries, keys, scaling)` at every attention call inside the block."""
@@ -88,6 +93,16 @@ class LanguageModel:
         return int(self.model.config.num_attention_heads)
 
     @property
+    def num_key_heads(self) -> int:
+        """Number of key heads, which groups of query heads share."""
+        return int(getattr(self.model.config, "num_key_value_heads", None) or self.num_heads)
+
+    @property
+    def has_relative_positions(self) -> bool:
+        """Whether queries and keys depend on no absolute position."""
+        return self.family.has_relative_positions
+
+    @property
     def delta_dtype(self) -> torch.dtype:
         """Dtype of deltas and of the sums they enter: float32, float64 on a float64 model."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
@@ -123,7 +138,7 @@ class LanguageModel:
     def early_exit(self, hidden_XD: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states after any layer: final norm, projection where the model has one, output head."""
         for path in (self.family.norm, self.family.project_out, self.family.head):
-            module = _at(self.model, path)
+            module = module_at(self.model, path)
             if module is not None:
                 hidden_XD = module(hidden_XD.to(self.device_of(module)))
         return hidden_XD
@@ -140,7 +155,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _at(root: Any, path: str | None) -> Any:
+def module_at(root: Any, path: str | None) -> Any:
     """Return the attribute at a dotted path, or None where it or a step to it is absent."""
     for name in path.split(".") if path else ():
         root = getattr(root, name, None)
@@ -159,7 +174,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     family = family_of(config.model_type)
     compute, storage = getattr(torch, spec.compute_dtype), getattr(torch, storage_dtype)
     has_gpu = resources.gpus_per_actor > 0 and torch.cuda.is_available()  # an actor that asked for none leaves the GPUs to others
-    attention = RECORDED if family.scores == "interface" else "eager"
+    attention = attention_of(family)
     place: dict[str, Any] = {"device_map": resources.device_map}
     if resources.device_map == "disk":
         place["device_map"] = _layers_on_disk(config, family, main=0 if has_gpu else "cpu")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from iclgd_dist.deltas import sites
 from iclgd_dist.families import FAMILIES
 from iclgd_dist.layerwise import Prefix
 from iclgd_dist.model import LanguageModel, default_dtype
 from iclgd_dist.probes import QueryPass
+from iclgd_dist.sites import sites
 from iclgd_dist.updates import METHODS, Probe, TrainingSequence
 from tests import plain
 from tests.tiny import ids, tiny

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config, XGLMConfig
 
 from iclgd_dist.families import FAMILIES
-from iclgd_dist.model import RECORDED, LanguageModel
+from iclgd_dist.model import LanguageModel, attention_of
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 97, 32, 4, 3
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -54,7 +54,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float64, *, layers: int = LAYER
     """Return a random model with weights large enough for attention to matter and biases that are not zero."""
     torch.manual_seed(0)
     if attention is None:
-        attention = RECORDED if FAMILIES[family].scores == "interface" else "eager"
+        attention = attention_of(FAMILIES[family])
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
