@@ -10,15 +10,13 @@ tolerance, 1 = not, 2 = DIR is no case. Not a test.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,15 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from iclgd_dist import metrics
+from iclgd_dist.attention import recording_queries
 from iclgd_dist.config import ModelSpec, Resources
-from iclgd_dist.deltas import Deltas, sites
+from iclgd_dist.deltas import Deltas
 from iclgd_dist.layerwise import Prefix
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel, default_dtype, load
-from iclgd_dist.probes import QueryPass
+from iclgd_dist.probes import Context, QueryPass
 from iclgd_dist.ranking import compare_attention
-from iclgd_dist.schema import NUM_KENDALL_QUERIES
+from iclgd_dist.sites import sites
 from iclgd_dist.updates import METHODS, BottomUp, LaneInputs, TrainingSequence
 
 DTYPES = {"f64": "float64", "f32": "float32"}
@@ -116,8 +115,8 @@ def read_inputs(case: Path) -> Inputs:
     found = read(case / "inputs.json")
     contexts = {"zs": found["zs_input_sequences"][0][: found["zs_context_len"]], "icl": found["icl_context"]}
     for kind, context in contexts.items():
-        if any(ids[: len(context)] != context for ids in found[f"{kind}_input_sequences"]):
-            raise NoCase(f"{case}/inputs.json: every {kind} input must begin with the same context")
+        if any(ids[: len(context)] != context or ids[-1] != found["label_token_ids"][0] for ids in found[f"{kind}_input_sequences"]):
+            raise NoCase(f"{case}/inputs.json: every {kind} input must begin with the same context and end with the token of label 0")
     inputs = Inputs(
         found["ft_sequences_in_training_order"],
         found["zs_input_sequences"],
@@ -172,50 +171,40 @@ def load_model(case: Path, dtype: str) -> LanguageModel:
     return ReferenceModel(**{field.name: getattr(lm, field.name) for field in fields(lm)})
 
 
-@contextlib.contextmanager
-def recorded_queries(lm: LanguageModel) -> Iterator[list[list[Tensor]]]:
-    """Yield per layer what its query projection puts out at each call (B, T, D), bias included, times d_head^-0.5."""
-    found: list[list[Tensor]] = [[] for _ in lm.layers]
-    scaling = (lm.width // lm.num_heads) ** -0.5
-    handles = [
-        attrgetter(lm.family.query)(layer).register_forward_hook(lambda _module, _args, output, calls=calls: calls.append(output.detach() * scaling))
-        for layer, calls in zip(lm.layers, found, strict=True)
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @dataclass(frozen=True)
 class Training:
     """What one method's training came to, all lanes."""
 
     deltas: dict[int, Deltas]  # by step
     loss_SLN: Tensor  # [nats per token]; L = 1 where layers have no loss of their own
-    queries_LSNTD: list[list[Tensor]]
+    queries_LSNTW: list[Sequence[Tensor]]  # projections of the training tokens, unscaled
+
+    @property
+    def of_items_LNTW(self) -> list[Tensor]:
+        """Return the query projections of the demonstrations' tokens: all but each sequence's BOS."""
+        return [torch.cat([query_NTW[:, 1:] for query_NTW in layer], dim=1) for layer in self.queries_LSNTW]
 
 
 def train(lm: LanguageModel, inputs: Inputs, method: str, rates: Sequence[float]) -> Training:
     sequences = [TrainingSequence(torch.tensor(ids), 1) for ids in inputs.demonstrations]
     steps, learner = range(1, len(sequences) + 1), METHODS[method]
     deltas: dict[int, dict[str, Any]] = {step: {} for step in steps}
-    losses: list[Tensor] = []
-    with recorded_queries(lm) as queries:
-        if isinstance(learner, BottomUp):
-            lanes = LaneInputs(lm, sequences, len(rates))
-            for index in range(lm.num_layers):
-                with lm.resident(index) as layer:
-                    probes = list(learner.train_layer(lm, index, layer, lanes, rates, steps=steps))
-                losses.append(probes[-1].loss_SN)
-                for probe in probes:
-                    deltas[probe.step] |= probe.deltas
-        else:
-            for probe in learner.train(lm, sequences, rates, steps=steps):
-                deltas[probe.step] = dict(probe.deltas)
-            losses.append(probe.loss_SN)
-    return Training(dict(deltas), torch.stack(losses, dim=1), queries)
+    losses, queries = [], {}
+    if isinstance(learner, BottomUp):  # as a block runs it: all steps of a layer before the next layer
+        lanes, probes = LaneInputs(lm, sequences, len(rates)), []
+        for index in range(lm.num_layers):
+            with lm.resident(index) as layer:
+                probes = list(learner.train_layer(lm, index, layer, lanes, rates, steps=steps))
+            losses.append(probes[-1].loss_SN)
+            queries |= probes[-1].queries
+            for probe in probes:
+                deltas[probe.step] |= probe.deltas
+    else:
+        probes = list(learner.train(lm, sequences, rates, steps=steps))
+        losses.append(probes[-1].loss_SN)
+        queries |= probes[-1].queries
+        deltas = {probe.step: dict(probe.deltas) for probe in probes}
+    return Training(dict(deltas), torch.stack(losses, dim=1), [queries[index] for index in range(lm.num_layers)])
 
 
 @dataclass(frozen=True)
@@ -223,34 +212,42 @@ class State:
     """What a state does with the queries."""
 
     at_label: Capture  # recorded at the token of label 0
-    at_prompt: Capture  # recorded at the token before it, where labels are scored
+    at_prompt: Capture  # recorded at the token before it
     to_context_QLT: Tensor  # attention scores of the token of label 0 over the context, summed over heads
-    query_QLD: Tensor  # of the token of label 0
+    query_QLD: Tensor  # query projection of the token of label 0, scaled
 
 
-def evaluate(lm: LanguageModel, prompts: list[list[int]], context: list[int], labels: list[int], deltas: Deltas | None = None, lanes: int = 1) -> list[State]:
-    """Return one State per lane. A context of several tokens is shared by the queries, as ICL's is; attention to it is captured from whole prompts."""
-    prefix = Prefix(lm, torch.tensor(context)) if len(context) > 1 else None
-    place: dict[str, Any] = {"lead": context, "prefix": prefix, "num_lanes": lanes}
-    queries, options = [ids[len(context) :] for ids in prompts], [[label] for label in labels]
-    passes = [QueryPass(lm, [ids[:-1] for ids in queries], options, **place), QueryPass(lm, queries, options, **place)]
-    whole = QueryPass(lm, prompts, options, num_lanes=lanes, tokens_per_batch=1)  # each prompt a micro-batch of its own
-    with torch.no_grad():
-        for index in range(lm.num_layers):
-            with lm.resident(index) as layer:
-                if prefix:
-                    prefix.replay.climb(layer, index)
-                for one in passes:
-                    one.climb(layer, index, deltas)
-        with recorded_queries(lm) as calls:
-            for index in range(lm.num_layers):
-                with lm.resident(index) as layer:
-                    whole.climb(layer, index, deltas)
-    by_query = sorted(range(len(prompts)), key=lambda call: whole.batches[call].queries[0])
-    query_NQLD = torch.stack([torch.stack([layer[call][:, -1] for layer in calls], dim=1) for call in by_query], dim=1)
+def evaluate(lm: LanguageModel, inputs: Inputs, *, in_context: bool = False, training: Training | None = None, num_lanes: int = 1) -> list[State]:
+    """Return one State per lane. The queries share the ICL context, as a block's do; attention to all of a context is captured from whole prompts."""
+    prompts, context = (inputs.in_context, inputs.in_context_context) if in_context else (inputs.zero_shot, inputs.zero_shot_context)
+    queries, options = [ids[len(context) : -1] for ids in prompts], [[label] for label in inputs.labels]
+    place: dict[str, Any] = {"lead": context, "num_lanes": num_lanes}
+    prefix = Prefix(lm, torch.tensor(context)) if in_context else None
+    if prefix:
+        place = {"context": Context(prefix, prefix.length, torch.tensor(inputs.columns) if inputs.is_same_order else None)}
+    at_label, at_prompt = (QueryPass(lm, queries, options, at_label=is_at_label, **place) for is_at_label in (True, False))
+    whole = QueryPass(lm, prompts, options, num_lanes=num_lanes, tokens_per_batch=1)  # each prompt a micro-batch of its own
+    deltas = training.deltas[len(inputs.demonstrations)] if training else None
+    by_layer = []
+    for index in range(lm.num_layers):
+        last_NW: list[Tensor] = []
+        with lm.resident(index) as layer, torch.no_grad():
+            if prefix:
+                prefix.replay.climb(layer, index)
+            at_label.climb(layer, index, deltas, trained_NTW=training.of_items_LNTW[index] if training else None)
+            at_prompt.climb(layer, index, deltas)
+            with recording_queries(lm, index, lambda query_BTHd, last_NW=last_NW: last_NW.append(query_BTHd[:, -1].flatten(1))):
+                whole.climb(layer, index, deltas)
+        by_layer.append([last_NW[call] for call in sorted(range(len(prompts)), key=lambda call: whole.batches[call].queries[0])])
+    query_NQLD = torch.stack([torch.stack(layer, dim=1) for layer in by_layer], dim=2) * scaling(lm)
     to_context_NQLT = whole.scores_NLQHT[..., : len(context)].sum(3).transpose(1, 2)
-    captures = [one.captures() for one in passes]
-    return [State(captures[1][n], captures[0][n], to_context_NQLT[n], query_NQLD[n]) for n in range(lanes)]
+    captures = zip(at_label.captures(), at_prompt.captures(), strict=True)
+    return [State(*pair, to_context_NQLT[n], query_NQLD[n]) for n, pair in enumerate(captures)]
+
+
+def scaling(lm: LanguageModel) -> float:
+    """Return what the published code multiplies query projections with before it records them."""
+    return float((lm.width // lm.num_heads) ** -0.5)
 
 
 def similarities(zero_shot: Capture, in_context: Capture, finetuned: Capture) -> dict[str, Tensor]:
@@ -269,16 +266,14 @@ def similarities(zero_shot: Capture, in_context: Capture, finetuned: Capture) ->
     return {name: values_LQ.nan_to_num(0.0).mean(1) for name, values_LQ in found.items()}
 
 
-def attention_to_demonstrations(inputs: Inputs, training: Training, lane: int, in_context: State, finetuned: State) -> dict[str, Tensor]:
-    """Return the rank comparisons of each layer (L,)."""
-    found: dict[str, list[Tensor]] = {}
-    for index, calls in enumerate(training.queries_LSNTD):
-        query_TD = torch.cat([query_NTD[lane, 1:] for query_NTD in calls])
-        ft_QT = finetuned.query_QLD[:NUM_KENDALL_QUERIES, index].double() @ query_TD.double().T
-        icl_QT = in_context.to_context_QLT[:NUM_KENDALL_QUERIES, index][:, inputs.columns]
-        for name, values_Q in compare_attention(icl_QT, ft_QT, inputs.items, generator=torch.Generator()).items():
-            found.setdefault(name, []).append(values_Q.mean())
-    return {name: torch.stack(values) for name, values in found.items()}
+def attention_to_demonstrations(inputs: Inputs, in_context: Capture, finetuned: Capture) -> dict[str, Tensor]:
+    """Return the rank comparisons of each layer (L,), over the first queries."""
+    assert in_context.ranked_LQT is not None and finetuned.ranked_LQT is not None
+    layers = [
+        compare_attention(icl_QT, ft_QT, inputs.items, generator=torch.Generator())
+        for icl_QT, ft_QT in zip(in_context.ranked_LQT, finetuned.ranked_LQT, strict=True)
+    ]
+    return {name: torch.stack([layer[name].mean() for layer in layers]) for name in ATTENTION_TO_DEMONSTRATIONS}
 
 
 # --- The comparison
@@ -294,12 +289,12 @@ def compare_training(errors: Errors, lm: LanguageModel, training: Training, lane
                     delta = deltas[site.name]
                     added = delta.weight_NIO[lane].mT if kind == "weight" else 0 if delta.bias_NO is None else delta.bias_NO[lane]
                     errors.compare("weights", start + added, expected[f"step{step}/L{index}.{part}_proj.{kind}"])
-    num_tokens_S = torch.tensor([calls.shape[1] - 1 for calls in training.queries_LSNTD[0]])
+    num_tokens_S = torch.tensor([query_NTW.shape[1] - 1 for query_NTW in training.queries_LSNTW[0]])
     loss_SL = training.loss_SLN[:, :, lane].double() * num_tokens_S[:, None]
     errors.compare("loss_sum", loss_SL.sum(1), expected["loss_sum"])
     errors.compare("sample_size", num_tokens_S, expected["sample_size"])
     for number in range(len(num_tokens_S)):
-        query_LTD = torch.stack([calls[number][lane] for calls in training.queries_LSNTD])
+        query_LTD = torch.stack([layer[number][lane] for layer in training.queries_LSNTW]) * scaling(lm)
         errors.compare("attn_q_training", query_LTD, expected[f"demo{number}/attn_q"])
         if f"demo{number}/loss_per_layer" in expected:
             errors.compare("loss_per_layer", loss_SL[number], expected[f"demo{number}/loss_per_layer"])
@@ -312,15 +307,17 @@ def compare_state(errors: Errors, state: State, gold: list[int], num_tokens_Q: S
         errors.compare("attn_q", state.query_QLD, expected["attn_q"])
     for query, num_tokens in enumerate(num_tokens_Q):
         errors.compare("attn_map", state.at_label.scores_LQHT[:, query, :, :num_tokens], expected[f"q{query}/attn_map"])
-        errors.compare("self_attn_out_at_-2", state.at_prompt.attention_LQD[:, query], expected[f"q{query}/self_attn_out_at_-2"])
-    answers = metrics.answers(state.at_prompt.label_scores_QC, torch.tensor(gold))
+        if f"q{query}/self_attn_out_at_-2" in expected:
+            errors.compare("self_attn_out_at_-2", state.at_prompt.attention_LQD[:, query], expected[f"q{query}/self_attn_out_at_-2"])
+    errors.compare("option_logprobs", state.at_prompt.label_scores_QC, expected["option_logprobs"])
+    answers = metrics.answers(state.at_label.label_scores_QC, torch.tensor(gold))
     errors.compare("option_logprobs", answers.label_scores_QC, expected["option_logprobs"])
     errors.compare("pred_label", answers.predictions_Q, expected["pred_label"])
     errors.compare("gold_label", gold, expected["gold_label"])
 
 
 def compare_predictions(errors: Errors, gold: list[int], states: Sequence[State], expected: Table) -> None:
-    right = [metrics.predictions(state.at_prompt.label_scores_QC)[0] == torch.tensor(gold) for state in states]
+    right = [metrics.predictions(state.at_label.label_scores_QC)[0] == torch.tensor(gold) for state in states]
     found, counts = metrics.rec2ftp(*right), expected["counts"]
     errors.compare("rec2ftp", found["rec2ftp"], expected["rec2ftp"])
     for ours, theirs in (("icl_right", "icl"), ("ft_right", "finetuned"), ("ft_right_icl_right", "both")):
@@ -333,14 +330,13 @@ def check_part(case: Path, part: str, inputs: Inputs) -> Errors:
     runs, expected = runs_of(folder), read(folder / "metrics.json")
     with default_dtype(getattr(torch, DTYPES[part])):  # XGLM makes constants in the default dtype
         lm = load_model(case, DTYPES[part])
-        (zero_shot,) = evaluate(lm, inputs.zero_shot, inputs.zero_shot_context, inputs.labels)
-        (in_context,) = evaluate(lm, inputs.in_context, inputs.in_context_context, inputs.labels)
+        (zero_shot,), (in_context,) = evaluate(lm, inputs), evaluate(lm, inputs, in_context=True)
         num_tokens_Q = [len(ids) - len(inputs.zero_shot_context) for ids in inputs.zero_shot]
         for state, name in ((zero_shot, "zs"), (in_context, "icl")):
             compare_state(errors, state, gold, num_tokens_Q, read(folder / f"eval_{name}.npz"))
         for method, rates in runs.items():
             training = train(lm, inputs, method, [float(rate) for rate in rates])
-            finetuned = evaluate(lm, inputs.zero_shot, inputs.zero_shot_context, inputs.labels, training.deltas[len(inputs.demonstrations)], len(rates))
+            finetuned = evaluate(lm, inputs, training=training, num_lanes=len(rates))
             for lane, (rate, state) in enumerate(zip(rates, finetuned, strict=True)):
                 run = f"{method}_lr{rate}"
                 compare_training(errors, lm, training, lane, read(folder / f"train_{run}.npz"))
@@ -349,7 +345,7 @@ def check_part(case: Path, part: str, inputs: Inputs) -> Errors:
                 for name, values in similarities(zero_shot.at_label, in_context.at_label, state.at_label).items():
                     errors.compare(name, values, expected[run][name])
                 if inputs.is_same_order:
-                    ranks = attention_to_demonstrations(inputs, training, lane, in_context, state)
+                    ranks = attention_to_demonstrations(inputs, in_context.at_label, state.at_label)
                     for name in ATTENTION_TO_DEMONSTRATIONS:
                         errors.compare(name, ranks[name], expected[run][name.removesuffix("s")])
     return errors

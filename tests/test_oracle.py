@@ -125,14 +125,14 @@ def test_a_loss_divided_exactly_moves_the_weights_by_the_last_digits_of_a_float3
 
 
 def test_a_loss_summed_instead_of_averaged_is_found(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = updates._lane_losses
-    monkeypatch.setattr(updates, "_lane_losses", lambda lm, hidden, sequence: losses(lm, hidden, sequence) * (len(sequence.ids_T) - 1))
+    losses = updates.lane_losses
+    monkeypatch.setattr(updates, "lane_losses", lambda lm, hidden, sequence: losses(lm, hidden, sequence) * (len(sequence.ids_T) - 1))
     assert wrong(errors_of(case)) >= {"weights", "loss_sum", "loss_per_layer", "option_logprobs", "sim_aou", "sim_am_delta"}
 
 
 def test_biases_that_are_not_trained_are_found(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = updates.zeros
-    monkeypatch.setattr(updates, "zeros", lambda *args: {name: replace(delta, bias_NO=None) for name, delta in zeros(*args).items()})
+    monkeypatch.setattr(updates, "zeros", lambda *args, **options: {name: replace(delta, bias_NO=None) for name, delta in zeros(*args, **options).items()})
     assert wrong(errors_of(case)) >= {"weights", "self_attn_out_hiddens", "sim_aou"}
 
 
