@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool, StrictInt, field_validator, model_valida
 from iclgd_dist.axes import Name
 from iclgd_dist.protocol import Frozen
 
-METHOD_VERSIONS = {"vanilla": 1, "layer_causal": 1, "layer_causal_attn": 1}  # raised when a method's numbers change; part of a cell's key
+METHOD_VERSIONS = {"vanilla": 2, "layer_causal": 2, "layer_causal_attn": 1}  # raised when a method's numbers change; part of a cell's key
 METHODS = tuple(METHOD_VERSIONS)
 WEIGHTS = ("attn_k", "attn_v", "attn_kv", "attn_q", "attn_o", "mlp", "all_linear")
 

@@ -220,7 +220,7 @@ def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, s
         ft = metrics.attention_change(zero_shot, finetuned.attention_LQD[layer])
         ft_scores = metrics.score_change(baseline.zero_shot.scores_LQHT[layer], finetuned.scores_LQHT[layer])
         states = {
-            "uniform_update": metrics.attention_change(zero_shot, metrics.uniform_update(zero_shot, generator)),
+            "uniform_update": metrics.uniform_update(zero_shot, generator),
             "gaussian_state": metrics.attention_change(zero_shot, metrics.gaussian_state(zero_shot, ft.raw.norm, generator)),
         }
         moved_Q = metrics.is_above_floor(ft.raw.norm, floor)  # a random baseline stands beside a similarity or not at all

@@ -5,10 +5,9 @@
     compacted/manifest-<n>.json       the parts, their sha256 and their keys; never changed once written
     attempts/*.json  sweeps/*.json    executions of blocks; resolved sweeps with their planned keys
 
-A commit publishes a cell, a compaction publishes manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only
-spares double work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
-a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be seen late, or
-computed twice, but is never lost or doubled.
+A commit publishes a cell, a compaction manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only spares double
+work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
+a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be late, or computed twice, never lost.
 """
 
 from __future__ import annotations

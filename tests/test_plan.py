@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from iclgd_dist import extensions
 from iclgd_dist import plan as planning
 from iclgd_dist.config import ModelSpec, SweepError, load_sweep
 from iclgd_dist.encoding import encode, fits_context
