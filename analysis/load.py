@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from iclgd_dist.protocol import Protocol
 from iclgd_dist.schema import IDENTITY
 from iclgd_dist.store import Store, read_results
 
@@ -86,7 +88,8 @@ class Frames:
         for sweep in self.sweeps:
             is_ours = first["task"] in sweep.get("tasks", ()) and first["model_source"] in [model["source"] for model in sweep["models"]]
             if is_ours and all(first[name] in np.atleast_1d(sweep[name]) for name in ("num_demonstrations", "num_queries", "query_seed")):
-                found |= {(seed, order) for seed in sweep["seeds"] for order in range(sweep["orders"])}
+                own = sweep.get("per_task", {}).get(first["task"], {}).get("runs") or sweep.get("runs")
+                found |= {(seed, order) for seed, order in own or product(sweep["seeds"], range(sweep["orders"]))}
         return len(found)
 
     def per_query(self, cells: pd.DataFrame, metric: str, fold: str = "all") -> pd.Series:
@@ -170,12 +173,14 @@ class Setting:
         """What stands under every figure: model, recorded position, sink, separator, queries, seeds."""
         row = self.first
         protocol = json.loads(row["protocol"])
-        position = {"last_prompt": "last prompt token"}.get(protocol["record_position"], protocol["record_position"])
+        position = {"last_prompt": "last prompt token", "label": "the first label's token after the prompt"}[protocol["record_position"]]
+        switches = Protocol(**{name: value for name, value in protocol.items() if name in Protocol.model_fields}).switches()
+        others = "".join(f"; {name}: {value}" for name, value in switches.items() if name not in ("record_position", "sink", "separator"))
         orders = pd.concat([self.icl["order"], self.finetuned["order"]]).nunique()
         return (
             f"{self.model}; stored as {row['storage_dtype']}, computed in {row['compute_dtype']}. Task {self.named['task']}, k = {self.named['k']}"
             + ("" if self.train_on == "true" else f", finetuned on {self.train_on}")
-            + f". Recorded position: {position}; sink: {protocol.get('sink_token', protocol['sink'])}; separator: {protocol['separator']}. "
+            + f". Recorded position: {position}; sink: {protocol.get('sink_token', protocol['sink'])}; separator: {protocol['separator']}{others}. "
             + f"{int(row['num_queries'])} queries (query seed {int(row['query_seed'])}); {counted(len(self.seeds), 'seed')} ({', '.join(map(str, self.seeds))})"
             + (f", {orders} orders each." if orders > 1 else ".")
         )
@@ -205,6 +210,7 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     """Turn the Arrow tables of `read_results` and the sweeps' planned keys into Frames."""
     cells = results.cells.to_pandas()
     cells["collapsed"] = cells["collapsed"].eq(True)
+    cells["protocol"] = cells["protocol"].map({text: _resolved(text) for text in cells["protocol"].unique()})
     is_search = cells["origin"] == "search"
     named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "origin", "sweep")] + ["tf32"]
     grid = cells[~is_search].sort_values("created_at", kind="stable")
@@ -232,6 +238,11 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
         num_superseded=len(grid) - len(latest),
         _rows=examples.groupby("key").indices,
     )
+
+
+def _resolved(protocol: str) -> str:
+    """Return the protocol with the switches that the version which wrote it did not know: they had their defaults."""
+    return json.dumps(Protocol().model_dump() | json.loads(protocol), sort_keys=True)
 
 
 def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") -> Selected | None:
