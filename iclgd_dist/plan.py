@@ -33,6 +33,7 @@ class Cell:
     method: str | None = None
     learning_rate: float | None = None
     step: int | None = None
+    is_kept: bool = False  # whether its capture stays beside the store
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,21 @@ class Block:
 
     def identity(self, cell: Cell) -> dict[str, Any]:
         """Return the IDENTITY columns of one of its cells."""
-        drawn = cell.kind != "zero_shot"
+        drawn, spec = cell.kind != "zero_shot", self.spec
+        is_untrained = spec.init != "trained"
         return {
             "key": cell.key,
             "kind": cell.kind,
             "model": self.model.name,
             "model_source": self.model.source,
             "model_hash": self.model.content_hash,
-            "model_notes": list(self.model.notes),
+            "model_notes": [*self.model.notes, *([f"random weights ({spec.init}, {spec.init_scheme}, seed {spec.init_seed})"] if is_untrained else [])],
             "family": self.model.model_type,
             "storage_dtype": self.storage_dtype,
-            "compute_dtype": self.spec.compute_dtype,
+            "compute_dtype": spec.compute_dtype,
+            "init": spec.init,
+            "init_scheme": spec.init_scheme if is_untrained else None,
+            "init_seed": spec.init_seed,
             "task": self.draw.task,
             "num_demonstrations": self.num_demonstrations if drawn else None,
             "seed": self.seed if drawn else None,
@@ -132,6 +137,7 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
     keys: dict[str, None] = {}
     blocks: list[Block] = []
     tasks: dict[str, Task | None] = {}
+    encoders: dict[str, _Encoder] = {}  # by content: untrained models have the tokenizer of the trained one
     for spec in sweep.models:
         try:
             progress(f"identifying {spec.source}")
@@ -141,8 +147,9 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
                 if name not in tasks:
                     progress(f"reading {name}")
                     tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
-            progress(f"reading the tokenizer of {model.name}")
-            encoder = _Encoder(sweep, model, said)
+            if model.content_hash not in encoders:
+                progress(f"reading the tokenizer of {model.name}")
+                encoders[model.content_hash] = _Encoder(sweep, model, said)
         except SourceUnreachable as error:
             if not tolerate_unreachable:
                 raise
@@ -152,7 +159,7 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
             if (task := tasks[name]) is None:
                 continue
             progress(f"drawing {name}, seed {seed}")
-            for block, encoded in _blocks(sweep, spec, model, task, seed, encoder):
+            for block, encoded in _blocks(sweep, spec, model, task, seed, encoders[model.content_hash]):
                 missing = tuple(cell for cell in block.cells if cell.key not in finished)
                 if any(cell.key not in keys for cell in missing):  # else another block does all of it
                     blocks.append(with_cells(block, missing, encoded))
@@ -268,15 +275,19 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
         "label_words": list(drawn.label_words),
         "queries": [[query.id, query.prompt, query.label] for query in drawn.queries],
         **{f"protocol.{name}": value for name, value in sweep.protocol.model_dump(exclude_defaults=True).items()},
+        **({"init": spec.init, "init_scheme": spec.init_scheme, "init_seed": spec.init_seed} if spec.init != "trained" else {}),
     }
+    keeps, last_step = sweep.capture.keep, max((step for step in sweep.steps if step <= k), default=None)
     shown = base | {"demonstrations": [[d.id, d.prompt, d.label] for d in drawn.demonstrations], "seed": seed, "order": order}
-    cells = [Cell(key_of(base | {"kind": "zero_shot"}), "zero_shot"), Cell(key_of(shown | {"kind": "icl"}), "icl")]
+    baselines = {"zero_shot": base, "icl": shown}
+    cells = [Cell(key_of(values | {"kind": kind}), kind, is_kept=keeps != "none") for kind, values in baselines.items()]
     # Hashed once for the block: a cell's key is the hash of its draw's hash and its own few values.
     trained = {"kind": "finetuned", "draw": key_of(shown)}
     for method, rates in sweep.learning_rates.items():
         for rate, step in product(rates, [step for step in sweep.steps if step <= k]):
             point = {"method": method, "method_version": METHOD_VERSIONS[method], "learning_rate": float(rate).hex(), "step": step}
-            cells.append(Cell(key_of(trained | point), "finetuned", method, rate, step))
+            is_kept = keeps == "all" or (keeps == "final_step" and step == last_step)
+            cells.append(Cell(key_of(trained | point), "finetuned", method, rate, step, is_kept))
     return tuple(cells)
 
 

@@ -16,7 +16,7 @@ FLOORS = {
     4: ("updates", "probes", "rows"),
     3: ("deltas", "layerwise"),
     2: ("model", "plan"),
-    1.5: ("cost",),
+    1.5: ("cost", "captures", "untrained"),
     1: ("metrics", "tasks", "families", "sources", "store"),
     0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
     0.2: ("files",),
