@@ -74,6 +74,8 @@ class ModelSpec(Frozen):
             raise ValueError("are for untrained models; init = 'random', 'embeddings_norms' or 'norms' makes one, got 'trained'")
         if not seeds and info.data.get("init", "trained") != "trained":
             raise ValueError(f"are required, one for each replicate, as init = {info.data['init']!r}; got none")
+        if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+            raise ValueError(f"must be distinct, got {twice[0]} more than once")
         return seeds
 
     @property
