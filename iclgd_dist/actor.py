@@ -108,7 +108,9 @@ class ModelHost:
 
 
 def _model_key(block: Block) -> tuple[str, ...]:
-    return (block.model.content_hash, block.storage_dtype, block.spec.compute_dtype, str(block.resources.device_map), str(block.resources.max_memory))
+    spec, resources = block.spec, block.resources
+    weights = (block.model.content_hash, spec.init, spec.init_scheme, str(spec.init_seed), block.storage_dtype)
+    return (*weights, spec.compute_dtype, str(resources.device_map), str(resources.max_memory))
 
 
 class ModelActor(tune.Trainable):

@@ -239,6 +239,8 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor",
         "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
+    if kept := {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}:
+        rows["captures"] = f"{sum(kept.values()) / 1e9:.1f} GB kept, of {len(kept):,} cells"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -30,12 +30,49 @@ DType = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class ModelSpec(Frozen):
-    """Where a model comes from and the dtypes it is kept and computed in."""
+    """Where a model comes from, the dtypes it is kept and computed in, and which of its weights are drawn anew."""
 
     source: Annotated[str, Field(min_length=1)]  # hub id, directory, .gguf file or pkg://package/file.gguf
     revision: str | None = None  # hub only: branch, tag or commit
     storage_dtype: DType | None = None  # weights are rounded to it; None = as stored in the files
     compute_dtype: DType = "float32"
+    init: Literal["trained", "random", "embeddings_norms", "norms"] = "trained"  # all but these drawn anew; embeddings_norms keeps the output head too
+    init_scheme: Literal["model", "fairseq"] = "model"  # transformers' own initialisation of the class, or fairseq's
+    init_seeds: Annotated[tuple[Seed, ...], Field(validate_default=True)] = ()  # in the file: a model each; in a Sweep: the model's own, none if trained
+
+    @field_validator("init_scheme")
+    @classmethod
+    def _of_an_untrained_model(cls, scheme: str, info: ValidationInfo) -> str:
+        if scheme != "model" and info.data.get("init") == "trained":
+            raise ValueError(f"{scheme!r} is for untrained models; init = 'random', 'embeddings_norms' or 'norms' makes one, got 'trained'")
+        return scheme
+
+    @field_validator("init_seeds", mode="before")
+    @classmethod
+    def _list_or_one(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [value]
+
+    @field_validator("init_seeds")
+    @classmethod
+    def _one_for_each_untrained_model(cls, seeds: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if seeds and info.data.get("init") == "trained":
+            raise ValueError("are for untrained models; init = 'random', 'embeddings_norms' or 'norms' makes one, got 'trained'")
+        if not seeds and info.data.get("init", "trained") != "trained":
+            raise ValueError(f"are required, one for each replicate, as init = {info.data['init']!r}; got none")
+        if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+            raise ValueError(f"must be distinct, got {twice[0]} more than once")
+        return seeds
+
+    @property
+    def init_seed(self) -> int | None:
+        """Seed of the weights that are drawn anew; None for a trained model."""
+        return self.init_seeds[0] if self.init_seeds else None
+
+
+class Capture(Frozen):
+    """Which captures are kept beside the store, to evaluate metrics later. Not part of a cell's key."""
+
+    keep: Literal["none", "final_step", "all"] = "none"
 
 
 class Analysis(Frozen):
@@ -109,6 +146,7 @@ class Sweep(Frozen):
     protocol: Protocol = Protocol()
     analysis: Analysis = Analysis()
     resources: Resources = Resources()
+    capture: Capture = Capture()
     warnings: tuple[str, ...] = ()  # found while reading; not a key of the file
 
     @field_validator("tasks", "methods", "num_demonstrations", "steps", "models", "task", "method", "metric", mode="before")
@@ -119,7 +157,9 @@ class Sweep(Frozen):
     @field_validator("models")
     @classmethod
     def _distinct(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
-        return tuple(dict.fromkeys(models))
+        """Return each model once, and an untrained one once for each of its seeds."""
+        seeded = (m.model_copy(update={"init_seeds": (seed,)}) if seed is not None else m for m in models for seed in m.init_seeds or (None,))
+        return tuple(dict.fromkeys(seeded))
 
     @field_validator("task")
     @classmethod
@@ -253,7 +293,7 @@ class Sweep(Frozen):
     def digest(self) -> str:
         """Return 16 hex digits that name what is swept: the same for the same cells, whatever the file looks like and whatever runs it."""
         used = {*self.tasks, *(self.control_task_of(name) for name in self.tasks if self.controls.need_other_task)}
-        values = self.resolved() | {"resources": None, "task": [own.model_dump() for own in self.task if own.name in used]}
+        values = self.resolved() | {"resources": None, "capture": None, "task": [own.model_dump() for own in self.task if own.name in used]}
         values |= {axis: sorted(values[axis], key=json.dumps) for axis in ("models", "task", "tasks", "methods")}
         values |= dict.fromkeys(("seeds", "orders", "learning_rates", "per_task"))
         values |= {"runs": {task: sorted(self.runs_of(task)) for task in self.tasks}, "rates": {task: self.rates_of(task) for task in self.tasks}}

@@ -24,12 +24,14 @@ class Cost:
     flops: float  # matrix products, without padding
     baseline_flops: float  # the part that does not shrink when lanes are split over actors
     peak_gib: float  # of the actor's process: framework, weights, deltas, graph, captures
+    capture_bytes: int = 0  # of one cell's capture, where it is kept
 
 
 @dataclass(frozen=True)
 class _Sizes:
     layers: int
     width: int
+    heads: int
     inner: int
     vocabulary: int
     layer_weights: int  # matrix elements of one decoder layer
@@ -50,7 +52,7 @@ class _Sizes:
         layers = first("num_hidden_layers", "n_layer", "num_layers")
         mlp, own, shared = gated * width * inner, width * heads * head_width, width * kv  # matrices of q or o, of k or v
         trained = {"attn_k": shared, "attn_v": shared, "attn_kv": 2 * shared, "attn_q": own, "attn_o": own, "mlp": mlp, "all_linear": attention + mlp}
-        return _Sizes(layers, width, inner, first("vocab_size"), attention + mlp, trained)
+        return _Sizes(layers, width, heads, inner, first("vocab_size"), attention + mlp, trained)
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,22 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
         graph = num_lanes * longest * (layers * (10 * sizes.width + 4 * sizes.inner) + 3 * sizes.vocabulary)
         live = max(live, 3 * num_lanes * trained * layers + graph)
         states = max(states, 2.0 + (probed if is_bottom_up else num_lanes))
-    widest = max((len(ids) for ids in encoded.queries), default=0)
+    widest = _widest(encoded)
     capture = num_queries * sizes.layers * (sizes.width + widest * sizes.width / 64)  # attention outputs, and scores at 64 channels a head
     moving = (states - 2) * query_tokens * sizes.width  # hidden states between layers
     weights = sizes.layers * sizes.layer_weights + sizes.width * sizes.vocabulary
     number = 8 if compute_dtype == "float64" else 4
     held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + states * capture + moving) + 8 * 4 * capture
-    return Cost(training, captured, flops, baseline, FRAMEWORK_GIB + held / 2**30)
+    kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype)
+    return Cost(training, captured, flops, baseline, FRAMEWORK_GIB + held / 2**30, kept)
+
+
+def capture_bytes(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str) -> int:
+    """Return the bytes of one cell's kept capture: attention outputs and scores as captured, label scores in float64; the file's header (under 1 kB) apart."""
+    sizes, num_queries = _Sizes.of(config), len(encoded.queries)
+    per_query = sizes.layers * (sizes.width + sizes.heads * _widest(encoded))
+    return num_queries * (per_query * (8 if compute_dtype == "float64" else 4) + 8 * len(encoded.label_ids))
+
+
+def _widest(encoded: Encoded) -> int:
+    return max((len(ids) for ids in encoded.queries), default=0)

@@ -38,6 +38,7 @@ class Cell:
     learning_rate: float | None = None
     step: int | None = None
     train_on: str = "true"  # what finetuning saw
+    is_kept: bool = False  # whether its capture stays beside the store
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Block:
 
     def identity(self, cell: Cell) -> dict[str, Any]:
         """Return the IDENTITY columns of one of its cells."""
-        drawn = cell.kind != "zero_shot"
+        drawn, spec = cell.kind != "zero_shot", self.spec
+        is_untrained = spec.init != "trained"
         options = {} if cell.method is None else self.method(cell.method).described()
         return {
             "key": cell.key,
@@ -89,10 +91,13 @@ class Block:
             "model": self.model.name,
             "model_source": self.model.source,
             "model_hash": self.model.content_hash,
-            "model_notes": list(self.model.notes),
+            "model_notes": [*self.model.notes, *([f"random weights ({spec.init}, {spec.init_scheme}, seed {spec.init_seed})"] if is_untrained else [])],
             "family": self.model.model_type,
             "storage_dtype": self.storage_dtype,
-            "compute_dtype": self.spec.compute_dtype,
+            "compute_dtype": spec.compute_dtype,
+            "init": spec.init,
+            "init_scheme": spec.init_scheme if is_untrained else None,
+            "init_seed": spec.init_seed,
             "task": self.draw.task,
             "num_demonstrations": self.num_demonstrations if drawn else None,
             "seed": self.seed if drawn else None,
@@ -158,6 +163,7 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
     for name in sweep.tasks:
         for seed, order in sweep.runs_of(name):
             orders.setdefault((seed, name), []).append(order)
+    encoders: dict[str, _Encoder] = {}  # by content: untrained models have the tokenizer of the trained one
     for spec in sweep.models:
         try:
             progress(f"identifying {spec.source}")
@@ -168,8 +174,10 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
                 if name not in tasks:
                     progress(f"reading {name}")
                     tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
-            progress(f"reading the tokenizer of {model.name}")
-            encoder = _Encoder(sweep, model, tasks, said)
+            if model.content_hash not in encoders:
+                progress(f"reading the tokenizer of {model.name}")
+                encoders[model.content_hash] = _Encoder(sweep, model, tasks, said)
+            encoder = encoders[model.content_hash]
         except SourceUnreachable as error:
             if not tolerate_unreachable:
                 raise
@@ -311,9 +319,12 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
         "label_words": list(drawn.label_words),
         "queries": [[query.id, query.prompt, query.label] for query in drawn.queries],
         **{f"protocol.{name}": value for name, value in sweep.protocol.switches().items()},
+        **({"init": spec.init, "init_scheme": spec.init_scheme, "init_seed": spec.init_seed} if spec.init != "trained" else {}),
     }
+    keeps, last_step = sweep.capture.keep, max((step for step in sweep.steps if step <= k), default=None)
     shown = base | {"demonstrations": [[d.id, d.prompt, d.label] for d in drawn.demonstrations], "seed": seed, "order": order}
-    cells = [Cell(key_of(base | {"kind": "zero_shot"}), "zero_shot"), Cell(key_of(shown | {"kind": "icl"}), "icl")]
+    baselines = {"zero_shot": base, "icl": shown}
+    cells = [Cell(key_of(values | {"kind": kind}), kind, is_kept=keeps != "none") for kind, values in baselines.items()]
     # Hashed once for the block: a cell's key is the hash of its draw's hash and its own few values.
     trained = {"kind": "finetuned", "draw": key_of(shown)}
     variants: dict[str, dict[str, Any]] = {"true": {}}
@@ -324,7 +335,8 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
     for train_on, (method, rates) in product(sweep.controls.train_on, sweep.rates_of(drawn.task).items()):
         for rate, step in product(rates, [step for step in sweep.steps if step <= k]):
             point = sweep.method_spec(method).key() | {"learning_rate": float(rate).hex(), "step": step}
-            cells.append(Cell(key_of(trained | variants[train_on] | point), "finetuned", method, rate, step, train_on))
+            is_kept = keeps == "all" or (keeps == "final_step" and step == last_step)
+            cells.append(Cell(key_of(trained | variants[train_on] | point), "finetuned", method, rate, step, train_on, is_kept))
     return tuple(cells)
 
 

@@ -21,7 +21,7 @@ FLOORS = {
     2.5: ("sites",),
     2.1: ("provenance",),
     2: ("model", "plan"),
-    1.5: ("cost",),
+    1.5: ("cost", "captures", "untrained"),
     1.2: ("encoding", "contexts"),  # draws as token ids, draws of controls
     1: ("metrics", "ranking", "tasks", "families", "sources", "store"),
     0.5: ("embedded", "cells", "own_code"),  # what tasks reads, what the store encodes

@@ -108,7 +108,14 @@ def test_a_good_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         ('source = "second"', "source = ''", 16, "models.source must be text that is not empty, got ''"),
         ('source = "second"', "revision = 'main'", 15, "models.source is required, got nothing"),
         ('"float64"', '"half"', 17, "models.compute_dtype must be 'float64', 'float32', 'bfloat16' or 'float16', got 'half'"),
-        ("compute_dtype", "compute_type", 17, "unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, revision, source, storage_dtype"),
+        ("compute_dtype", "compute_type", 17, "unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, init, init_scheme, init_seeds, revision, source, storage_dtype"),
+        ('"float64"', '"float64"\ninit = "norm"', 18, "models.init must be 'trained', 'random', 'embeddings_norms' or 'norms', got 'norm'"),
+        ('"float64"', '"float64"\ninit = "norms"', 15, "models.init_seeds are required, one for each replicate, as init = 'norms'; got none"),
+        ('"float64"', '"float64"\ninit = "norms"\ninit_seeds = [0, 1, 0]', 19, "models.init_seeds must be distinct, got 0 more than once"),
+        ('"float64"', '"float64"\ninit = "norms"\ninit_seeds = -1', 19, "models.init_seeds must be at least 0, got -1"),
+        ('"float64"', '"float64"\ninit_seeds = [1]', 18, "models.init_seeds are for untrained models; init = 'random', 'embeddings_norms' or 'norms' makes one, got 'trained'"),
+        ('"float64"', '"float64"\ninit_scheme = "fairseq"', 18, "models.init_scheme 'fairseq' is for untrained models; init = 'random', "),
+        ('sour = "No"', 'sour = "No"\n[capture]\nkeep = "some"', 27, "capture.keep must be 'none', 'final_step' or 'all', got 'some'"),
         ('name = "fruit"', 'name = "trec"', 20, "task 'trec' is the name of another task; choose one of its own"),
         ("{text}", "it", 22, "task.template must hold at least one {column}"),
         ('sour = "No"', "sour = 0", 25, "task.labels.sour must be text, got 0"),
@@ -142,7 +149,7 @@ def test_models_and_tasks_that_are_no_tables_are_said_to_be_tables(tmp_path: Pat
     head = GOOD[: GOOD.index("[[models]]")].replace("[learning_rates]", "models = ['a']\n[learning_rates]")
     assert problems(tmp_path, head.replace(', "fruit"', "")) == ["8: models must be tables, [[models]], got 'a'"]
     assert problems(tmp_path, head.replace("models = ['a']", "models = [\n{source = 'a'},\n{source = 'b', compute_type = 1}\n]").replace(', "fruit"', "")) == [
-        "10: unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, revision, source, storage_dtype"
+        "10: unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, init, init_scheme, init_seeds, revision, source, storage_dtype"
     ]
 
 
@@ -224,6 +231,7 @@ def test_files_that_mean_the_same_have_the_same_digest(tmp_path: Path) -> None:
         [("num_demonstrations = 4", "num_demonstrations = [4]\nnum_queries = 200")],
         [("# A comment on top.", "methods = ['layer_causal', 'vanilla']")],
         [('sour = "No"', 'sour = "No"\n[resources]\nmax_actors = 3')],
+        [('sour = "No"', 'sour = "No"\n[capture]\nkeep = "all"')],
     ):
         assert load(tmp_path, *changes).digest() == plain.digest(), changes
     for changes in ([("[2, 4]", "[4]")], [("[1, 2]", "[1, 3]")], [('"No"', '"Not"')], [('"first"', '"third"')], [("[1e-4]", "[2e-4]")]):
@@ -247,6 +255,22 @@ def test_a_key_that_a_faulty_task_may_define_is_not_reported_too(tmp_path: Path)
 def test_zero_is_a_learning_rate_where_the_control_is_asked_for(tmp_path: Path) -> None:
     sweep = load(tmp_path, ("[1e-4]", "[0, 1e-4]"), ('sour = "No"', 'sour = "No"\n[controls]\nzero_learning_rate = true'))
     assert sweep.learning_rates["layer_causal"] == (0.0, 1e-4)
+
+
+def test_an_untrained_model_is_a_model_for_each_of_its_seeds(tmp_path: Path) -> None:
+    sweep = load(
+        tmp_path,
+        ('source = "second"', 'source = "second"\ninit = "norms"\ninit_seeds = [3, 1]'),
+        ('source = "first"', 'source = "first"\ninit_scheme = "model"'),
+    )
+    assert [(m.source, m.compute_dtype, m.init, m.init_scheme, m.init_seed) for m in sweep.models] == [
+        ("first", "float32", "trained", "model", None),
+        ("second", "float64", "norms", "model", 3),
+        ("second", "float64", "norms", "model", 1),
+    ]
+    one = load(tmp_path, ('source = "second"', 'source = "second"\ninit = "norms"\ninit_seeds = 3'))
+    assert one.models == sweep.models[:2]
+    assert one.digest() != sweep.digest()
 
 
 def test_the_nearest_name_is_suggested_whatever_its_dashes_and_case() -> None:

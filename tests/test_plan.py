@@ -211,6 +211,8 @@ def test_a_zero_shot_cell_alone_is_asked_of_one_block(folder: Path) -> None:
         ("vanilla = [1e-3, 1e-2, 1e-1]\nlayer_causal = [1e-3, 1e-2]", "layer_causal = [1e-3, 1e-2]\nvanilla = [1e-3, 1e-2, 1e-1]"),
         ("[[task]]", "[resources]\ncpus_per_actor = 2\nmax_actors = 1\ntokens_per_batch = 10\ndevice_map = 'cpu'\n\n[[task]]"),
         ("[[task]]", "[analysis]\nsmallest_effect = 0.5\n\n[[task]]"),
+        ("[[task]]", "[capture]\nkeep = 'all'\n\n[[task]]"),
+        ('source = "first"', 'source = "first"\ninit = "trained"\ninit_scheme = "model"\ninit_seeds = []'),
         ("orders = 2", "orders = 2\nquery_seed = 1\nmethods = ['layer_causal', 'vanilla']"),
         ('source = "first"', 'source = "first"\nstorage_dtype = "float32"\ncompute_dtype = "float32"'),
         ("[[task]]", '[protocol]\nseparator = "newline"\n\n[[task]]'),
@@ -239,6 +241,7 @@ def test_keys_do_not_depend_on_the_cells_around_them_nor_on_the_folder(folder: P
         ("num_queries = 8", "num_queries = 8\nquery_seed = 2", "zero_shot icl finetuned"),
         ('source = "first"', 'source = "first"\ncompute_dtype = "float64"', "zero_shot icl finetuned"),
         ('source = "first"', 'source = "first"\nstorage_dtype = "bfloat16"', "zero_shot icl finetuned"),
+        ('source = "first"', 'source = "first"\ninit = "norms"\ninit_seeds = [0]', "zero_shot icl finetuned"),
         ('source = "first"', 'source = "second"', "zero_shot icl finetuned"),
         ("[[task]]", '[protocol]\nseparator = "eos"\n\n[[task]]', "zero_shot icl finetuned"),
         ("[[task]]", '[protocol]\nsink = "eos"\n\n[[task]]', "zero_shot icl finetuned"),
@@ -314,6 +317,19 @@ def test_models_with_the_same_content_count_once(folder: Path, models: Models) -
     assert planned(folder, ('source = "second"', 'source = "second"\ncompute_dtype = "float64"')).num_cells == plan.num_cells
 
 
+def test_untrained_models_differ_in_kind_scheme_and_seed_and_say_so_in_every_row(folder: Path, models: Models) -> None:
+    kinds = [("random", "model", [1, 2]), ("random", "fairseq", [1]), ("norms", "model", [1])]
+    more = "".join(f'\n[[models]]\nsource = "first"\ninit = "{init}"\ninit_scheme = "{scheme}"\ninit_seeds = {seeds}\n' for init, scheme, seeds in kinds)
+    trained, plan = planned(folder), planned(folder, text=SWEEP + more + FRUIT + STONE)
+    assert plan.num_cells == plan.num_to_run == len(set(plan.keys)) == 3 * trained.num_cells
+    assert count_cells(load_sweep(folder / "sweep.toml"))[0] == plan.num_cells
+    assert set(trained.keys) < set(plan.keys)
+    assert len(models.tokenizers) == 2 + 2, "a tokenizer was read for each untrained model"
+    rows = [block.identity(cell) for block in plan.blocks for cell in block.cells]
+    expected = {("trained", None, None, ()), *((i, s, seed, (f"random weights ({i}, {s}, seed {seed})",)) for i, s, seeds in kinds for seed in seeds)}
+    assert {(row["init"], row["init_scheme"], row["init_seed"], tuple(row["model_notes"])) for row in rows} == expected
+
+
 # --- Blocks: parts and cost
 
 
@@ -379,6 +395,27 @@ def test_training_tokens_are_the_demonstrations_tokens_times_the_learning_rates(
     block = four_lanes(folder)
     # sink, newline, "Is train fruit number N sweet? Yes": 9 tokens; 4 demonstrations; 3 and 4 learning rates.
     assert block.cost.training_tokens == 4 * 9 * (3 + 4)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("none", set()),
+        ("final_step", {("zero_shot", None), ("icl", None), ("finetuned", 4)}),
+        ("all", {("zero_shot", None), ("icl", None), *(("finetuned", step) for step in (1, 2, 4))}),
+    ],
+)
+def test_captures_are_kept_of_the_cells_that_the_file_asks_for(folder: Path, keep: str, kept: set[tuple[str, int | None]]) -> None:
+    changes = [*SMALL, ('["fruit", "stone"]', '["fruit"]')]
+    (block,) = planned(folder, *changes, text=SWEEP + f'[capture]\nkeep = "{keep}"\n' + FRUIT).blocks
+    assert {(cell.kind, cell.step) for cell in block.cells if cell.is_kept} == kept
+    assert all(cell.is_kept == ((cell.kind, cell.step) in kept) for cell in block.cells)
+    # 3 layers, width 8, 2 heads, 8 queries, 2 labels.
+    assert block.cost.capture_bytes == 8 * (4 * 3 * (8 + 2 * max_tokens(block)) + 8 * 2)
+
+
+def max_tokens(block: Block) -> int:
+    return max(len(re.findall(r"[^\s-]+|-", query.prompt)) for query in block.draw.queries)
 
 
 # --- What a plan says
