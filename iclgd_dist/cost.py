@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from iclgd_dist.families import family_of, num_key_heads
 from iclgd_dist.schema import NUM_NOISE_QUERIES
 from iclgd_dist.tasks import Encoded
 
@@ -41,14 +42,14 @@ class _Sizes:
             return next((int(config[name]) for name in names if config.get(name)), default)
 
         width = first("hidden_size", "n_embd", "d_model")
-        heads = first("num_attention_heads", "n_head", "attention_heads", default=1)
+        heads = first("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads", default=1)
         head_width = first("head_dim", default=width // heads)
-        kv = first("num_key_value_heads", default=heads) * head_width
-        inner = first("intermediate_size", "n_inner", "ffn_dim", default=4 * width)
-        gated = 3 if config.get("model_type") in ("llama", "qwen3") else 2
+        kv = num_key_heads(config, heads) * head_width
+        inner = first("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * width)
+        num_matrices = 3 if family_of(config["model_type"]).is_gated else 2
         attention = 2 * width * heads * head_width + 2 * width * kv
-        layers = first("num_hidden_layers", "n_layer", "num_layers")
-        return _Sizes(layers, width, inner, first("vocab_size"), attention + gated * width * inner, 2 * width * kv)
+        layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        return _Sizes(layers, width, inner, first("vocab_size"), attention + num_matrices * width * inner, 2 * width * kv)
 
 
 def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, lanes: Mapping[str, tuple[int, Sequence[int]]]) -> Cost:
