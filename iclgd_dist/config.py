@@ -15,18 +15,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, ValidationError, ValidationInfo, field_validator
 
+from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec, Name
 from iclgd_dist.protocol import Frozen, Protocol
 from iclgd_dist.toml_text import line_of, not_toml, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
-METHOD_VERSIONS = {"vanilla": 1, "layer_causal": 1}  # raised when a method's numbers change; part of a cell's key
-METHODS = tuple(METHOD_VERSIONS)
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
 
 DType = Literal["float64", "float32", "bfloat16", "float16"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 Count = Annotated[StrictInt, Field(ge=1)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # strict: true is no number, nor is "1e-3"
@@ -107,11 +105,14 @@ class Sweep(Frozen):
     """One question: every combination of the axes is a cell."""
 
     # What another field is checked against stands above it.
+    folder: Path = Path()  # of the sweep file: what relative file names start from; not a key of the file
     name: Name
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
     task: tuple[OwnTask, ...] = ()
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
-    methods: Annotated[tuple[str, ...], Field(min_length=1)] = METHODS
+    method: tuple[MethodSpec, ...] = ()
+    metric: tuple[MetricSpec, ...] = ()
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("vanilla", "layer_causal")
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     orders: Count = 1
     num_demonstrations: Annotated[tuple[Count, ...], Field(min_length=1)] = (16,)
@@ -123,10 +124,9 @@ class Sweep(Frozen):
     protocol: Protocol = Protocol()
     analysis: Analysis = Analysis()
     resources: Resources = Resources()
-    folder: Path = Path()  # of the sweep file: what relative file names start from; not a key of the file
     warnings: tuple[str, ...] = ()  # found while reading; not a key of the file
 
-    @field_validator("tasks", "methods", "seeds", "num_demonstrations", "steps", "models", "task", mode="before")
+    @field_validator("tasks", "methods", "seeds", "num_demonstrations", "steps", "models", "task", "method", "metric", mode="before")
     @classmethod
     def _list_or_one(cls, value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
@@ -144,12 +144,27 @@ class Sweep(Frozen):
                 raise _At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
         return own_tasks
 
+    @field_validator("method", "metric")
+    @classmethod
+    def _code_is_there(cls, added: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        for number, each in enumerate(added):
+            if each.name in (*METHODS, *(earlier.name for earlier in added[:number])):
+                raise _At(f"{each.name!r} is the name of another {info.field_name}; choose one of its own", number, "name")
+        found = []
+        for number, each in enumerate(added):
+            try:
+                found.append(each.with_text(info.data["folder"]))
+            except ValueError as error:
+                raise _At(str(error), number, "code") from None
+        return tuple(found)
+
     @field_validator("tasks", "methods")
     @classmethod
     def _known(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         what = "method" if info.field_name == "methods" else "task"
-        if what == "method" or "task" in info.data:  # a faulty [[task]] may be the one that is meant
-            known = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS, *(own.name for own in info.data["task"]))
+        if what in info.data:  # a faulty [[task]] or [[method]] may be the one that is meant
+            builtin = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS)
+            known = (*builtin, *(own.name for own in info.data[what]))
             for number, name in enumerate(names):
                 if name not in known:
                     raise _At(unknown(what, name, known), number)
@@ -174,11 +189,12 @@ class Sweep(Frozen):
 
     @field_validator("learning_rates", mode="before")
     @classmethod
-    def _for_each_method(cls, value: Any) -> Any:
+    def _for_each_method(cls, value: Any, info: ValidationInfo) -> Any:
+        known = (*METHODS, *(own.name for own in info.data.get("method", ())))
         if not isinstance(value, dict):
             value = {"*": value}
-        elif stranger := next((name for name in value if name not in METHODS), None):
-            raise _At(f"learning_rates: {unknown('method', stranger, METHODS)}{_misplaced(stranger)}", stranger)
+        elif "method" in info.data and (stranger := next((name for name in value if name not in known), None)):
+            raise _At(f"learning_rates: {unknown('method', stranger, known)}{_misplaced(stranger)}", stranger)
         return {method: rates if isinstance(rates, list | tuple) else [rates] for method, rates in value.items()}
 
     @field_validator("learning_rates")
@@ -190,18 +206,21 @@ class Sweep(Frozen):
                     named = "learning_rates" if method == "*" else f"learning_rates.{method}"
                     way_out = "; [controls] zero_learning_rate = true allows 0 as a control" if rate == 0 else ""
                     raise _At(f"{named} must be greater than 0, got {rate:g}{way_out}", method, number)
-        methods = info.data.get("methods", METHODS)
+        methods = info.data.get("methods", ())
         for method in methods:
             if method not in lists and "*" not in lists:
                 raise ValueError(f"learning_rates.{method} is required, as {method!r} is one of the methods; got none")
         return {method: tuple(sorted(set(lists.get(method) or lists["*"]))) for method in methods}
+
+    def method_spec(self, name: str) -> MethodSpec:
+        return next((own for own in self.method if own.name == name), None) or BUILTIN[name]
 
     def own_task(self, name: str) -> OwnTask | None:
         return next((own for own in self.task if own.name == name), None)
 
     def resolved(self) -> dict[str, Any]:
         """Return the sweep with every default filled in, as plain JSON values."""
-        return self.model_dump(mode="json", exclude={"folder", "warnings"})
+        return self.model_dump(mode="json", exclude={"folder": True, "warnings": True, "method": {"__all__": {"text"}}, "metric": {"__all__": {"text"}}})
 
     def digest(self) -> str:
         """Return 16 hex digits that name what is swept: the same for the same cells, whatever the file looks like and whatever runs it."""
@@ -266,7 +285,7 @@ def _duplicates(values: dict[str, Any]) -> tuple[str, ...]:
     return tuple(f"{name}: {', '.join(twice)} is there more than once and counts once" for name, twice in repeated.items() if twice)
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"models": ModelSpec, "task": OwnTask}
+_SECTIONS: dict[str, type[BaseModel]] = {"models": ModelSpec, "task": OwnTask, "method": MethodSpec, "metric": MetricSpec}
 _SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
 _KEYS = tuple(name for name in Sweep.model_fields if name not in ("folder", "warnings"))
 

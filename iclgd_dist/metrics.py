@@ -26,6 +26,9 @@ class Capture:
     attention_LQD: Tensor  # output of the attention module
     scores_LQHT: Tensor  # scaled q.k
     label_scores_QC: Tensor  # mean log-probability of each label's tokens, float64
+    # Raw attention of the first queries to the demonstrations' tokens, summed over heads: ICL's to its context; finetuning's through the query projections
+    # of the training tokens. None where nothing was recorded.
+    ranked_LQT: Tensor | None = None
 
     def is_finite(self) -> bool:
         # Smallest and largest are NaN if any value is: one pass, where isfinite().all() takes five.

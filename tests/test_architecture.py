@@ -13,15 +13,17 @@ FLOORS = {
     7: ("runner",),
     6: ("actor",),
     5: ("block",),
+    4.5: ("measures",),
     4: ("updates", "probes", "rows"),
     3: ("deltas", "attention", "layerwise"),
     2.5: ("sites",),
     2: ("model", "plan"),
     1.5: ("cost",),
-    1: ("metrics", "tasks", "families", "sources", "store"),
-    0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
+    1: ("metrics", "ranking", "tasks", "families", "sources", "store"),
+    0.5: ("embedded", "cells", "own_code"),  # what tasks reads, what the store encodes
     0.2: ("files",),
     0.1: ("config",),
+    0.05: ("extensions",),
     0: ("protocol", "schema", "toml_text"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
