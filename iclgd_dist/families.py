@@ -39,6 +39,7 @@ class Family:
     scores: Literal["interface", "product"] = "interface"
     scaling: float | str | None = None  # of that product: a number, an attribute of `attention`, None = 1/sqrt(channels of a head)
     implementation: Literal["sdpa", "eager"] = "sdpa"  # transformers' attention function that computes
+    returns_tuple: bool = False  # what a layer returns: (states, ...), not states
     position: Literal["rotary", "alibi", "learned", "sinusoidal"] = "rotary"
 
     @property
@@ -107,6 +108,7 @@ FAMILIES: dict[str, Family] = {
             *_separate("attn.attention", "out_proj"),
             ("mlp.c_fc", "mlp.c_proj"),
             scores="product",
+            returns_tuple=True,
             scaling=1.0,
             implementation="eager",
             position="learned",
@@ -119,6 +121,7 @@ FAMILIES: dict[str, Family] = {
             *_separate("attn", "out_proj"),
             ("mlp.fc_in", "mlp.fc_out"),
             scores="product",
+            returns_tuple=True,
             implementation="eager",
         ),
         Family(
@@ -149,6 +152,7 @@ FAMILIES: dict[str, Family] = {
             _FALCON_MLP,
             fused="groups",
             scores="product",
+            returns_tuple=True,
             implementation="eager",
             position="alibi",
         ),
@@ -160,6 +164,7 @@ FAMILIES: dict[str, Family] = {
             _FALCON_MLP,
             fused="groups",
             scores="product",
+            returns_tuple=True,
             implementation="sdpa",  # its eager attention adds ALiBi twice
             position="rotary",  # or ALiBi
         ),
@@ -171,6 +176,7 @@ FAMILIES: dict[str, Family] = {
             ("ffn.up_proj", "ffn.down_proj"),
             fused="blocks",
             scores="product",
+            returns_tuple=True,
             scaling="softmax_scale",
             implementation="eager",
             position="alibi",
