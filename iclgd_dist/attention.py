@@ -79,12 +79,15 @@ def recording_queries(lm: LanguageModel, index: int, sink: Callable[[Tensor], No
     """
     layer, site = lm.layers[index], sites(lm, index, ("q",))["q"]
     norm = module_at(layer, lm.family.query_norm)
+    clip = getattr(attrgetter(lm.family.attention)(layer), "clip_qkv", None)  # MPT
 
     def show(_module: nn.Module, _args: Any, output: Tensor) -> None:
         if norm is not None and lm.family.is_norm_by_head:
             sink(output.transpose(1, 2))
             return
         query = output if norm is not None or site.columns is None else output[..., site.columns.to(output.device)]
+        if clip:
+            query = query.clamp(-clip, clip)
         sink(query if query.dim() == 4 else query.unflatten(-1, (lm.num_heads, -1)))
 
     handle = (site.module if norm is None else norm).register_forward_hook(show)

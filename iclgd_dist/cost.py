@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iclgd_dist.encoding import Encoded
+from iclgd_dist.families import family_of, num_key_heads
 from iclgd_dist.schema import NUM_NOISE_QUERIES
 
 FRAMEWORK_GIB = 0.7  # torch, transformers and Ray in one process, before any model (measured)
@@ -43,14 +44,14 @@ class _Sizes:
             return next((int(config[name]) for name in names if config.get(name)), default)
 
         width = first("hidden_size", "n_embd", "d_model")
-        heads = first("num_attention_heads", "n_head", "attention_heads", default=1)
+        heads = first("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads", default=1)
         head_width = first("head_dim", default=width // heads)
-        kv = first("num_key_value_heads", default=heads) * head_width
-        inner = first("intermediate_size", "n_inner", "ffn_dim", default=4 * width)
-        gated = 3 if config.get("model_type") in ("llama", "qwen3") else 2
+        kv = num_key_heads(config, heads) * head_width
+        inner = first("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * width)
+        num_matrices = 3 if family_of(config["model_type"]).is_gated else 2
         attention = 2 * width * heads * head_width + 2 * width * kv
-        layers = first("num_hidden_layers", "n_layer", "num_layers")
-        mlp, own, shared = gated * width * inner, width * heads * head_width, width * kv  # matrices of q or o, of k or v
+        layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        mlp, own, shared = num_matrices * width * inner, width * heads * head_width, width * kv  # matrices of q or o, of k or v
         trained = {"attn_k": shared, "attn_v": shared, "attn_kv": 2 * shared, "attn_q": own, "attn_o": own, "mlp": mlp, "all_linear": attention + mlp}
         return _Sizes(layers, width, heads, inner, first("vocab_size"), attention + mlp, trained)
 

@@ -22,8 +22,9 @@ from iclgd_dist.model import LanguageModel
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps the arguments, returns the hidden states unchanged."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
+        self.returns_tuple = returns_tuple
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         object.__setattr__(self, "_layer", layer)  # not a submodule: hooks and devices of the real layer stay out of it
 
@@ -35,7 +36,8 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.call = (args, kwargs)
-        return args[0] if args else kwargs["hidden_states"]
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        return (hidden_BTD, None) if self.returns_tuple else hidden_BTD
 
 
 class Replay:
@@ -46,7 +48,7 @@ class Replay:
 
     def __init__(self, lm: LanguageModel, ids_BT: Tensor, *, cache: Cache | None = None, positions_T: Tensor | None = None) -> None:
         layers = lm.layers
-        recorders = [_Recorder(layer) for layer in layers]
+        recorders = [_Recorder(layer, lm.family.returns_tuple) for layer in layers]
         real = [layers[n] for n in range(len(layers))]
         try:
             for n, recorder in enumerate(recorders):
