@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .load import Frames, Setting, nearest_ratio, number, rate, select
+from .load import Frames, Setting, nearest_ratio, select
 from .panels import Panel, colour, drawing, safe
+from .text import number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 TITLE = "Layer profiles"
@@ -29,8 +30,8 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
             else:
                 continue
             cells = setting.at(method, learning_rate, setting.last_step)
-            layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == fold)].merge(cells[["key", "seed"]], on="key")
-            means = layers.groupby(["layer", "seed"])[list(METRICS)].mean().groupby("layer").mean().reset_index()
+            layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == fold)].merge(cells[["key", "replicate"]], on="key")
+            means = layers.groupby(["layer", "replicate"])[list(METRICS)].mean().groupby("layer").mean().reset_index()
             ratio = near[1] if near and near[0] == learning_rate else cells["update_ratio"].mean()
             named = setting.named | {"choice": choice, "method": method}
             parts.append(means.assign(**named, learning_rate=learning_rate, R=ratio, fold=fold, is_edge=is_edge, num_draws=cells["key"].nunique()))

@@ -21,8 +21,10 @@ from plotly.offline import get_plotlyjs
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
 from . import heatmap, layer_profile, ratio, table
-from .load import MIN_SEEDS, Frames, Setting, counted, load, number, rate, select
+from .intervals import MIN_SEEDS
+from .load import Frames, Setting, load, select
 from .panels import Panel
+from .text import counted, number, rate
 
 PARTS = ("table", "heatmap", "ratio", "layer_profile")
 # Panels are drawn when they come near the window, and all of them, narrow, before the page is printed.
@@ -110,7 +112,7 @@ def lead(frames: Frames) -> list[str]:
     settings = frames.settings()
     if not settings:
         return [*text, "No in-context or finetuned cell is there yet: nothing to compare."]
-    seeds = min(len(setting.seeds) for setting in settings)
+    seeds = min(len(setting.replicates) for setting in settings)
     if seeds < MIN_SEEDS:
         bound = "the intervals speak of this draw only" if seeds == 1 else "the intervals are wide and the differences untested"
         text.append(f"Descriptive: {counted(seeds, 'seed')}, fewer than {MIN_SEEDS}; {bound}.")
