@@ -1,4 +1,4 @@
-"""Read stores into data frames; settings (one section of a report each), means over draws, contrasts of cells, selection, labels and captions.
+"""Read stores into data frames; settings (one section of a report each), means over draws, contrasts of cells, labels and captions.
 
 Knows the columns of the results and which cells belong together. Knows nothing of figures or pages; `intervals` says what an interval is.
 """
@@ -240,14 +240,6 @@ class Setting:
         return self.finetuned[(self.finetuned["method"] == method) & (self.finetuned["step"] == self.last_step)]
 
 
-@dataclass(frozen=True)
-class Selected:
-    """A learning rate chosen on one fold at the largest step; `is_edge`: the smallest or largest of its grid."""
-
-    learning_rate: float
-    is_edge: bool
-
-
 def load(*stores: str | Path) -> Frames:
     """Read stores, several as one: a cell that two of them hold counts once. Errors: StoreError, as `iclgd_dist.store` raises it."""
     parts = [read_results(store) for store in stores]
@@ -317,32 +309,6 @@ def _labels(cells: pd.DataFrame) -> pd.Series:
     options = cells["method_options"].fillna("")
     is_shared = options.groupby(cells["method"]).transform("nunique") > 1
     return cells["method"].where(~is_shared | (options == ""), cells["method"] + " (" + options.map(spelled) + ")")
-
-
-def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") -> Selected | None:
-    """Return the learning rate with the smallest nll_label on a fold at the largest step, pooled over seeds; the smaller of two equal ones.
-
-    Only learning rates with the most defined draws compete: a mean without the diverged draws would flatter. None if none is defined.
-    """
-    rows = setting.at_last_step(method)
-    of_fold = frames.folds[frames.folds["fold"] == fold][["key", "nll_label"]]
-    table = rows[["key", "learning_rate", "replicate"]].merge(of_fold, on="key").dropna(subset=["nll_label"])
-    if table.empty:
-        return None
-    counts = table.groupby("learning_rate")["key"].count()
-    by_seed = table[table["learning_rate"].isin(counts[counts == counts.max()].index)].groupby(["learning_rate", "replicate"])["nll_label"].mean()
-    best = float(by_seed.groupby("learning_rate").mean().sort_index().idxmin())
-    return Selected(best, best in (rows["learning_rate"].min(), rows["learning_rate"].max()))
-
-
-def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:
-    """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest R*, and that R."""
-    rows = setting.at_last_step(method)
-    ratios = rows[rows["update_ratio"] > 0].groupby("learning_rate")["update_ratio"].apply(geometric_mean)
-    if ratios.empty:
-        return None
-    best = (np.log(ratios) - math.log(setting.matched_ratio)).abs().idxmin()
-    return float(best), float(ratios[best])
 
 
 def draw_of(init_seed: float | None, seed: float | None, order: float | None) -> str:

@@ -21,8 +21,9 @@ from plotly.offline import get_plotlyjs
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
 from . import heatmap, layer_profile, ratio, table
+from .chosen import select
 from .intervals import MIN_SEEDS
-from .load import Frames, Setting, load, select
+from .load import Frames, Setting, load
 from .panels import Panel
 from .text import counted, number, rate
 

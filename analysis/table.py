@@ -12,8 +12,9 @@ from rich.text import Text
 
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
+from .chosen import select
 from .intervals import geometric_mean
-from .load import ACCURACIES, Frames, Setting, load, select
+from .load import ACCURACIES, Frames, Setting, load
 from .text import counted, number, rate
 
 SHOWN = ("nll_label", "sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "update_ratio")
