@@ -11,15 +11,17 @@ Over tasks, which are fixed: the mean of the tasks' means, se = sqrt(sum se_t^2)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .text import number
+from .text import counted, number
 
+ALL_TASKS = "all tasks"
 MIN_SEEDS = 5  # below: descriptive
 
 
@@ -34,6 +36,11 @@ class Estimate:
     replicates: int = 0
     error: float = math.nan  # standard error
     freedom: float = math.nan  # degrees of freedom
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What stands in a table of data."""
+        return {"mean": self.mean, "lower": self.lower, "upper": self.upper, "num_used": self.used, "num_replicates": self.replicates}
 
     def __str__(self) -> str:
         return number(self.mean) + (f" [{number(self.lower)}, {number(self.upper)}]" if math.isfinite(self.lower) else "")
@@ -65,6 +72,24 @@ def over_tasks(found: Sequence[Estimate]) -> Estimate:
     return _t_interval(mean, math.sqrt((errors**2).sum()) / len(found), float(freedom), used, replicates, is_share=False)
 
 
+def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]]]) -> list[tuple[dict[str, Any], list[Estimate]]]:
+    """Return the rows (group, names, estimates of one task), group by group; after a group of several tasks a row of the means over them.
+
+    Its `signs` says in how many tasks the last estimate, a difference, lies above 0.
+    """
+    groups: dict[Hashable, list[tuple[dict[str, Any], list[Estimate]]]] = {}
+    for group, named, found in rows:
+        groups.setdefault(group, []).append((named | {"signs": ""}, found))
+    result = []
+    for tasks in groups.values():
+        result += tasks
+        if len(tasks) > 1:
+            above = sum(found[-1].mean > 0 for _, found in tasks)
+            named = {"task": ALL_TASKS, "num_planned": sum(named["num_planned"] for named, _ in tasks), "signs": f"above 0 in {above} of {len(tasks)} tasks"}
+            result.append((tasks[0][0] | named, [over_tasks(part) for part in zip(*(found for _, found in tasks), strict=True)]))
+    return result
+
+
 def _t_interval(mean: float, error: float, freedom: float, used: int, replicates: int, is_share: bool) -> Estimate:
     half = float(stats.t.ppf(0.975, freedom)) * error
     lower, upper = mean - half, mean + half
@@ -72,12 +97,10 @@ def _t_interval(mean: float, error: float, freedom: float, used: int, replicates
     return Estimate(mean, *bounds, used, replicates, error, freedom)
 
 
-def descriptive(replicates: int, noun: str = "seed") -> str:
-    """Return what must be said of a table whose smallest number of replicates is this; nothing from MIN_SEEDS on."""
-    if replicates >= MIN_SEEDS:
-        return ""
-    count = f"{replicates} {noun}" + ("" if replicates == 1 else "s")
-    return f" Descriptive: {count}, fewer than {MIN_SEEDS}."
+def descriptive(rows: pd.DataFrame) -> str:
+    """Return what must be said under a table of estimates if some mean of it is over fewer than MIN_SEEDS replicates."""
+    fewest = rows.loc[rows["num_used"] > 0, "num_replicates"].min()
+    return f" Descriptive: some means are over {counted(int(fewest), 'seed')}, fewer than {MIN_SEEDS}." if fewest < MIN_SEEDS else ""
 
 
 def geometric_mean(values: pd.Series) -> float:

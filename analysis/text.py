@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,18 @@ class Grid:
         )
         for place, header in enumerate(self.headers):
             is_last = place == len(self.headers) - 1
-            table.add_column(header, justify="left" if is_last or not place else "right", no_wrap=not is_last, overflow="fold")
+            table.add_column(header, justify="left" if is_last or not place else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
+
+
+def entry(row: Mapping[str, Any]) -> str:
+    """Return a mean, its interval and n/N as text; an en dash for no row."""
+    if not row:
+        return NULL
+    interval = f" [{number(row['lower'])}, {number(row['upper'])}]" if math.isfinite(row["lower"]) else ""
+    return f"{number(row['mean'])}{interval} {row['num_used']:.0f}/{row['num_planned']:.0f}"
 
 
 def show(grids: Iterable[Grid], console: Console | None = None) -> None:
@@ -67,3 +76,10 @@ def show(grids: Iterable[Grid], console: Console | None = None) -> None:
         console.print(grid.rich())
     if not grids:
         console.print("The store holds no such rows.")
+
+
+def stores() -> list[str]:
+    """Return the command line's stores."""
+    if len(sys.argv) < 2:
+        raise SystemExit(f"usage: {sys.argv[0]} STORE [STORE ...]")
+    return sys.argv[1:]
