@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,8 +37,7 @@ KEPT = {
     "norms": "norms as trained, the rest drawn anew",
 }
 CLEAN = "clean"
-NOT_SWITCHES = ("preset", "sink_token")  # of a resolved protocol: what the switches came from, and what one came to
-PRESETS = {preset: Protocol(preset=preset).model_dump(mode="json") for preset in get_args(Protocol.model_fields["preset"].annotation)}
+_DEFAULTS = Protocol().model_dump(mode="json") | {"sink_token": None}  # clean; sink_token is no switch, but what one came to
 _SCORE_CHANGES = ("sim_am_delta", "alpha")  # of layer 0 they hold at most a shift of position
 
 
@@ -76,17 +76,10 @@ class Frames:
             icl, finetuned = like(drawn, row, SETTING), like(self.finetuned, row, SETTING)
             for train_on in finetuned["train_on"].dropna().unique() if len(finetuned) else ["true"]:
                 rows = finetuned[finetuned["train_on"] == train_on]
-                found.append(Setting(zero_shot, icl, rows, str(train_on), self._num_draws(pd.concat([icl, rows])), ratio))
+                cells = pd.concat([icl, rows])
+                num_draws = len(set(cells["draw"]).union(*(planned_draws(sweep, cells.iloc[0]) for sweep in self.sweeps)))
+                found.append(Setting(zero_shot, icl, rows, str(train_on), num_draws, ratio))
         return sorted(found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "init", "protocol", "train_on"))))
-
-    def _num_draws(self, cells: pd.DataFrame) -> int:
-        """Return how many draws (weights, seed and order) a setting has: those in the store and those its sweeps plan."""
-        first, found = cells.iloc[0], set(cells["draw"])
-        for sweep in self.sweeps:
-            is_ours = first["task"] in sweep.get("tasks", ()) and first["model_source"] in [model["source"] for model in sweep["models"]]
-            if is_ours and all(first[name] in np.atleast_1d(sweep[name]) for name in ("num_demonstrations", "num_queries", "query_seed")):
-                found |= {draw_of(None, seed, order) for seed in sweep["seeds"] for order in range(sweep["orders"])}
-        return len(found)
 
     def figures(self, keys: pd.Series, metric: str, fold: str = "all") -> pd.Series:
         """Return a figure of each cell on a fold, by key: the row's own, or the mean over its layers where the row has none for the fold."""
@@ -173,7 +166,8 @@ class Setting:
 
     @property
     def model(self) -> str:
-        return ", ".join([str(self.first["model"]), *(self.first["model_notes"] if self.first["model_notes"] is not None else ())])
+        notes = self.first["model_notes"] if self.first["model_notes"] is not None else ()
+        return ", ".join([str(self.first["model"]), *(note for note in notes if not note.startswith("random weights"))])  # of one seed; the caption has all
 
     @property
     def named(self) -> dict[str, Any]:
@@ -317,18 +311,25 @@ def draw_of(init_seed: float | None, seed: float | None, order: float | None) ->
 
 
 def protocol_name(resolved: str) -> str:
-    """Return the preset of a resolved protocol, with the switches in which it differs: clean, reference, separator = eos."""
-    found = PRESETS[CLEAN] | json.loads(resolved)
-    for preset, switches in PRESETS.items():
-        if _altered(found, switches) == {}:
-            return preset
-    preset = found["preset"]
-    altered = [f"{name} = {value}" for name, value in sorted(_altered(found, PRESETS.get(preset, {})).items())]
-    return ", ".join(altered if preset == CLEAN else [preset, *altered])
+    """Return the preset of a resolved protocol, or the switches in which it differs from clean: separator = eos."""
+    found: dict[str, Any] = json.loads(resolved) | {"sink_token": None}
+    if found["preset"] != CLEAN:
+        return str(found["preset"])
+    return ", ".join(f"{name} = {value}" for name, value in sorted(found.items()) if value != _DEFAULTS.get(name)) or CLEAN
 
 
-def _altered(found: Mapping[str, Any], switches: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name not in NOT_SWITCHES and value != switches.get(name)}
+def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:
+    """Return the draws that a resolved sweep plans for the setting of a cell; none if it plans other settings."""
+    protocol, task = json.loads(cell["protocol"]), cell["task"]
+    if task not in sweep.get("tasks", ()) or any(protocol.get(name, value) != value for name, value in sweep.get("protocol", {}).items()):
+        return set()
+    has_all = cell["num_queries"] == sweep["num_queries"] or (cell["num_queries"] < sweep["num_queries"] and cell["sweep"] == sweep["name"])  # a small pool
+    if not has_all or cell["query_seed"] != sweep["query_seed"] or cell["num_demonstrations"] not in np.atleast_1d(sweep["num_demonstrations"]):
+        return set()
+    models = [model for model in sweep["models"] if (model["source"], model.get("init", "trained")) == (cell["model_source"], cell["init"])]
+    models = [model for model in models if cell["init_scheme"] in (None, model.get("init_scheme"))]
+    runs = sweep.get("per_task", {}).get(task, {}).get("runs") or sweep.get("runs") or list(product(sweep["seeds"], range(sweep["orders"])))
+    return {draw_of(init_seed, *run) for model in models for init_seed in model.get("init_seeds") or (None,) for run in runs}
 
 
 def spelled(options: str) -> str:
