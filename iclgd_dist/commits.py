@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from iclgd_dist import captures
 from iclgd_dist.baselines import Baselines
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
@@ -49,16 +50,17 @@ class Committer:
         rows = []
         for cell in self.block.cells:
             if cell.kind == "zero_shot":
-                rows.append((cell, zero_shot_row(baseline)))
+                rows.append((cell, zero_shot_row(baseline) | self._kept(cell, baseline.zero_shot)))
             elif cell.kind == "icl":
-                rows.append((cell, icl_row(baseline) | {"measures": context_measures(baseline, baselines.controls)}))
+                measures = context_measures(baseline, baselines.controls)
+                rows.append((cell, icl_row(baseline) | {"measures": measures} | self._kept(cell, baseline.in_context.capture)))
         return self._commit(rows, num_lanes=1)
 
-    def finetuned(self, baselines: Baselines, baseline: Baseline, trajectory: Trajectory, step: int, captures: Sequence[Capture]) -> int:
+    def finetuned(self, baselines: Baselines, baseline: Baseline, trajectory: Trajectory, step: int, states: Sequence[Capture]) -> int:
         """Commit one step of all lanes; return how many cells were committed. What diverged is a row too."""
         lanes: list[tuple[int, Cell, Capture]] = []
         rows: list[tuple[Cell, Row]] = []
-        for lane, (rate, capture) in enumerate(zip(trajectory.learning_rates, captures, strict=True)):
+        for lane, (rate, capture) in enumerate(zip(trajectory.learning_rates, states, strict=True)):
             if not capture.is_finite():
                 trajectory.bad_capture.setdefault(lane, step)
             cell = self.cells.get((trajectory.train_on, trajectory.method, rate, step, "finetuned"))
@@ -83,7 +85,7 @@ class Committer:
             for (lane, cell, capture), of_controls in zip(lanes, controls, strict=True):
                 row = finetuned_row(baseline, capture, training=trajectory.record(lane, step), random_seed=int(cell.key[:15], 16), prefix=prefix)
                 measures = of_controls + self._pairs(baseline, cell, capture) + metric_measures(baseline, self.block.metrics, capture)
-                rows.append((cell, row | {"measures": measures}))
+                rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 
     @staticmethod
@@ -101,6 +103,13 @@ class Committer:
         if not self.to_come[point]:
             del self.held[point]
         return rows
+
+    def _kept(self, cell: Cell, capture: Capture) -> Row:
+        """Keep the capture of a cell beside the store where the sweep asks for it; return the columns that name it."""
+        if not cell.is_kept:
+            return {}
+        file, sha256 = captures.keep(self.store, cell.key, capture)
+        return {"capture_file": file, "capture_sha256": sha256}
 
     def _commit(self, rows: Sequence[tuple[Cell, Row]], *, num_lanes: int) -> int:
         seconds, num_committed = time.perf_counter() - self.since, 0

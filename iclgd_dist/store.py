@@ -1,4 +1,4 @@
-"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; knows nothing of models, plans or Ray.
+"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; nothing of models, plans or Ray.
 
     cells/<key>.parquet               one committed cell; the name is all that planning reads
     compacted/part-<n>-<sha>.parquet  many cells; counts only if the newest manifest lists it
@@ -82,10 +82,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class Results:
-    """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`.
-
-    So do `controls` (cell, control, layer, fold, metric, n, mean, sd), `pairs` (cell_a, cell_b, ...) and `metrics` (cell, version, ...).
-    """
+    """What a store holds, as Arrow tables. All but `cells` and `attempts` begin with the cell's key (`controls` and `metrics`: cell; `pairs`: cell_a, cell_b)."""
 
     cells: pa.Table
     folds: pa.Table
