@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from iclgd_dist.families import family_of, num_key_heads
+from iclgd_dist.families import FAMILIES, num_key_heads
 from iclgd_dist.schema import NUM_NOISE_QUERIES
 from iclgd_dist.tasks import Encoded
 
@@ -46,7 +46,8 @@ class _Sizes:
         head_width = first("head_dim", default=width // heads)
         kv = num_key_heads(config, heads) * head_width
         inner = first("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * width)
-        num_matrices = 3 if family_of(config["model_type"]).is_gated else 2
+        family = FAMILIES.get(config.get("model_type", ""))
+        num_matrices = 3 if family is not None and family.is_gated else 2
         attention = 2 * width * heads * head_width + 2 * width * kv
         layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         return _Sizes(layers, width, inner, first("vocab_size"), attention + num_matrices * width * inner, 2 * width * kv)
