@@ -119,6 +119,8 @@ class _Baselines:
 
     def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded) -> None:
         self.block, self.has_relative_positions = block, lm.family.position == "rotary"
+        precision = torch.finfo(lm.compute_dtype)
+        self.eps = precision.eps if precision.bits < 32 else 0.0  # in float32 and float64 two packings differ by more than a rounding
         self.prefix = Prefix(lm, torch.tensor(encoded.context_ids))
         self.zero_shot = _queries(lm, block, encoded)
         self.in_context = _queries(lm, block, encoded, prefix=self.prefix)
@@ -140,7 +142,7 @@ class _Baselines:
         return make_baseline(
             zero_shot=zero_shot,
             in_context=in_context,
-            noise=noise_floor(zero_shot, again),
+            noise=noise_floor(zero_shot, again, eps=self.eps),
             gold_Q=[query.label for query in queries],
             folds_Q=[query.fold for query in queries],
             query_ids=[query.id for query in queries],

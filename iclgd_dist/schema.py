@@ -136,7 +136,7 @@ LAYER: list[Column] = [
     ("delta_norm_v", f64, "Frobenius norm of what training added to W_V and its bias (fold all)"),
     ("gradient_norm", f64, "L2 norm of the gradient of the layer's K and V in the last update (fold all)"),
     ("loss", f64, "the layer's own loss before the last update; layer-causal methods only (fold all) [nats per token]"),
-    ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings (fold all)"),
+    ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings; at least the rounding of h in the compute dtype (fold all)"),
     ("noise_floor_scores", pa.list_(f64), "the same of the attention scores, per query head (fold all)"),
 ]
 
