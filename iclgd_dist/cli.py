@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -240,7 +241,7 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
     if kept := {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}:
-        rows["captures"] = f"{sum(kept.values()) / 1e9:.1f} GB kept, of {len(kept):,} cells"
+        rows["captures"] = f"{decimal(sum(kept.values()))} kept, of {len(kept):,} cells"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)

@@ -262,6 +262,19 @@ def test_the_noise_floor_is_the_largest_difference_of_the_first_32_queries() -> 
     assert floor.attention_L.dtype == floor.scores_LH.dtype == torch.float64
 
 
+def test_the_noise_floor_is_at_least_what_rounding_to_the_compute_dtype_changes() -> None:
+    """Independent of the formula: round random captures to bfloat16 and see by how much they move."""
+    wide = Capture(torch.randn(2, 32, 512), torch.randn(2, 32, 3, 512), torch.zeros(32, 2))
+    low = Capture(wide.attention_LQD.bfloat16().float(), wide.scores_LQHT.bfloat16().float(), wide.label_scores_QC)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert metrics.noise_floor(low, low).attention_L.max() == 0
+    moved, floor = metrics.noise_floor(wide, low), metrics.noise_floor(low, low, eps=eps)
+    for seen, least in ((moved.attention_L, floor.attention_L), (moved.scores_LH, floor.scores_LH)):
+        assert torch.all((seen < least) & (least < 2 * seen))
+    above = metrics.noise_floor(low, Capture(low.attention_LQD + 1, low.scores_LQHT, low.label_scores_QC), eps=eps)
+    assert torch.allclose(above.attention_L, torch.full((2,), 512.0).double().sqrt())
+
+
 def test_the_noise_floor_takes_captures_padded_to_different_lengths() -> None:
     a = capture(1, lengths=(4, 3))
     cut = Capture(a.attention_LQD, a.scores_LQHT[..., :4], a.label_scores_QC)
