@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from iclgd_dist.blocks import Block
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.layerwise import Prefix
 from iclgd_dist.metrics import Capture, noise_floor
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.plan import Block
 from iclgd_dist.probes import Context, QueryPass
 from iclgd_dist.rows import Baseline, InContext, changed, make_baseline
 from iclgd_dist.schema import NUM_NOISE_QUERIES

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from iclgd_dist.baselines import Baselines, queries_of
+from iclgd_dist.blocks import Block, max_positions
 from iclgd_dist.commits import Committer
 from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.plan import Block, max_positions
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
 from iclgd_dist.updates import BottomUp, LaneInputs, Method, Probe, TrainingSequence, make_method

@@ -17,11 +17,11 @@ import torch
 
 from iclgd_dist import captures
 from iclgd_dist.baselines import Baselines
+from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.plan import Block, Cell
 from iclgd_dist.provenance import peak_gib, provenance
 from iclgd_dist.rows import Baseline, Row, diverged_row, finetuned_row, icl_row, zero_shot_row
 from iclgd_dist.store import Store

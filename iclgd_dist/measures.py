@@ -63,11 +63,14 @@ def _changes(baseline: Baseline, capture: Capture, layer: int) -> tuple[Attentio
 
 def context_measures(baseline: Baseline, contexts: Mapping[str, Capture]) -> list[Row]:
     """Return the controls of an ICL cell: the cosines of ICL's changes with those that each control context makes."""
-    icl, rows = baseline.in_context, []
-    for name, capture in contexts.items():
-        layers = [_similarities(baseline, n, (icl.attention[n], icl.scores[n]), _changes(baseline, capture, n)) for n in range(len(icl.attention))]
-        rows += measure_rows("control", name, _stacked(layers), baseline.fold_masks)
-    return rows
+    figures = {name: similarities_of(baseline, capture) for name, capture in contexts.items()}
+    return [row for name, of_control in figures.items() for row in measure_rows("control", name, of_control, baseline.fold_masks)]
+
+
+def similarities_of(baseline: Baseline, capture: Capture) -> dict[str, Tensor]:
+    """Return the similarities (L, Q) of a state's changes with ICL's."""
+    icl = baseline.in_context
+    return _stacked([_similarities(baseline, n, (icl.attention[n], icl.scores[n]), _changes(baseline, capture, n)) for n in range(len(icl.attention))])
 
 
 def control_measures(baseline: Baseline, contexts: Mapping[str, Capture], finetuned: Sequence[Capture]) -> list[list[Row]]:

@@ -11,8 +11,9 @@ import torch
 from iclgd_dist import actor, probes
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.block import Progress
+from iclgd_dist.blocks import Block
 from iclgd_dist.config import ModelSpec, load_sweep
-from iclgd_dist.plan import Block, make_plan
+from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, StoreError
 
 

@@ -13,9 +13,10 @@ import torch
 
 from iclgd_dist import sources
 from iclgd_dist.block import block_steps, run_block
+from iclgd_dist.blocks import Block
 from iclgd_dist.config import Resources, load_sweep
 from iclgd_dist.model import LanguageModel, load
-from iclgd_dist.plan import Block, make_plan
+from iclgd_dist.plan import make_plan
 from iclgd_dist.schema import POOLED, SIMILARITIES
 from iclgd_dist.store import Store, read_results
 

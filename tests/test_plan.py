@@ -16,9 +16,10 @@ import pytest
 
 from iclgd_dist import extensions
 from iclgd_dist import plan as planning
+from iclgd_dist.blocks import Block, halve, split, with_cells
 from iclgd_dist.config import ModelSpec, SweepError, load_sweep
 from iclgd_dist.encoding import encode, fits_context
-from iclgd_dist.plan import Block, Plan, count_cells, halve, key_of, make_plan, split, with_cells
+from iclgd_dist.plan import Plan, count_cells, key_of, make_plan
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable
 from iclgd_dist.tasks import draw, load_task
 
