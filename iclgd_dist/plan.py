@@ -309,8 +309,7 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
     variants: dict[str, dict[str, Any]] = {"true": {}}
     for each in drawn.trainings:
         texts = [[d.id, d.prompt, each.label_words[d.label]] for d in each.demonstrations]
-        of_task = {"control_task": sweep.control_task_of(drawn.task)} if each.name == "other_task" else {}
-        variants[each.name] = {"train_on": each.name, "training": texts, **of_task}
+        variants[each.name] = {"train_on": each.name, "training": texts}
     for train_on, (method, rates) in product(sweep.controls.train_on, sweep.rates_of(drawn.task).items()):
         for rate, step in product(rates, [step for step in sweep.steps if step <= k]):
             point = {"method": method, "method_version": METHOD_VERSIONS[method], "learning_rate": float(rate).hex(), "step": step}

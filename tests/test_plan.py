@@ -286,6 +286,11 @@ def test_an_option_at_its_default_is_left_out_of_the_key(folder: Path, monkeypat
     assert {name for values in hashed for name in values if "." in name} == set()
     planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\nseparator = "eos"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
     assert {name for values in hashed for name in values if "." in name} == {"protocol.separator"}
+    hashed.clear()
+    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
+    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\n\n[[task]]\nname = "fruit"'))
+    assert "protocol.line_breaks" in hashed[0]
+    assert not any("preset" in name for values in hashed for name in values)
 
 
 def test_keys_stay_what_they_were(folder: Path) -> None:
