@@ -46,7 +46,8 @@ class ModelHost:
         Out of memory halves the lanes and tries again; a block that cannot be run here leaves an attempt and its cells pending.
         """
         before = time.perf_counter()
-        missing = tuple(cell for cell in block.cells if cell.key not in self.store)  # by another driver, or before this actor was restarted
+        # Some may be there by now: from another driver, or from before this actor was restarted. Cells that are measured again are there anyway.
+        missing = block.cells if block.is_measuring else tuple(cell for cell in block.cells if cell.key not in self.store)
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
         num_loads, outcome, reason, trace = 0, "interrupted", "the run was stopped", ""
@@ -74,7 +75,7 @@ class ModelHost:
                 yield self._report(block, counts.at(report["stage"]))
             reason = report["reason"] or reason
             counts.num_cells += report["num_cells"]
-        if all(cell.key in self.store for cell in block.cells):
+        if not block.is_measuring and all(cell.key in self.store for cell in block.cells):
             outcome, reason = "done", ""
         yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
 

@@ -20,6 +20,7 @@ from iclgd_dist.blocks import Block, max_positions
 from iclgd_dist.commits import Committer
 from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.model import LanguageModel
+from iclgd_dist.random_deltas import random_measures
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
 from iclgd_dist.updates import BottomUp, LaneInputs, Method, Probe, TrainingSequence, make_method
@@ -56,7 +57,8 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
     progress, num_layers = Progress(block.cost.flops), lm.num_layers
     encoded = encode(block.draw, lm.tokenizer, protocol=block.protocol, max_positions=max_positions(block.model.config))
     commit = Committer(lm, block, store, encoded)
-    rides = [_Ride(lm, block, encoded, make_method(block.method(name)), train_on) for name, train_on in block.trained()]
+    trained = [] if block.random_targets else block.trained()
+    rides = [_Ride(lm, block, encoded, make_method(block.method(name)), train_on) for name, train_on in trained]
     share = _Shares(block, rides)
     bottom_up, others = [ride for ride in rides if ride.is_bottom_up], [ride for ride in rides if not ride.is_bottom_up]
     for ride in bottom_up:
@@ -73,6 +75,12 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
     baseline = baselines.compare()
     progress.num_baselines += 2
     progress.num_cells += commit.baselines(baselines, baseline)
+    if block.random_targets:
+        for stage, rows in random_measures(lm, block, encoded, baseline):
+            commit.measures(rows)
+            progress.num_cells += len({row["key"] for row in rows})
+            yield progress.at(stage, (block.cost.flops - block.cost.baseline_flops) / 8)
+        return
     for ride in bottom_up:
         progress.num_training_steps += ride.trajectory.steps[-1] * ride.num_lanes
         for step, query_pass in ride.passes.items():

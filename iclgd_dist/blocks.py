@@ -143,19 +143,24 @@ def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
 
 
 def halve(block: Block) -> tuple[Block, ...]:
-    """Return two blocks with half of the learning rates each, or the block itself where there is only one."""
-    rates = sorted({cell.learning_rate for cell in block.cells if cell.learning_rate is not None})
+    """Return two blocks with half of the learning rates each, counted once for each thing trained on, or the block itself where there is only one."""
+    rates = sorted({_lane(cell) for cell in block.cells if cell.kind == "finetuned"})
     if len(rates) < 2:
         return (block,)
     middle = rates[len(rates) // 2]
     halves = []
     for number, lower in enumerate((True, False), 1):
-        cells = tuple(cell for cell in block.cells if (lower if cell.learning_rate is None else (cell.learning_rate < middle) == lower))
+        cells = tuple(cell for cell in block.cells if (lower if cell.kind != "finetuned" else (_lane(cell) < middle) == lower))
         trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
         base = block.cost.baseline_flops
         cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
-        halves.append(replace(block, cells=cells, name=f"{block.name}.{number}", cost=cost))
+        targets = tuple(target for target in block.random_targets if target.key in {cell.key for cell in cells})
+        halves.append(replace(block, cells=cells, name=f"{block.name}.{number}", cost=cost, random_targets=targets))
     return tuple(halves)
+
+
+def _lane(cell: Cell) -> tuple[str, float]:
+    return cell.train_on, cell.learning_rate or 0.0
 
 
 def max_positions(config: dict[str, Any]) -> int | None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from iclgd_dist import captures
+from iclgd_dist import captures, measured
+from iclgd_dist import store as stores
 from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.encoding import Encoded
@@ -44,6 +45,10 @@ class Committer:
         self.to_come = Counter[Point]((cell.train_on, cell.learning_rate, cell.step) for cell in finetuned)  # type: ignore[misc]
         self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
         self.since = time.perf_counter()
+
+    def measures(self, rows: Sequence[Row]) -> None:
+        """Commit measures of cells that are there; each row holds the key of its cell."""
+        measured.commit(self.store.root, list(rows), reach=stores.fault_point)
 
     def baselines(self, baselines: Baselines, baseline: Baseline) -> int:
         """Commit zero-shot and ICL, where they are missing; return how many cells were."""
@@ -106,12 +111,15 @@ class Committer:
 
     def _kept(self, cell: Cell, capture: Capture) -> Row:
         """Keep the capture of a cell beside the store where the sweep asks for it; return the columns that name it."""
-        if not cell.is_kept:
+        if not cell.is_kept or self.block.is_measuring:
             return {}
         file, sha256 = captures.keep(self.store, cell.key, capture)
         return {"capture_file": file, "capture_sha256": sha256}
 
     def _commit(self, rows: Sequence[tuple[Cell, Row]], *, num_lanes: int) -> int:
+        if self.block.is_measuring:
+            self.measures([{"key": cell.key, **measure} for cell, row in rows for measure in row["measures"]])
+            return len(rows)
         seconds, num_committed = time.perf_counter() - self.since, 0
         for cell, row in rows:
             made: dict[str, Any] = {"lanes": num_lanes, "wall_seconds": seconds / len(rows), "peak_gib": peak_gib()}

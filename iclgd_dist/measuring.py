@@ -5,13 +5,15 @@ Knows plans, results and captures. Knows nothing of Ray. The rest becomes blocks
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from iclgd_dist import captures, measured, own_code
+from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
 from iclgd_dist.blocks import Block, Cell, RandomTarget
 from iclgd_dist.encoding import Encoded
@@ -51,7 +53,9 @@ class Missing:
                 is_pair = other.method != cell.method and (other.train_on, other.learning_rate, other.step) == (cell.train_on, cell.learning_rate, cell.step)
                 if is_pair and (other.key, "pair", cell.key) not in self.known:
                     wanted[cell].add(("pair", other.key))
-        return {cell: lacking for cell, names in wanted.items() if (lacking := {(kind, name) for kind, name in names if (cell.key, kind, name) not in self.known})}
+        return {
+            cell: lacking for cell, names in wanted.items() if (lacking := {(kind, name) for kind, name in names if (cell.key, kind, name) not in self.known})
+        }
 
     def to_train(self, block: Block, encoded: Encoded) -> tuple[Cell, ...]:
         """Return the cells that must be computed again: those that lack something, and their partners in pairs."""
@@ -116,18 +120,12 @@ def random_targets(results: Results, keys: Collection[str], missing: Missing) ->
 
 
 def _of_keys(results: Results, columns: list[str], keys: set[str]) -> Iterator[Mapping[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     table = results.layers.select(columns)
     chosen = pc.and_(pc.is_in(table["key"].cast(pa.string()), pa.array(sorted(keys))), pc.equal(table["fold"], "all"))
     return iter(table.filter(chosen).sort_by([("layer", "ascending")]).to_pylist())
 
 
-def with_targets(block: Block, targets: Mapping[str, RandomTarget]) -> Block | None:
+def with_targets(block: Block, targets: Mapping[str, RandomTarget], with_cells: Callable[[tuple[Cell, ...]], Block]) -> Block | None:
     """Return the block that makes the random weights of its cells, or None where none of them is a target."""
-    mine = tuple(targets[cell.key] for cell in block.cells if cell.key in targets)
-    return replace(block, is_measuring=True, random_targets=mine, cells=tuple(cell for cell in block.cells if cell.key in targets)) if mine else None
-
-
-__all__ = ["Missing", "measure_kept", "own_code", "random_targets", "with_targets"]
+    cells = tuple(cell for cell in block.cells if cell.key in targets)
+    return replace(with_cells(cells), is_measuring=True, random_targets=tuple(targets[cell.key] for cell in cells)) if cells else None

@@ -44,6 +44,11 @@ class Plan:
         """Cells that remain; the zero-shot cell that blocks of one task share counts once."""
         return len({cell.key for block in self.blocks for cell in block.cells})
 
+    def of_blocks(self) -> Plan:
+        """Return the plan of its blocks alone, as if nothing else had been planned."""
+        keys = tuple(dict.fromkeys(cell.key for block in self.blocks for cell in block.cells))
+        return replace(self, num_cells=len(keys), num_done=0, keys=keys, num_blocks_planned=len(self.blocks))
+
 
 def count_cells(sweep: Sweep) -> tuple[int, int]:
     """Return the numbers of cells and of blocks, from the file alone."""
@@ -56,8 +61,17 @@ def count_cells(sweep: Sweep) -> tuple[int, int]:
     return len(sweep.models) * num_cells, len(sweep.models) * num_blocks
 
 
-def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreachable: bool = False, progress: Callable[[str], None] = lambda text: None) -> Plan:
+def make_plan(
+    sweep: Sweep,
+    finished: Collection[str] = (),
+    *,
+    tolerate_unreachable: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+    choose: Callable[[Block, Encoded], Block | None] | None = None,
+) -> Plan:
     """Expand, subtract the keys in `finished`, group and estimate. Blocks are ordered by model, then seed, then task.
+
+    `choose` sees each whole block and returns what is to be run of it, instead of the cells that are not finished.
 
     Errors: SweepError for a task, model, label, prompt or draw that cannot be used; SourceUnreachable unless tolerated.
     """
@@ -101,7 +115,9 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
             progress(f"drawing {name}, seed {seed}")
             for block, encoded in _blocks(sweep, spec, model, name, seed, orders[seed, name], encoder):
                 missing = tuple(cell for cell in block.cells if cell.key not in finished)
-                if any(cell.key not in keys for cell in missing):  # else another block does all of it
+                if choose is not None:
+                    blocks += [chosen] if (chosen := choose(block, encoded)) else []
+                elif any(cell.key not in keys for cell in missing):  # else another block does all of it
                     blocks.append(with_cells(block, missing, encoded))
                 keys |= dict.fromkeys(cell.key for cell in block.cells)
     if not said.unreachable and len(keys) < num_cells:
@@ -174,6 +190,8 @@ class _Encoder:
         for word, ids in zip(draw.label_words, encoded.label_ids, strict=True):
             if len(ids) > 1:
                 self.said.notes.append(f"label {word!r} of {draw.task} has {len(ids)} tokens; scored by the mean of their log-probabilities")
+        if encoded.num_context_demonstrations < (k := len(draw.demonstrations)):
+            self.said.notes.append(f"{draw.task}: some contexts have room for fewer than {k} demonstrations; finetuning sees all of them")
         return encoded
 
 
@@ -242,8 +260,7 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
     variants: dict[str, dict[str, Any]] = {"true": {}}
     for each in drawn.trainings:
         texts = [[d.id, d.prompt, each.label_words[d.label]] for d in each.demonstrations]
-        of_task = {"control_task": sweep.control_task_of(drawn.task)} if each.name == "other_task" else {}
-        variants[each.name] = {"train_on": each.name, "training": texts, **of_task}
+        variants[each.name] = {"train_on": each.name, "training": texts}
     for train_on, (method, rates) in product(sweep.controls.train_on, sweep.rates_of(drawn.task).items()):
         for rate, step in product(rates, [step for step in sweep.steps if step <= k]):
             point = sweep.method_spec(method).key() | {"learning_rate": float(rate).hex(), "step": step}

@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ def random_measures(lm: LanguageModel, block: Block, encoded: Encoded, baseline:
 
 
 def _rows(baseline: Baseline, lane: _Lane, capture: Capture, ratio: float) -> list[Row]:
-    name, num_queries = f"random_delta_{lane.draw}", len(baseline.gold_Q)
+    name = f"random_delta_{lane.draw}"
     found: dict[str, Tensor] = {}
     if lane.is_near(ratio) and capture.is_finite():
         found = similarities_of(baseline, capture)
@@ -104,15 +103,24 @@ def _rows(baseline: Baseline, lane: _Lane, capture: Capture, ratio: float) -> li
         nothing_LQ = torch.full_like(baseline.in_context.norm_LQ, math.nan)
         found = dict.fromkeys(("sim_aou", "sim_aou_norm", "sim_am_delta"), nothing_LQ)
     rows = measure_rows("control", name, found, baseline.fold_masks)
-    size: dict[str, Any] = {"kind": "control", "name": name, "metric": "update_ratio", "layer": None, "fold": "all", "n": num_queries}
-    return [*rows, size | {"mean": ratio if math.isfinite(ratio) else None, "sd": None}]
+    if not capture.is_finite():
+        return rows
+    norm_LQ = _norms(baseline, capture, list(range(len(baseline.gold_Q))))
+    for fold, mask_Q in baseline.fold_masks.items():
+        ratio_L = metrics.update_ratio(norm_LQ[:, mask_Q], baseline.in_context.norm_LQ[:, mask_Q])
+        shared = {"kind": "control", "name": name, "metric": "update_ratio", "fold": fold, "n": int(mask_Q.sum()), "sd": None}
+        rows += [shared | {"layer": layer, "mean": float(value) if value.isfinite() else None} for layer, value in enumerate(ratio_L)]
+    return rows
 
 
 def _ratio(baseline: Baseline, capture: Capture, numbers: Sequence[int]) -> float:
     """Return R over some queries: the geometric mean over layers of the update ratio; NaN where a state is not finite."""
+    return metrics.geometric_mean(metrics.update_ratio(_norms(baseline, capture, numbers), baseline.in_context.norm_LQ[:, list(numbers)]))
+
+
+def _norms(baseline: Baseline, capture: Capture, numbers: Sequence[int]) -> Tensor:
     change_LQD = capture.attention_LQD.double() - baseline.zero_shot.attention_LQD[:, list(numbers)].double()
-    norm_LQ = torch.linalg.vector_norm(change_LQD, dim=-1)
-    return metrics.geometric_mean(metrics.update_ratio(norm_LQ, baseline.in_context.norm_LQ[:, list(numbers)]))
+    return torch.linalg.vector_norm(change_LQD, dim=-1)
 
 
 @torch.no_grad()

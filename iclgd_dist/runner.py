@@ -119,7 +119,7 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
         return stopped.code
     if any(outcome == "storage" for outcome, _ in counts.outcomes.values()):
         return STORAGE
-    return FAILED if missing else DONE
+    return FAILED if missing or any(outcome != "done" for outcome, _ in counts.outcomes.values()) else DONE
 
 
 def _fit(blocks: tuple[Block, ...], store: Store, run: str, counts: Counts, resources: Resources, num_actors: int, *, is_shared: bool) -> None:

@@ -117,8 +117,9 @@ def test_another_task_brings_its_own_template_words_and_no_text_of_a_query():
     assert other.label_words == ("here", "there")
     assert other.demonstrations == draw(OTHER, num_demonstrations=6, seed=1, order=0, num_queries=1, query_seed=1).demonstrations
     shared = replace(OTHER, train=(*OTHER.train, *TASK.queries))
-    found = with_controls(drawn(), TASK, contexts=("other_task",), train_on=("true",), other=shared, seed=1, protocol=CLEAN).contexts[0].demonstrations
-    assert not {each.prompt for each in found} & {query.prompt for query in made.queries}
+    for seed in range(5):
+        found = with_controls(drawn(), TASK, contexts=("other_task",), train_on=("true",), other=shared, seed=seed, protocol=CLEAN).contexts[0].demonstrations
+        assert not {each.prompt for each in found} & {query.prompt for query in made.queries}
 
 
 def test_a_pool_that_is_too_small_for_a_control_is_refused_by_name():

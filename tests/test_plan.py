@@ -291,6 +291,11 @@ def test_an_option_at_its_default_is_left_out_of_the_key(folder: Path, monkeypat
     assert {name for values in hashed for name in values if "." in name} == set()
     planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\nseparator = "eos"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
     assert {name for values in hashed for name in values if "." in name} == {"protocol.separator"}
+    hashed.clear()
+    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
+    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\n\n[[task]]\nname = "fruit"'))
+    assert "protocol.line_breaks" in hashed[0]
+    assert not any("preset" in name for values in hashed for name in values)
 
 
 def test_keys_stay_what_they_were(folder: Path) -> None:
@@ -467,6 +472,14 @@ def test_splitting_keeps_every_cell_once_and_a_learning_rate_of_both_methods_tog
     assert sum(part.cost.flops for part in parts) == pytest.approx(block.cost.flops + repeated)
 
 
+def test_splitting_also_parts_what_is_trained_on(folder: Path) -> None:
+    section = with_section('[controls]\ntrain_on = ["true", "random_labels", "shuffled_words"]')
+    (block,) = planned(folder, *ONE, section, ("[1e-3, 1e-2, 1e-1]", "[1e-3]"), ("[1e-3, 1e-2]", "[1e-3]")).blocks
+    parts = split([block], 9)
+    assert sorted(part.train_on() for part in parts) == [["random_labels"], ["shuffled_words"], ["true"]]
+    assert sorted(cell.key for part in parts for cell in part.cells) == sorted(cell.key for cell in block.cells)
+
+
 def test_splitting_halves_the_largest_block_that_has_more_than_one_learning_rate(folder: Path) -> None:
     wide = four_lanes(folder)
     narrow = halve(halve(wide)[0])[0]
@@ -549,6 +562,14 @@ def test_labels_of_several_tokens_are_noted_once(folder: Path) -> None:
     assert planned(folder, ('"No"', '"No-no"')).notes == tuple(
         f"label 'No-no' of {task} has 3 tokens; scored by the mean of their log-probabilities" for task in ("fruit", "stone")
     )
+
+
+def test_a_context_without_room_for_all_demonstrations_is_noted_once_per_task(folder: Path) -> None:
+    changes = (("[1, 4]", "30"), with_section('[protocol]\ntruncation = "greedy"'))
+    assert planned(folder, *changes).notes == ()
+    long = [(f'"{word}"', f'"{word}{"-o" * 20}"') for word in ("Yes", "No")]  # 41 tokens each
+    shown = [note for note in planned(folder, *changes, *long).notes if "room" in note]
+    assert shown == [f"{task}: some contexts have room for fewer than 30 demonstrations; finetuning sees all of them" for task in ("fruit", "stone")]
 
 
 def test_a_task_with_one_class_is_a_warning_of_the_plan_and_not_of_python(folder: Path) -> None:
