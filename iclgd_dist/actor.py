@@ -20,9 +20,10 @@ from ray import tune
 
 from iclgd_dist import model as models
 from iclgd_dist import sources
-from iclgd_dist.block import Progress, block_steps, peak_gib
+from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.plan import Block, halve
+from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0
@@ -107,7 +108,9 @@ class ModelHost:
 
 
 def _model_key(block: Block) -> tuple[str, ...]:
-    return (block.model.content_hash, block.storage_dtype, block.spec.compute_dtype, str(block.resources.device_map), str(block.resources.max_memory))
+    spec, resources = block.spec, block.resources
+    weights = (block.model.content_hash, spec.init, spec.init_scheme, str(spec.init_seed), block.storage_dtype)
+    return (*weights, spec.compute_dtype, str(resources.device_map), str(resources.max_memory))
 
 
 class ModelActor(tune.Trainable):

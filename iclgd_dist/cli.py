@@ -10,12 +10,14 @@ import os
 import shlex
 import signal
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -160,6 +162,39 @@ def report(
     console.print(f"page: {write_report(results.root, out)}", soft_wrap=True, markup=False)
 
 
+@app.command("check-method")
+def check_method_command(
+    code: Annotated[str, typer.Argument(help="A file and a class in it: my_rules.py:Mine")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="A keyword of the class, name=value, as in options = { name = value }; may be repeated")
+    ] = None,
+) -> None:
+    """Check a method of your own on a tiny random model, before a sweep uses it.
+
+    Example: iclgd check-method my_rules.py:Mine
+    """
+    from pydantic import ValidationError
+
+    from iclgd_dist.check import check_method
+    from iclgd_dist.extensions import MethodSpec
+    from iclgd_dist.updates import make_method
+
+    try:
+        options = tomllib.loads("\n".join(option or ()))
+        spec = MethodSpec(name="checked", code=code, options=options).with_text(Path())
+    except ValidationError as error:
+        raise SweepError(f"check-method {code}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    except ValueError as error:
+        raise SweepError(f"check-method {code}: {error}") from None
+    make_method(spec)
+    findings = []
+    for finding in check_method(lambda: make_method(spec)):
+        findings.append(finding)
+        mark = Text("holds ", "green") if finding.holds else Text("fails ", "red")
+        console.print(Text.assemble(mark, finding.what, f": {finding.problem}" if finding.problem else ""), soft_wrap=True)
+    raise typer.Exit(0 if all(finding.holds for finding in findings) else USAGE)
+
+
 def _existing(where: str) -> Store:
     path = _store_of(load_sweep(where)) if where.endswith(".toml") else Path(where)
     if not path.is_dir():
@@ -205,6 +240,8 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor",
         "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
+    if kept := {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}:
+        rows["captures"] = f"{decimal(sum(kept.values()))} kept, of {len(kept):,} cells"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)

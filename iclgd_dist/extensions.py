@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, field_validator, model_validator
 
+from iclgd_dist.axes import Name
 from iclgd_dist.protocol import Frozen
 
-METHOD_VERSIONS = {"vanilla": 1, "layer_causal": 1, "layer_causal_attn": 1}  # raised when a method's numbers change; part of a cell's key
+METHOD_VERSIONS = {"vanilla": 2, "layer_causal": 2, "layer_causal_attn": 1}  # raised when a method's numbers change; part of a cell's key
 METHODS = tuple(METHOD_VERSIONS)
 WEIGHTS = ("attn_k", "attn_v", "attn_kv", "attn_q", "attn_o", "mlp", "all_linear")
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
 Option = bool | int | float | str
 
 
@@ -87,6 +87,11 @@ class MethodSpec(Code):
     @property
     def is_builtin(self) -> bool:
         return self.name == self.base
+
+    @property
+    def is_bottom_up(self) -> bool:
+        """Whether its layers need nothing from above; of own code that is not known before it is run."""
+        return self.base in ("layer_causal", "layer_causal_attn")
 
     def described(self) -> dict[str, Any]:
         """Return what the sweep file says beyond the name, defaults left out."""

@@ -63,12 +63,11 @@ def _changes(baseline: Baseline, capture: Capture, layer: int) -> tuple[Attentio
 
 def context_measures(baseline: Baseline, contexts: Mapping[str, Capture]) -> list[Row]:
     """Return the controls of an ICL cell: the cosines of ICL's changes with those that each control context makes."""
-    figures = {name: _stacked(len(baseline.noise.attention_L), lambda layer, c=capture: _of_icl(baseline, layer, c)) for name, capture in contexts.items()}
-    return [row for name, of_control in figures.items() for row in measure_rows("control", name, of_control, baseline.fold_masks)]
-
-
-def _of_icl(baseline: Baseline, layer: int, capture: Capture) -> dict[str, Tensor]:
-    return _similarities(baseline, layer, (baseline.in_context.attention[layer], baseline.in_context.scores[layer]), _changes(baseline, capture, layer))
+    icl, rows = baseline.in_context, []
+    for name, capture in contexts.items():
+        layers = [_similarities(baseline, n, (icl.attention[n], icl.scores[n]), _changes(baseline, capture, n)) for n in range(len(icl.attention))]
+        rows += measure_rows("control", name, _stacked(layers), baseline.fold_masks)
+    return rows
 
 
 def control_measures(baseline: Baseline, contexts: Mapping[str, Capture], finetuned: Sequence[Capture]) -> list[list[Row]]:
@@ -93,10 +92,10 @@ def control_measures(baseline: Baseline, contexts: Mapping[str, Capture], finetu
             for name, of_control in found.items()
             for row in measure_rows("control", name, {metric: torch.stack(layers) for metric, layers in of_control.items()}, baseline.fold_masks)
         ]
-        for name, change in (("other_query", _next_query), ("centred", _centred)):
+        for name, shift in (("other_query", _next_query), ("centred", _centred)):
             for fold, mask_Q in baseline.fold_masks.items():
-                compared = _stacked(num_layers, lambda layer, c=capture, f=change, m=mask_Q: {"sim_aou": _shifted_cosine(baseline, layer, c, m, f)})
-                mine += measure_rows("control", name, compared, {fold: torch.ones(int(mask_Q.sum()), dtype=torch.bool)})
+                shifted_LQ = torch.stack([_shifted_cosine(baseline, layer, capture, mask_Q, shift) for layer in range(num_layers)])
+                mine += measure_rows("control", name, {"sim_aou": shifted_LQ}, {fold: torch.ones(int(mask_Q.sum()), dtype=torch.bool)})
         rows.append(mine)
     return rows
 
@@ -123,16 +122,13 @@ def _shifted_cosine(baseline: Baseline, layer: int, capture: Capture, mask_Q: Te
 
 def pair_measures(baseline: Baseline, other_key: str, other: Capture, finetuned: Capture) -> list[Row]:
     """Return the similarities of two finetuned cells; `alpha` is the cosine of the changes of their attention scores."""
-    compared = _stacked(
-        len(baseline.noise.attention_L),
-        lambda layer: _similarities(baseline, layer, _changes(baseline, other, layer), _changes(baseline, finetuned, layer)),
-    )
+    num_layers = len(baseline.noise.attention_L)
+    compared = _stacked([_similarities(baseline, n, _changes(baseline, other, n), _changes(baseline, finetuned, n)) for n in range(num_layers)])
     compared["alpha"] = compared.pop("sim_am_delta")
     return measure_rows("pair", other_key, compared, baseline.fold_masks)
 
 
-def _stacked(num_layers: int, of_layer: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
-    layers = [of_layer(layer) for layer in range(num_layers)]
+def _stacked(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 

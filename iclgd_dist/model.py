@@ -32,6 +32,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from iclgd_dist.config import ModelSpec, Resources
 from iclgd_dist.families import Family, family_of, num_key_heads
+from iclgd_dist.untrained import redraw
 
 RECORDED = "iclgd_recorded"
 ScoreSink = Callable[[nn.Module, Tensor, Tensor, float], None]
@@ -197,7 +198,7 @@ def module_at(root: Any, path: str | None) -> Any:
 def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtype: str, name: str = "model", tokenizer: Any = None) -> LanguageModel:
     """Load a model directory through accelerate: on one device, sharded over the GPUs of a node, or offloaded to CPU or disk.
 
-    Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`; offloaded ones rest in the former.
+    Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`; offloaded ones rest in the former. Those of an untrained model are drawn anew.
     Errors: SweepError for an unsupported architecture.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32: part of a cell's key
@@ -225,6 +226,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
         offload_folder=folder.name,
         **place,
     )
+    redraw(model, family, spec, next(_offloaded(model), None))
     _hook_whole_layers(model, family)
     _raise(model, compute)
     _rebuild_buffers(model, config, compute)
@@ -243,24 +245,27 @@ def _layers_on_disk(config: Any, family: Family, *, main: int | str) -> dict[str
 
 def _hook_whole_layers(model: Any, family: Family) -> None:
     """Where weights are offloaded, let a decoder layer come in as a whole: transformers hooks every leaf, which would load it for each micro-batch."""
-    datasets = [hook.weights_map.dataset for module in model.modules() for hook in _hooks(module) if getattr(hook, "weights_map", None) is not None]
-    if not datasets:
+    if (offloaded := next(_offloaded(model), None)) is None:
         return
     remove_hook_from_submodules(model)
     dispatch_model(
         model,
         model.hf_device_map,
-        state_dict=datasets[0].state_dict or None,
-        offload_dir=datasets[0].save_folder,
-        offload_index=datasets[0].index,
+        state_dict=offloaded.state_dict or None,
+        offload_dir=offloaded.save_folder,
+        offload_index=offloaded.index,
         preload_module_classes=[type(attrgetter(family.layers)(model)[0]).__name__],
         skip_keys="past_key_values",
     )
 
 
-def _hooks(module: nn.Module) -> list[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
+def _offloaded(model: Any) -> Iterator[Any]:
+    """Yield what holds the weights that are offloaded, once for each hook that reads it."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):
+            if getattr(single, "weights_map", None) is not None:
+                yield single.weights_map.dataset
 
 
 def _rebuild_buffers(model: Any, config: Any, dtype: torch.dtype) -> None:

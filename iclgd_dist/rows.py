@@ -188,7 +188,7 @@ def finetuned_row(baseline: Baseline, finetuned: Capture, *, training: TrainingR
         "update_ratio": metrics.geometric_mean(columns["all"]["update_ratio"]),
         "update_norm": float(columns["all"]["update_norm"].mean()),
         "delta_norm": float(torch.cat(list(delta_norms.values())).nan_to_num(0.0).norm()),
-        "gradient_norm": float(gradient.norm()),
+        "gradient_norm": float(gradient.nan_to_num(0.0).norm()),
         "loss": training.loss,
     }
     return _row(
@@ -220,7 +220,7 @@ def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, s
         ft = metrics.attention_change(zero_shot, finetuned.attention_LQD[layer])
         ft_scores = metrics.score_change(baseline.zero_shot.scores_LQHT[layer], finetuned.scores_LQHT[layer])
         states = {
-            "uniform_update": metrics.attention_change(zero_shot, metrics.uniform_update(zero_shot, generator)),
+            "uniform_update": metrics.uniform_update(zero_shot, generator),
             "gaussian_state": metrics.attention_change(zero_shot, metrics.gaussian_state(zero_shot, ft.raw.norm, generator)),
         }
         moved_Q = metrics.is_above_floor(ft.raw.norm, floor)  # a random baseline stands beside a similarity or not at all
@@ -238,6 +238,7 @@ def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, s
         if prefix is not None and prefix.capture.ranked_LQT is not None and finetuned.ranked_LQT is not None:
             ranked = ranking.compare_attention(prefix.capture.ranked_LQT[layer], finetuned.ranked_LQT[layer], prefix.items, generator=random_maps)
             for name, values in ranked.items():
+                values = metrics.defined_where(moved_Q[: len(values)], values)
                 found[name].append(torch.cat([values, values.new_full((len(moved_Q) - len(values),), math.nan)]))
     stacked = {name: torch.stack(layers) for name, layers in found.items()}
     norm_LQ, inner = stacked.pop("norm"), {"icl": stacked.pop("inner"), "prefix": stacked.pop("inner_prefix", torch.empty(0))}

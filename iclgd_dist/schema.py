@@ -139,7 +139,7 @@ LAYER: list[Column] = [
     ("delta_norm_mlp", f64, "the same of the MLP; NULL where it does not learn"),
     ("gradient_norm", f64, "L2 norm of the gradient of what learns in the layer, in the last update (fold all)"),
     ("loss", f64, "the layer's own loss before the last update; layer-causal methods only (fold all) [nats per token]"),
-    ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings (fold all)"),
+    ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings; at least the rounding of h in the compute dtype (fold all)"),
     ("noise_floor_scores", pa.list_(f64), "the same of the attention scores, per query head (fold all)"),
 ]
 

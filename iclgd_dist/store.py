@@ -1,14 +1,14 @@
-"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; knows nothing of models, plans or Ray.
+"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; nothing of models, plans or Ray.
 
     cells/<key>.parquet               one committed cell; the name is all that planning reads
     compacted/part-<n>-<sha>.parquet  many cells; counts only if the newest manifest lists it
     compacted/manifest-<n>.json       the parts, their sha256 and their keys; never changed once written
     attempts/*.json  sweeps/*.json    executions of blocks; resolved sweeps with their planned keys
+    captures/*.safetensors            what captures.py keeps
 
-A commit publishes a cell, a compaction publishes manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only
-spares double work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
-a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be seen late, or
-computed twice, but is never lost or doubled.
+A commit publishes a cell, a compaction manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only spares double
+work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
+a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be late, or computed twice, never lost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MANIFEST_NAME = re.compile(r"manifest-(\d{8})\.json")
 _ATTEMPT = pa.schema([(name, kind) for name, kind, _ in ATTEMPT])
 _README = """Results of in-context learning versus gradient descent, one row per finished grid point; written by iclgd, not to be edited by hand.
 Read it with: from iclgd_dist.store import read_results; results = read_results("this directory"); results.cells.to_pandas()
-cells/ holds one Parquet file per result, compacted/ the same many to a file (the newest manifest lists which files count), attempts/ and sweeps/ the history.
+cells/ holds one Parquet file per result, compacted/ the same many to a file (the newest manifest lists which files count), attempts/ and sweeps/ the history, captures/ what was kept.
 """
 
 
@@ -82,10 +82,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class Results:
-    """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`.
-
-    `controls` (cell, control, layer, fold, metric, n, mean, sd), `pairs` (cell_a, cell_b, ...) and `metrics` (cell, version, ...) hold keys of cells too.
-    """
+    """What a store holds, as Arrow tables. All but `cells` and `attempts` begin with the cell's key (`controls` and `metrics`: cell; `pairs`: cell_a, cell_b)."""
 
     cells: pa.Table
     folds: pa.Table
@@ -201,7 +198,7 @@ class Store:
             except StoreError as error:
                 errors.append(error)
                 if set_aside and error.is_damage:
-                    self._set_aside(self._cell(key))
+                    self.set_aside(self._cell(key))
         for part in manifest.parts:
             try:
                 self._check(part)
@@ -213,7 +210,7 @@ class Store:
             if not _publish(path, data):
                 raise StoreError("was written while the store was verified", path, way_out="verify again while nothing runs")
             for part in damaged:
-                self._set_aside(self._compacted / part.file)
+                self.set_aside(self._compacted / part.file)
         return errors
 
     def _check(self, part: _Part) -> None:
@@ -227,7 +224,7 @@ class Store:
         except Vanished:
             raise StoreError(f"is missing; it held {len(part.commits)} cells", path) from None
 
-    def _set_aside(self, path: Path) -> None:
+    def set_aside(self, path: Path) -> None:
         with naming(path, "moved"), contextlib.suppress(FileNotFoundError):
             (self.root / "set_aside").mkdir(exist_ok=True)
             os.rename(path, self.root / "set_aside" / f"{path.name}.{uuid.uuid4().hex[:8]}")
@@ -356,7 +353,7 @@ class Store:
         if not with_debris:
             return
         now = files.now(self._compacted)
-        for folder in (self._cells, self._compacted, self._attempts, self._sweeps):
+        for folder in (self._cells, self._compacted, self._attempts, self._sweeps, self.root / "captures"):
             for name in files.names_in(folder):
                 if name.startswith(".tmp-") or (_PART_NAME.fullmatch(name) and name not in listed):
                     with contextlib.suppress(FileNotFoundError):

@@ -295,7 +295,7 @@ class LayerCausalAttention(LayerCausal):
             handle.remove()
 
 
-_BASES: Mapping[str, type[GradientDescent]] = {"vanilla": Vanilla, "layer_causal": LayerCausal, "layer_causal_attn": LayerCausalAttention}
+_BASES: Mapping[str, Callable[..., Method]] = {"vanilla": Vanilla, "layer_causal": LayerCausal, "layer_causal_attn": LayerCausalAttention}
 
 
 def make_method(spec: MethodSpec) -> Method:
@@ -308,7 +308,7 @@ def make_method(spec: MethodSpec) -> Method:
         if not callable(getattr(method, "train", None)):
             raise SweepError(f"{spec.name}: {spec.code} must have a method `train`, as Vanilla has; got {type(method).__name__}")
         method.name = spec.name
-        return method
+        return method  # type: ignore[no-any-return]
     assert spec.base is not None
     options = {"residual": spec.residual} if spec.base == "layer_causal_attn" else {}
     return _BASES[spec.base](name=spec.name, weights=spec.weights, layers=spec.layers, optimizer=spec.optimizer, rank=spec.rank, **options)
