@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from .load import NULL, Setting, number, rate
+from .load import Setting
 from .panels import Panel, drawing, safe
+from .text import NULL, number, rate
 
 METRICS = ("balanced_accuracy", "sim_aou", "sim_aou_norm", "sim_am", "sim_am_delta", "sim_aou_pooled", "recovered_aou")
 TITLE = "Learning rate x step"
@@ -26,7 +27,9 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     grid = table[table["step"].notna()]
     parts = []
     for metric in METRICS:
-        part = grid[["task", "model", "k", "train_on", "method", "learning_rate", "step", "num_cells", "num_draws", "num_diverged", "num_collapsed"]]
+        part = grid[
+            ["task", "model", "k", "train_on", "init", "protocol", "method", "learning_rate", "step", "num_cells", "num_draws", "num_diverged", "num_collapsed"]
+        ]
         part = part.assign(metric=metric, value=grid[metric], num_used=grid[f"{metric}_n"], state="value")
         part.loc[part["value"].isna(), "state"] = "undefined"
         part.loc[part["num_diverged"] == part["num_cells"], "state"] = "diverged"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .load import Frames, Setting, nearest_ratio, number, rate, select
+from .chosen import NEAREST, SELECTED, choices
+from .load import Frames, Setting
 from .panels import Panel, colour, drawing, safe
+from .text import number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 TITLE = "Layer profiles"
-SELECTED, NEAREST = "selected", "nearest R*"
 NOTE = (
     "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on fold A, shown on fold B. Nearest R*: "
     "the learning rate of the grid whose R is nearest R* (matched_ratio of the sweep file, 1/2 unless set), no interpolation, all queries; the two methods' R are close, not equal. A gap is an undefined layer."
@@ -19,21 +20,12 @@ NOTE = (
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     """Return one row per cell choice, method and layer: learning rate, R, fold, is_edge, the metrics, num_draws."""
     parts = []
-    for choice in (SELECTED, NEAREST):
-        for method in setting.methods:
-            picked, near = select(frames, setting, method), nearest_ratio(setting, method)
-            if choice == SELECTED and picked:
-                fold, learning_rate, is_edge = "B", picked.learning_rate, picked.is_edge
-            elif choice == NEAREST and near:
-                fold, learning_rate, is_edge = "all", near[0], False
-            else:
-                continue
-            cells = setting.at(method, learning_rate, setting.last_step)
-            layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == fold)].merge(cells[["key", "seed"]], on="key")
-            means = layers.groupby(["layer", "seed"])[list(METRICS)].mean().groupby("layer").mean().reset_index()
-            ratio = near[1] if near and near[0] == learning_rate else cells["update_ratio"].mean()
-            named = setting.named | {"choice": choice, "method": method}
-            parts.append(means.assign(**named, learning_rate=learning_rate, R=ratio, fold=fold, is_edge=is_edge, num_draws=cells["key"].nunique()))
+    for chosen in choices(frames, setting):
+        cells = chosen.cells
+        layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == chosen.fold)].merge(cells[["key", "replicate"]], on="key")
+        means = layers.groupby(["layer", "replicate"])[list(METRICS)].mean().groupby("layer").mean().reset_index()
+        named = setting.named | {"choice": chosen.name, "method": chosen.method, "learning_rate": chosen.learning_rate, "R": chosen.R}
+        parts.append(means.assign(**named, fold=chosen.fold, is_edge=chosen.is_edge, num_draws=cells["key"].nunique()))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

@@ -1,12 +1,6 @@
-"""Read a store into data frames; settings (one section of a report each), means with intervals, selection, labels and captions.
+"""Read stores into data frames; settings (one section of a report each), means over draws, contrasts of cells, labels and captions.
 
-Knows the columns of the results and the statistics allowed on them. Knows nothing of figures or pages.
-
-A mean is over seeds, the orders of a seed averaged first. Its 95 % interval:
-- 2 seeds and more: mean +- t(n-1) x sqrt(sd^2 / n + se_query^2), se_query from the per-query values averaged over seeds (by label for balanced
-  accuracy; left out for figures that have no value per query);
-- 1 seed ("this draw only"): Wilson for an accuracy; for balanced accuracy the labels' Wilson intervals combined by square-and-add (Newcombe; Zou and
-  Donner's MOVER): deterministic, inside [0, 1], and not of width zero when a label is always right. Queries are the only source of variation it knows.
+Knows the columns of the results and which cells belong together. Knows nothing of figures or pages; `intervals` says what an interval is.
 """
 
 from __future__ import annotations
@@ -14,48 +8,54 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from iclgd_dist.protocol import Protocol
 from iclgd_dist.schema import IDENTITY
-from iclgd_dist.store import Store, read_results
+from iclgd_dist.store import Results, Store, read_results
 
-BASE = ["model_hash", "storage_dtype", "compute_dtype", "tf32", "task", "protocol", "num_queries", "query_seed"]  # one zero-shot cell each
-DRAW = ["num_demonstrations", "seed", "order"]  # with BASE: one in-context cell each
+from .intervals import Estimate, estimate, geometric_mean
+from .text import counted
+
+BASE = ["model_hash", "storage_dtype", "compute_dtype", "tf32", "init", "init_scheme", "init_seed", "task", "protocol", "num_queries", "query_seed"]
+DRAW = ["num_demonstrations", "seed", "order"]  # with BASE, which is one zero-shot cell each: one in-context cell each
+SETTING = [*(name for name in BASE if name != "init_seed"), "num_demonstrations"]  # for random weights the seed of the weights is the replicate
 ACCURACIES = ("accuracy", "balanced_accuracy")
 BASELINE = ["key", *ACCURACIES, "nll_label", "collapsed", "status"]  # what a finetuned cell carries of its baselines
 MATCHED_RATIO = 0.5  # R*, unless a sweep file sets [analysis] matched_ratio
-MIN_SEEDS = 5  # below: descriptive
-NULL = "\N{EN DASH}"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over draws and its 95 % interval; NaN where there is none. `used` counts the cells that have a value."""
-
-    mean: float = math.nan
-    lower: float = math.nan
-    upper: float = math.nan
-    used: int = 0
-
-    def __str__(self) -> str:
-        return number(self.mean) + (f" [{number(self.lower)}, {number(self.upper)}]" if math.isfinite(self.lower) else "")
+KEPT = {
+    "random": "everything drawn anew",
+    "embeddings_norms": "embeddings, norms and output head as trained, the rest drawn anew",
+    "norms": "norms as trained, the rest drawn anew",
+}
+CLEAN = "clean"
+_DEFAULTS = Protocol().model_dump(mode="json") | {"sink_token": None}  # clean; sink_token is no switch, but what one came to
+_SCORE_CHANGES = ("sim_am_delta", "alpha")  # of layer 0 they hold at most a shift of position
 
 
 @dataclass(frozen=True)
 class Frames:
-    """The results as pandas tables. `finetuned` holds grid cells only, with zs_* and icl_* of their own baselines."""
+    """The results as pandas tables. `finetuned` holds grid cells only, with zs_* and icl_* of their own baselines.
+
+    Every cell has a `replicate` (its seed; for random weights the seed of the weights) and a `draw` (weights, seed and order).
+    """
 
     cells: pd.DataFrame
     finetuned: pd.DataFrame
     folds: pd.DataFrame
     layers: pd.DataFrame
     examples: pd.DataFrame
+    controls: pd.DataFrame
+    pairs: pd.DataFrame
+    metrics: pd.DataFrame
     attempts: pd.DataFrame
     num_cells: int  # of any kind and origin, superseded ones too
     num_planned: int = 0  # distinct keys of all sweep files
@@ -66,63 +66,87 @@ class Frames:
     _rows: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # key -> positions in examples
 
     def settings(self) -> list[Setting]:
-        """Return one Setting per model, task, k, protocol, queries and train_on, in the order of their titles."""
-        columns = [*BASE, "num_demonstrations"]
+        """Return one Setting per model, weights, task, k, protocol, queries and train_on, in the order of their titles."""
         found = []
         ratio = float(next((sweep["analysis"]["matched_ratio"] for sweep in reversed(self.sweeps) if "analysis" in sweep), MATCHED_RATIO))
         drawn = self.cells[self.cells["kind"] == "icl"]
-        pairs = pd.concat([drawn[columns], self.finetuned[columns]]).drop_duplicates()
+        pairs = pd.concat([drawn[SETTING], self.finetuned[SETTING]]).drop_duplicates()
         for _, row in pairs.iterrows():
-            zero_shot = _like(self.cells[self.cells["kind"] == "zero_shot"], row, BASE)
-            icl, finetuned = _like(drawn, row, columns), _like(self.finetuned, row, columns)
+            zero_shot = like(self.cells[self.cells["kind"] == "zero_shot"], row, SETTING[:-1])
+            icl, finetuned = like(drawn, row, SETTING), like(self.finetuned, row, SETTING)
             for train_on in finetuned["train_on"].dropna().unique() if len(finetuned) else ["true"]:
                 rows = finetuned[finetuned["train_on"] == train_on]
-                found.append(Setting(zero_shot, icl, rows, str(train_on), self._num_draws(pd.concat([icl, rows])), ratio))
-        return sorted(found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "train_on"))))
+                cells = pd.concat([icl, rows])
+                num_draws = len(set(cells["draw"]).union(*(planned_draws(sweep, cells.iloc[0]) for sweep in self.sweeps)))
+                found.append(Setting(zero_shot, icl, rows, str(train_on), num_draws, ratio))
+        return sorted(found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "init", "protocol", "train_on"))))
 
-    def _num_draws(self, cells: pd.DataFrame) -> int:
-        """Return how many draws (seed and order) a setting has: those in the store and those its sweeps plan."""
-        first, found = cells.iloc[0], set(zip(cells["seed"].astype(int), cells["order"].astype(int), strict=True))
-        for sweep in self.sweeps:
-            is_ours = first["task"] in sweep.get("tasks", ()) and first["model_source"] in [model["source"] for model in sweep["models"]]
-            if is_ours and all(first[name] in np.atleast_1d(sweep[name]) for name in ("num_demonstrations", "num_queries", "query_seed")):
-                found |= {(seed, order) for seed in sweep["seeds"] for order in range(sweep["orders"])}
-        return len(found)
+    def figures(self, keys: pd.Series, metric: str, fold: str = "all") -> pd.Series:
+        """Return a figure of each cell on a fold, by key: the row's own, or the mean over its layers where the row has none for the fold."""
+        if fold == "all":
+            return self.cells.set_index("key")[metric].reindex(keys)
+        table = self.folds if metric in self.folds else self.layers
+        rows = table[(table["fold"] == fold) & table["key"].isin(keys)]
+        found = rows.set_index("key")[metric] if table is self.folds else self._over_layers(rows, ["key"], metric, metric)
+        return found.rename(index=str).reindex(keys)
 
-    def per_query(self, cells: pd.DataFrame, metric: str, fold: str = "all") -> pd.Series:
-        """Return the value of each query, averaged over the orders of a seed, then over seeds, under its gold label; undefined values are left out."""
+    def measured(self, measures: pd.DataFrame, metric: str, fold: str = "all") -> pd.Series:
+        """Return a figure of `controls`, `pairs` or `metrics` by cell and by name (control, other cell, version): the mean over layers."""
+        rows = measures[(measures["metric"] == metric) & (measures["fold"] == fold)]
+        return self._over_layers(rows, list(measures.columns[:2]), metric, "mean")
+
+    def _over_layers(self, rows: pd.DataFrame, by: list[str], metric: str, value: str) -> pd.Series:
+        if metric.startswith(_SCORE_CHANGES):
+            counting = self.cells.loc[self.cells["protocol"].str.contains('"first_layer": ?"count"'), "key"]
+            rows = rows[rows["layer"].ne(0) | rows[by[0]].isin(counting)]
+        grouped = rows.groupby(by, observed=True)[value]
+        return grouped.agg(geometric_mean) if metric == "update_ratio" else grouped.mean()
+
+    def per_query(self, terms: pd.DataFrame, metric: str, fold: str = "all") -> pd.Series:
+        """Return the contrast of each query, averaged over the draws of a replicate, then over replicates, under its gold label; undefined ones are left out."""
         column = "accuracy" if metric in ACCURACIES else metric
         values, folds, gold, queries = (self.examples[name].to_numpy() for name in (column, "fold", "gold", "query_number"))
-        of_seed, labels = [], np.full(queries.max(initial=-1) + 1, -1)
-        for _, keys in cells[cells["status"] == "done"].groupby("seed", dropna=False)["key"]:
-            at = np.concatenate([self._rows[key] for key in keys if key in self._rows] or [np.array([], dtype=int)])
-            at = at[~np.isnan(values[at]) & ((folds[at] == fold) | (fold == "all"))]
-            with np.errstate(invalid="ignore"):
-                means = np.bincount(queries[at], values[at], minlength=len(labels)) / np.bincount(queries[at], minlength=len(labels))
-            of_seed.append(means)
-            labels[queries[at]] = gold[at]
-        found = pd.DataFrame(of_seed).mean()
+        size, nothing = queries.max(initial=-1) + 1, np.array([], dtype=int)
+        labels, of_replicate = np.full(size, -1), []
+        for _, replicate in terms.groupby("replicate", dropna=False):
+            draws = []
+            for _, draw in replicate.groupby("draw"):
+                total = np.zeros(size)
+                for key, weight in zip(draw["key"], draw["weight"], strict=True):
+                    at = self._rows.get(key, nothing)
+                    at = at[(folds[at] == fold) | (fold == "all")]
+                    line = np.full(size, math.nan)
+                    line[queries[at]], labels[queries[at]] = values[at], gold[at]
+                    total += weight * line
+                draws.append(total)
+            of_replicate.append(pd.DataFrame(draws).mean())
+        found = pd.DataFrame(of_replicate).mean()
         return found.set_axis(labels[: len(found)]).dropna()
 
-    def estimate(self, cells: pd.DataFrame, metric: str, *, fold: str = "all") -> Estimate:
-        """Return the mean of a column over the seeds of `cells` (one setting, method, learning rate and step) with its interval."""
-        table = cells
-        if fold != "all":
-            of_fold = self.folds[(self.folds["fold"] == fold) & self.folds["key"].isin(cells["key"])]
-            table = of_fold[["key", metric]].merge(cells[["key", "seed"]], on="key")
-        per_seed = table.groupby("seed", dropna=False)[metric].mean().dropna()
-        if per_seed.empty:
+    def contrast(self, terms: pd.DataFrame, metric: str, *, fold: str = "all", values: pd.Series | None = None) -> Estimate:
+        """Return the mean over replicates of sum(weight x figure) within a draw, with its interval; a draw that lacks a figure has none.
+
+        `terms`: key, weight, draw and replicate. `values` (by key) stand in for the cells' own figures and have no value per query.
+        """
+        found = self.by_replicate(terms, self.figures(terms["key"], metric, fold) if values is None else values)
+        if found.empty:
             return Estimate()
-        mean, used = float(per_seed.mean()), int(table[metric].notna().sum())
-        has_queries = metric in ACCURACIES or metric in self.examples.columns
-        per_query = self.per_query(cells, metric, fold) if has_queries else pd.Series(dtype=float)
+        has_queries = values is None and (metric in ACCURACIES or metric in self.examples.columns)
+        per_query = self.per_query(terms, metric, fold) if has_queries else pd.Series(dtype=float)
         groups = [part.to_numpy() for _, part in per_query.groupby(level=0)] if metric == "balanced_accuracy" else [per_query.to_numpy()]
-        if len(per_seed) == 1:
-            return Estimate(mean, *(square_and_add(groups) if metric in ACCURACIES and len(per_query) else (math.nan, math.nan)), used)
-        query_variance = sum(np.var(part, ddof=1) / len(part) for part in groups if len(part) > 1) / len(groups) ** 2 if groups else 0.0
-        half = stats.t.ppf(0.975, len(per_seed) - 1) * math.sqrt(per_seed.var(ddof=1) / len(per_seed) + query_variance)
-        lower, upper = mean - half, mean + half
-        return Estimate(mean, *((max(lower, 0.0), min(upper, 1.0)) if metric in ACCURACIES else (lower, upper)), used)
+        is_share = metric in ACCURACIES and bool((terms["weight"] > 0).all())
+        return estimate(found["mean"], used=int(found["count"].sum()), groups=groups, is_share=is_share)
+
+    @staticmethod
+    def by_replicate(terms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
+        """Return per replicate the mean of sum(weight x value) over its draws, and how many have one."""
+        weighted = terms["weight"].to_numpy() * terms["key"].map(values)
+        draws = weighted.groupby([terms["replicate"], terms["draw"]], dropna=False).agg(["sum", "count", "size"])
+        return draws.loc[draws["count"] == draws["size"], "sum"].groupby(level=0, dropna=False).agg(["mean", "count"])
+
+    def estimate(self, cells: pd.DataFrame, metric: str, *, fold: str = "all", values: pd.Series | None = None) -> Estimate:
+        """Return the mean of a figure over `cells` (one setting, method, learning rate and step) with its interval."""
+        return self.contrast(cells.assign(weight=1.0), metric, fold=fold, values=values)
 
 
 @dataclass(frozen=True)
@@ -142,16 +166,29 @@ class Setting:
 
     @property
     def model(self) -> str:
-        return ", ".join([str(self.first["model"]), *(self.first["model_notes"] if self.first["model_notes"] is not None else ())])
+        notes = self.first["model_notes"] if self.first["model_notes"] is not None else ()
+        return ", ".join([str(self.first["model"]), *(note for note in notes if not note.startswith("random weights"))])  # of one seed; the caption has all
 
     @property
     def named(self) -> dict[str, Any]:
         """The columns that name the setting in every table of figures."""
-        return {"task": str(self.first["task"]), "model": self.first["model"], "k": int(self.first["num_demonstrations"]), "train_on": self.train_on}
+        first = self.first
+        scheme = f" ({first['init_scheme']})" if isinstance(first["init_scheme"], str) else ""
+        found = {"task": str(first["task"]), "model": first["model"], "k": int(first["num_demonstrations"]), "train_on": self.train_on}
+        return found | {"init": first["init"] + scheme, "protocol": protocol_name(first["protocol"])}
 
     @property
     def seeds(self) -> list[int]:
         return sorted({int(seed) for seed in [*self.icl["seed"], *self.finetuned["seed"]]})
+
+    @property
+    def replicates(self) -> list[int]:
+        """The seeds that a mean is over: of the demonstrations, or of random weights."""
+        return sorted({int(replicate) for replicate in [*self.icl["replicate"], *self.finetuned["replicate"]]})
+
+    @property
+    def is_random(self) -> bool:
+        return bool(self.first["init"] != "trained")
 
     @property
     def methods(self) -> list[str]:
@@ -163,21 +200,30 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.named['task']}, {self.named['model']}, k = {self.named['k']}" + ("" if self.train_on == "true" else f", trained on {self.train_on}")
+        named = self.named
+        text = f"{named['task']}, {named['model']}, k = {named['k']}"
+        text += f", random weights: {named['init']}" if self.is_random else ""
+        text += "" if named["protocol"] == CLEAN else f", protocol {named['protocol']}"
+        return text + ("" if self.train_on == "true" else f", trained on {self.train_on}")
 
     @property
     def caption(self) -> str:
-        """What stands under every figure: model, recorded position, sink, separator, queries, seeds."""
+        """What stands under every figure: model, weights, recorded position, sink, separator, queries, seeds, what one's own methods are."""
         row = self.first
         protocol = json.loads(row["protocol"])
-        position = {"last_prompt": "last prompt token"}.get(protocol["record_position"], protocol["record_position"])
+        position = {"last_prompt": "last prompt token", "label": "the first label's token after the prompt"}[protocol["record_position"]]
         orders = pd.concat([self.icl["order"], self.finetuned["order"]]).nunique()
+        own = self.finetuned[["method", "method_options"]].dropna().drop_duplicates()
+        weights = f"; random weights ({self.named['init']}: {KEPT.get(row['init'], row['init'])}), {listed(self.replicates, 'seed of the weights')}"
         return (
-            f"{self.model}; stored as {row['storage_dtype']}, computed in {row['compute_dtype']}. Task {self.named['task']}, k = {self.named['k']}"
+            f"{self.model}{weights if self.is_random else ''}; stored as {row['storage_dtype']}, computed in {row['compute_dtype']}. "
+            + f"Task {self.named['task']}, k = {self.named['k']}"
             + ("" if self.train_on == "true" else f", finetuned on {self.train_on}")
             + f". Recorded position: {position}; sink: {protocol.get('sink_token', protocol['sink'])}; separator: {protocol['separator']}. "
-            + f"{int(row['num_queries'])} queries (query seed {int(row['query_seed'])}); {counted(len(self.seeds), 'seed')} ({', '.join(map(str, self.seeds))})"
+            + ("" if self.named["protocol"] == CLEAN else f"Protocol: {self.named['protocol']}. ")
+            + f"{int(row['num_queries'])} queries (query seed {int(row['query_seed'])}); {listed(self.seeds, 'seed')}"
             + (f", {orders} orders each." if orders > 1 else ".")
+            + "".join(f" {method}: {spelled(options)}." for method, options in own.itertuples(index=False))
         )
 
     def at(self, method: str, learning_rate: float, step: int) -> pd.DataFrame:
@@ -188,27 +234,39 @@ class Setting:
         return self.finetuned[(self.finetuned["method"] == method) & (self.finetuned["step"] == self.last_step)]
 
 
-@dataclass(frozen=True)
-class Selected:
-    """A learning rate chosen on one fold at the largest step; `is_edge`: the smallest or largest of its grid."""
-
-    learning_rate: float
-    is_edge: bool
+def load(*stores: str | Path) -> Frames:
+    """Read stores, several as one: a cell that two of them hold counts once. Errors: StoreError, as `iclgd_dist.store` raises it."""
+    parts = [read_results(store) for store in stores]
+    return frames(_together(parts) if len(parts) > 1 else parts[0], [sweep for store in stores for sweep in Store(store).sweeps()])
 
 
-def load(store: str | Path) -> Frames:
-    """Read a store. Errors: StoreError, as `iclgd_dist.store` raises it."""
-    return frames(read_results(store), Store(store).sweeps())
+def _together(parts: Sequence[Results]) -> Results:
+    seen = pa.array([], pa.string())
+    tables: dict[str, list[pa.Table]] = {name.name: [] for name in fields(Results)}
+    for part in parts:
+        for name, found in tables.items():
+            table: pa.Table = getattr(part, name)
+            is_old = pc.is_in(table[0].cast(pa.string()), seen)  # the first column of all but attempts is the cell's key
+            found.append(table if name == "attempts" else table.filter(pc.invert(is_old)))
+        seen = pa.chunked_array([*pa.chunked_array([seen]).chunks, *part.cells["key"].chunks]).combine_chunks()
+    return Results(**{name: pa.concat_tables(found).unify_dictionaries() for name, found in tables.items()})
 
 
 def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     """Turn the Arrow tables of `read_results` and the sweeps' planned keys into Frames."""
     cells = results.cells.to_pandas()
     cells["collapsed"] = cells["collapsed"].eq(True)
+    cells["protocol"] = cells["protocol"].map({text: _resolved(text) for text in cells["protocol"].unique()})
+    cells["init"] = cells["init"].fillna("trained")  # a store older than the column
+    cells["replicate"] = cells["init_seed"].where(cells["init"] != "trained", cells["seed"])
+    cells["draw"] = [draw_of(*draw) for draw in cells[["init_seed", "seed", "order"]].itertuples(index=False)]
+    cells["method"] = _labels(cells)
     is_search = cells["origin"] == "search"
     named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "origin", "sweep")] + ["tf32"]
     grid = cells[~is_search].sort_values("created_at", kind="stable")
-    latest = grid[~grid.duplicated(named, keep="last")].sort_values(["model", "task", "method", "learning_rate", "step", "seed", "order"], kind="stable")
+    latest = grid[~grid.duplicated(named, keep="last")].sort_values(
+        ["model", "task", "method", "learning_rate", "step", "init_seed", "seed", "order"], kind="stable"
+    )
     zero_shot, icl = (latest[latest["kind"] == kind] for kind in ("zero_shot", "icl"))
     finetuned = latest[latest["kind"] == "finetuned"]
     for prefix, baseline, on in (("zs_", zero_shot, BASE), ("icl_", icl, BASE + DRAW)):
@@ -223,6 +281,9 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
         folds=results.folds.to_pandas(),
         layers=results.layers.to_pandas(),
         examples=examples,
+        controls=_plain(results.controls),
+        pairs=_plain(results.pairs),
+        metrics=_plain(results.metrics),
         attempts=results.attempts.to_pandas(),
         num_cells=len(cells),
         num_planned=len(planned),
@@ -234,74 +295,61 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     )
 
 
-def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") -> Selected | None:
-    """Return the learning rate with the smallest nll_label on a fold at the largest step, pooled over seeds; the smaller of two equal ones.
-
-    Only learning rates with the most defined draws compete: a mean without the diverged draws would flatter. None if none is defined.
-    """
-    rows = setting.at_last_step(method)
-    of_fold = frames.folds[frames.folds["fold"] == fold][["key", "nll_label"]]
-    table = rows[["key", "learning_rate", "seed"]].merge(of_fold, on="key").dropna(subset=["nll_label"])
-    if table.empty:
-        return None
-    counts = table.groupby("learning_rate")["key"].count()
-    by_seed = table[table["learning_rate"].isin(counts[counts == counts.max()].index)].groupby(["learning_rate", "seed"])["nll_label"].mean()
-    best = float(by_seed.groupby("learning_rate").mean().sort_index().idxmin())
-    return Selected(best, best in (rows["learning_rate"].min(), rows["learning_rate"].max()))
+def _resolved(protocol: str) -> str:
+    """Return the protocol with the switches that the version which wrote it did not know: they had their defaults."""
+    return json.dumps(Protocol().model_dump() | json.loads(protocol), sort_keys=True)
 
 
-def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:
-    """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest R*, and that R."""
-    rows = setting.at_last_step(method)
-    ratios = rows[rows["update_ratio"] > 0].groupby("learning_rate")["update_ratio"].apply(geometric_mean)
-    if ratios.empty:
-        return None
-    best = (np.log(ratios) - math.log(setting.matched_ratio)).abs().idxmin()
-    return float(best), float(ratios[best])
+def _plain(table: pa.Table) -> pd.DataFrame:
+    return table.set_column(0, table.column_names[0], table[0].cast(pa.string())).to_pandas()
 
 
-def geometric_mean(values: pd.Series) -> float:
-    values = values.dropna()
-    return math.nan if values.empty else 0.0 if (values <= 0).any() else float(np.exp(np.log(values).mean()))
+def _labels(cells: pd.DataFrame) -> pd.Series:
+    """Return the methods' names; where one name stands for several sets of options, with them."""
+    options = cells["method_options"].fillna("")
+    is_shared = options.groupby(cells["method"]).transform("nunique") > 1
+    return cells["method"].where(~is_shared | (options == ""), cells["method"] + " (" + options.map(spelled) + ")")
 
 
-def wilson(num_hits: float, num_trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's interval of a share; `num_hits` may be fractional (a query's average over orders)."""
-    z = float(stats.norm.ppf(0.5 + level / 2))
-    share, shrink = num_hits / num_trials, 1 + z * z / num_trials
-    centre = (share + z * z / (2 * num_trials)) / shrink
-    half = z * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials**2)) / shrink
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+def draw_of(init_seed: float | None, seed: float | None, order: float | None) -> str:
+    """Return what names a draw: seed and order, after the seed of random weights."""
+    return "/".join("" if value is None or math.isnan(value) else f"{value:.0f}" for value in (init_seed, seed, order))
 
 
-def square_and_add(groups: list[np.ndarray]) -> tuple[float, float]:
-    """Return the interval of the mean of the groups' means from each group's Wilson interval; with one group it is Wilson's own."""
-    means = [float(group.mean()) for group in groups]
-    bounds = [wilson(float(group.sum()), len(group)) for group in groups]
-    mean, count = sum(means) / len(means), len(means)
-    below = math.sqrt(sum((m - low) ** 2 for m, (low, _) in zip(means, bounds, strict=True))) / count
-    above = math.sqrt(sum((high - m) ** 2 for m, (_, high) in zip(means, bounds, strict=True))) / count
-    return mean - below, mean + above
+def protocol_name(resolved: str) -> str:
+    """Return the preset of a resolved protocol, or the switches in which it differs from clean: separator = eos."""
+    found: dict[str, Any] = json.loads(resolved) | {"sink_token": None}
+    if found["preset"] != CLEAN:
+        return str(found["preset"])
+    return ", ".join(f"{name} = {value}" for name, value in sorted(found.items()) if value != _DEFAULTS.get(name)) or CLEAN
 
 
-def rate(learning_rate: float) -> str:
-    """Return 1e-3, 3e-3, 1.6e-4 ..."""
-    if not learning_rate:
-        return "0"
-    mantissa, exponent = f"{learning_rate:.6e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:
+    """Return the draws that a resolved sweep plans for the setting of a cell; none if it plans other settings."""
+    protocol, task = json.loads(cell["protocol"]), cell["task"]
+    if task not in sweep.get("tasks", ()) or any(protocol.get(name, value) != value for name, value in sweep.get("protocol", {}).items()):
+        return set()
+    has_all = cell["num_queries"] == sweep["num_queries"] or (cell["num_queries"] < sweep["num_queries"] and cell["sweep"] == sweep["name"])  # a small pool
+    if not has_all or cell["query_seed"] != sweep["query_seed"] or cell["num_demonstrations"] not in np.atleast_1d(sweep["num_demonstrations"]):
+        return set()
+    models = [model for model in sweep["models"] if (model["source"], model.get("init", "trained")) == (cell["model_source"], cell["init"])]
+    models = [model for model in models if cell["init_scheme"] in (None, model.get("init_scheme"))]
+    runs = sweep.get("per_task", {}).get(task, {}).get("runs") or sweep.get("runs") or list(product(sweep["seeds"], range(sweep["orders"])))
+    return {draw_of(init_seed, *run) for model in models for init_seed in model.get("init_seeds") or (None,) for run in runs}
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """Return a value as text; an en dash where it is undefined."""
-    return NULL if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+def spelled(options: str) -> str:
+    """Return the options of a method as text: base vanilla, weights attn_v."""
+    return ", ".join(f"{name} {value}" for name, value in json.loads(options).items()) if options else ""
 
 
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def listed(seeds: Sequence[int], noun: str) -> str:
+    """Return 3 seeds (1, 2, 3)."""
+    head, _, tail = noun.partition(" ")
+    return f"{counted(len(seeds), head)}{' ' + tail if tail else ''} ({', '.join(map(str, seeds))})"
 
 
-def _like(table: pd.DataFrame, row: pd.Series, columns: list[str]) -> pd.DataFrame:
+def like(table: pd.DataFrame, row: pd.Series, columns: Sequence[str]) -> pd.DataFrame:
     """Return the rows equal to `row` in the columns; NULL equals NULL."""
     keep = np.ones(len(table), dtype=bool)
     for name in columns:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from .load import Frames, Setting, geometric_mean, number, rate
+from .intervals import geometric_mean
+from .load import Frames, Setting
 from .panels import GREY, Panel, colour, drawing, safe
+from .text import number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "balanced_accuracy")
 REFERENCE = {"sim_aou": "sim_aou_gaussian_state", "sim_aou_norm": "sim_aou_norm_gaussian_state"}
@@ -28,7 +30,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         for learning_rate, part in setting.at_last_step(method).groupby("learning_rate"):
             for metric in METRICS:
                 found = frames.estimate(part, metric)
-                reference = part.groupby("seed")[REFERENCE[metric]].mean().mean() if metric in REFERENCE else math.nan
+                reference = part.groupby("replicate")[REFERENCE[metric]].mean().mean() if metric in REFERENCE else math.nan
                 row = setting.named | {"method": method, "learning_rate": learning_rate}
                 row |= {"step": setting.last_step, "metric": metric, "R": geometric_mean(part["update_ratio"])}
                 row |= {"value": found.mean, "lower": found.lower, "upper": found.upper, "random_state": reference, "num_used": found.used}
@@ -60,7 +62,7 @@ def _panel(setting: Setting, metric: str, rows: pd.DataFrame, table: pd.DataFram
         symbols = ["circle-open" if count else "circle" for count in part["num_collapsed"]]
         marker = {"symbol": symbols, "size": 8, "color": colour(method), "line": {"width": 2, "color": colour(method)}}
         points = {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "name": safe(method), "hovertext": text, "hoverinfo": "text"}
-        if len(setting.seeds) > 1:
+        if len(setting.replicates) > 1:
             above, below = part["upper"] - part["value"], part["value"] - part["lower"]
             points["error_y"] = {"array": above.tolist(), "arrayminus": below.tolist(), "thickness": 1, "width": 2}
         data.append({**points, "line": {"color": colour(method), "width": 2}, "marker": marker})

@@ -20,11 +20,16 @@ from plotly.offline import get_plotlyjs
 
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
-from . import heatmap, layer_profile, ratio, table
-from .load import MIN_SEEDS, Frames, Setting, counted, load, number, rate, select
+from . import controls, equal_size, heatmap, layer_profile, measures, protocol_effects, ratio, table
+from .chosen import select
+from .intervals import MIN_SEEDS
+from .load import Frames, Setting, load
 from .panels import Panel
+from .text import counted, number, rate
 
 PARTS = ("table", "heatmap", "ratio", "layer_profile")
+OF_A_SETTING: dict[str, Any] = {"controls": controls, "measures": measures}  # tables that are there only where the store has such rows
+ACROSS_SETTINGS: dict[str, Any] = {"equal_size": equal_size, "protocol_effects": protocol_effects}
 # Panels are drawn when they come near the window, and all of them, narrow, before the page is printed.
 SCRIPT = """
 const panels = [...document.querySelectorAll("[data-figure]")];
@@ -67,14 +72,24 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
             data[part].append(found)
         drawn = (heatmap.panels(setting, rows), ratio.panels(setting, ratios, rows), layer_profile.panels(setting, layers))
         figured = zip(PARTS[1:], (heatmap, ratio, layer_profile), drawn, strict=True)
-        shown = [(part, module, found) for part, module, found in figured if only in (None, part) and found]
+        shown = [(part, module, panels) for part, module, panels in figured if only in (None, part) and panels]
         section: dict[str, Any] = {"id": f"s{index}", "title": setting.title, "caption": setting.caption, "sentence": sentence(frames, setting, rows)}
         section["rows"] = table.display(frames, setting, rows) if only in (None, "table") else []
-        section["figures"] = [_figure(f"s{index}-{part}", module.TITLE, module.NOTE, found) for part, module, found in shown]
+        section["grids"] = []
+        for part, module in OF_A_SETTING.items() if only is None else ():
+            found = module.data(frames, setting)
+            section["grids"] += module.grids(setting, found)
+            data.setdefault(part, []).append(found)
+        section["figures"] = [_figure(f"s{index}-{part}", module.TITLE, module.NOTE, panels) for part, module, panels in shown]
         sections.append(section)
+    across = []
+    for part, module in ACROSS_SETTINGS.items() if only is None else ():
+        data[part] = [module.data(frames)]
+        across += module.grids(*data[part])
     for part, tables in data.items():
-        if only in (None, part):
-            (pd.concat(tables) if tables else pd.DataFrame()).to_csv(figures / f"{part}.csv", index=False)
+        written = pd.concat(tables) if tables else pd.DataFrame()
+        if part == only or (only is None and (part in PARTS or len(written))):
+            written.to_csv(figures / f"{part}.csv", index=False)
     scripts = [get_plotlyjs(), SCRIPT]
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined).get_template("report.html.j2")
@@ -84,6 +99,8 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
         scripts=[Markup(script) for script in scripts],
         lead=lead(frames),
         sections=sections,
+        across=across,
+        has_controls=len(frames.controls) > 0,
         headers=table.HEADERS,
         table_note=table.NOTE,
         provenance=provenance(frames) if only is None else [],
@@ -110,7 +127,7 @@ def lead(frames: Frames) -> list[str]:
     settings = frames.settings()
     if not settings:
         return [*text, "No in-context or finetuned cell is there yet: nothing to compare."]
-    seeds = min(len(setting.seeds) for setting in settings)
+    seeds = min(len(setting.replicates) for setting in settings)
     if seeds < MIN_SEEDS:
         bound = "the intervals speak of this draw only" if seeds == 1 else "the intervals are wide and the differences untested"
         text.append(f"Descriptive: {counted(seeds, 'seed')}, fewer than {MIN_SEEDS}; {bound}.")

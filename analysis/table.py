@@ -12,7 +12,10 @@ from rich.text import Text
 
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
-from .load import ACCURACIES, Frames, Setting, counted, geometric_mean, load, number, rate, select
+from .chosen import select
+from .intervals import geometric_mean
+from .load import ACCURACIES, Frames, Setting, load
+from .text import counted, number, rate
 
 SHOWN = ("nll_label", "sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "update_ratio")
 HEADERS = ("method", "lr", "step", "n", "balanced accuracy", "accuracy", *SHOWN[:-1], "R", "marks")
@@ -36,14 +39,14 @@ def summary(frames: Frames, setting: Setting) -> pd.DataFrame:
     rows = []
     for (method, learning_rate, step), part in groups:
         row = setting.named | {"method": method, "learning_rate": learning_rate, "step": step, "num_cells": len(part)}
-        row["num_draws"] = 1 if method == "zero_shot" else setting.num_draws
+        row["num_draws"] = max(1, part["draw"].nunique()) if method == "zero_shot" else setting.num_draws
         row |= {"num_diverged": int((part["status"] == "diverged").sum()), "num_collapsed": int(part["collapsed"].sum())}
         row["diverged_step"] = part["diverged_step"].min()
         for metric in ACCURACIES:
             found = frames.estimate(part, metric)
             row |= {metric: found.mean, f"{metric}_lower": found.lower, f"{metric}_upper": found.upper, f"{metric}_n": found.used}
         for metric in ("nll_label", *SIMILARITIES, *POOLED):
-            row |= {metric: part.groupby("seed", dropna=False)[metric].mean().mean(), f"{metric}_n": int(part[metric].notna().sum())}
+            row |= {metric: part.groupby("replicate", dropna=False)[metric].mean().mean(), f"{metric}_n": int(part[metric].notna().sum())}
         row |= {"update_ratio": geometric_mean(part["update_ratio"]), "update_ratio_n": int(part["update_ratio"].notna().sum())}
         rows.append(row)
     return pd.DataFrame(rows).astype({"learning_rate": float, "step": float})

@@ -20,9 +20,10 @@ from ray import tune
 
 from iclgd_dist import model as models
 from iclgd_dist import sources
-from iclgd_dist.block import Progress, block_steps, peak_gib
+from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.plan import Block, halve
+from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -159,6 +160,39 @@ def report(
     results = _existing(store)
     show(load(results.root), console)
     console.print(f"page: {write_report(results.root, out)}", soft_wrap=True, markup=False)
+
+
+@app.command("check-method")
+def check_method_command(
+    code: Annotated[str, typer.Argument(help="A file and a class in it: my_rules.py:Mine")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="A keyword of the class, name=value, as in options = { name = value }; may be repeated")
+    ] = None,
+) -> None:
+    """Check a method of your own on a tiny random model, before a sweep uses it.
+
+    Example: iclgd check-method my_rules.py:Mine
+    """
+    from pydantic import ValidationError
+
+    from iclgd_dist.check import check_method
+    from iclgd_dist.extensions import MethodSpec
+    from iclgd_dist.updates import make_method
+
+    try:
+        options = tomllib.loads("\n".join(option or ()))
+        spec = MethodSpec(name="checked", code=code, options=options).with_text(Path())
+    except ValidationError as error:
+        raise SweepError(f"check-method {code}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    except ValueError as error:
+        raise SweepError(f"check-method {code}: {error}") from None
+    make_method(spec)
+    findings = []
+    for finding in check_method(lambda: make_method(spec)):
+        findings.append(finding)
+        mark = Text("holds ", "green") if finding.holds else Text("fails ", "red")
+        console.print(Text.assemble(mark, finding.what, f": {finding.problem}" if finding.problem else ""), soft_wrap=True)
+    raise typer.Exit(0 if all(finding.holds for finding in findings) else USAGE)
 
 
 def _existing(where: str) -> Store:

@@ -26,6 +26,9 @@ class Capture:
     attention_LQD: Tensor  # output of the attention module
     scores_LQHT: Tensor  # scaled q.k
     label_scores_QC: Tensor  # mean log-probability of each label's tokens, float64
+    # Raw attention of the first queries to the demonstrations' tokens, summed over heads: ICL's to its context; finetuning's through the query projections
+    # of the training tokens. None where nothing was recorded.
+    ranked_LQT: Tensor | None = None
 
     def is_finite(self) -> bool:
         # Smallest and largest are NaN if any value is: one pass, where isfinite().all() takes five.
@@ -162,10 +165,14 @@ def sim_aou_norm(in_context: AttentionChange, finetuned: AttentionChange, *, flo
     return defined_where(_both_above(in_context, finetuned, floor_L), cosine(in_context.unit, finetuned.unit))
 
 
-def uniform_update(zero_shot: Vectors, generator: torch.Generator) -> Tensor:
-    """Return a random state: zero-shot plus an update of i.i.d. uniform [0, 1) numbers, whatever the size of the real update."""
+def uniform_update(zero_shot: Vectors, generator: torch.Generator) -> AttentionChange:
+    """Return a random change, of the outputs and of the normalised outputs alike: i.i.d. uniform [0, 1) numbers, whatever the size of the real one.
+
+    Source: the code of Deutch et al. 2024.
+    """
     # Drawn in float32, here and below: several times as fast as float64, and any random numbers will do.
-    return torch.rand(zero_shot.values.shape, generator=generator).to(zero_shot.values).add_(zero_shot.values)
+    update = vectors(torch.rand(zero_shot.values.shape, generator=generator))
+    return AttentionChange(raw=update, unit=update)
 
 
 def gaussian_state(zero_shot: Vectors, update_norm_LQ: Tensor, generator: torch.Generator) -> Tensor:

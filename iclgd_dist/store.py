@@ -1,4 +1,4 @@
-"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; knows nothing of models, plans or Ray.
+"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; nothing of models, plans or Ray.
 
     cells/<key>.parquet               one committed cell; the name is all that planning reads
     compacted/part-<n>-<sha>.parquet  many cells; counts only if the newest manifest lists it
@@ -6,10 +6,9 @@
     attempts/*.json  sweeps/*.json    executions of blocks; resolved sweeps with their planned keys
     captures/*.safetensors            what captures.py keeps
 
-A commit publishes a cell, a compaction publishes manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only
-spares double work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
-a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be seen late, or
-computed twice, but is never lost or doubled.
+A commit publishes a cell, a compaction manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only spares double
+work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
+a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be late, or computed twice, never lost.
 """
 
 from __future__ import annotations
@@ -83,10 +82,7 @@ class _Manifest:
 
 @dataclass(frozen=True)
 class Results:
-    """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`.
-
-    `controls` (cell, control, layer, fold, metric, n, mean, sd), `pairs` (cell_a, cell_b, ...) and `metrics` (cell, version, ...) hold keys of cells too.
-    """
+    """What a store holds, as Arrow tables. All but `cells` and `attempts` begin with the cell's key (`controls` and `metrics`: cell; `pairs`: cell_a, cell_b)."""
 
     cells: pa.Table
     folds: pa.Table

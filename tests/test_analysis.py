@@ -22,9 +22,12 @@ import iclgd_analysis
 import numpy as np
 import pytest
 from iclgd_analysis import load
-from iclgd_analysis.load import Frames, Selected, nearest_ratio, number, rate, select, square_and_add, wilson
+from iclgd_analysis.chosen import Selected, nearest_ratio, select
+from iclgd_analysis.intervals import square_and_add, wilson
+from iclgd_analysis.load import Frames
 from iclgd_analysis.report import lead, main, sentence, write_report
 from iclgd_analysis.table import HEADERS, display, show, summary
+from iclgd_analysis.text import number, rate
 from rich.console import Console
 
 from iclgd_dist.schema import CELL, EXAMPLE, FOLD, LAYER, POOLED, SIMILARITIES

@@ -18,12 +18,12 @@ from iclgd_dist import plan as planning
 from iclgd_dist.captures import keep, recall, verify
 from iclgd_dist.config import load_sweep
 from iclgd_dist.cost import capture_bytes
+from iclgd_dist.encoding import encode
 from iclgd_dist.files import StoreError
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import load
 from iclgd_dist.probes import QueryPass
 from iclgd_dist.store import Store
-from iclgd_dist.tasks import encode
 
 KEY = "ab" * 32
 FIELDS = [field.name for field in dataclasses.fields(Capture)]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from iclgd_dist.deltas import sites
 from iclgd_dist.families import FAMILIES
 from iclgd_dist.layerwise import Prefix
 from iclgd_dist.model import LanguageModel, default_dtype
-from iclgd_dist.probes import QueryPass
+from iclgd_dist.probes import Context, QueryPass
+from iclgd_dist.sites import sites
 from iclgd_dist.updates import METHODS, Probe, TrainingSequence
 from tests import plain
 from tests.tiny import ids, tiny
@@ -88,7 +88,7 @@ def test_zero_shot_and_in_context_captures_equal_full_prompts_run_one_by_one(fam
     lm = tiny(family, dtype)
     context = LEAD + [token for demonstration in DEMONSTRATIONS for token in [*demonstration, 5]]
     prefix = Prefix(lm, torch.tensor(context))
-    in_context = climbed(lm, QueryPass(lm, QUERIES, LABELS, prefix=prefix, tokens_per_batch=20), prefix=prefix)
+    in_context = climbed(lm, QueryPass(lm, QUERIES, LABELS, context=Context(prefix, prefix.length), tokens_per_batch=20), prefix=prefix)
     _same_captures(in_context.captures()[0], eager(lm), context, TOLERANCE[dtype])
     for budget in (1, 30, 4096):
         zero_shot = climbed(lm, QueryPass(lm, QUERIES, LABELS, lead=LEAD, tokens_per_batch=budget))

@@ -179,13 +179,15 @@ def test_the_gaussian_state_lies_as_far_from_zero_shot_as_the_update() -> None:
 
 def test_the_uniform_update_is_drawn_from_0_to_1_whatever_finetuning_did() -> None:
     zero_shot = torch.full((1, 4, 1000), 3.0)
-    update = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5)) - 3
+    change = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5))
+    update = change.raw.values
+    assert change.unit is change.raw  # the change of the normalised outputs is replaced too, not made from a random state
     assert update.min() >= 0
     assert update.max() < 1
     assert float(update.mean()) == pytest.approx(1 / 2, abs=0.02)  # 4,000 numbers: se .005, and .001 for the variance
     assert float(update.var()) == pytest.approx(1 / 12, abs=0.005)
-    again = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5)) - 3
-    assert torch.equal(update, again)
+    again = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5))
+    assert torch.equal(update, again.raw.values)
 
 
 def test_pooled_figures_equal_plain_loops() -> None:

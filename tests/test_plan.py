@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from iclgd_dist import extensions
 from iclgd_dist import plan as planning
 from iclgd_dist.config import ModelSpec, SweepError, load_sweep
+from iclgd_dist.encoding import encode, fits_context
 from iclgd_dist.plan import Block, Plan, count_cells, halve, key_of, make_plan, split, with_cells
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable
-from iclgd_dist.tasks import draw, encode, fits_context, load_task
+from iclgd_dist.tasks import draw, load_task
 
 CONFIG = {"num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50, "max_position_embeddings": 512}
 SWEEP = """
@@ -300,7 +302,7 @@ def test_keys_stay_what_they_were(folder: Path) -> None:
 
 def test_a_raised_method_version_gives_its_cells_new_keys_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = points(planned(folder))
-    monkeypatch.setattr(planning, "METHOD_VERSIONS", {"vanilla": 2, "layer_causal": 1})
+    monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", 2)
     after = points(planned(folder))
     assert {point for point in before if before[point] != after[point]} == {point for point in before if "vanilla" in point}
 

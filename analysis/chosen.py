@@ -1,0 +1,148 @@
+"""Which cells stand for a method: those of the selected learning rate, of the one whose R is nearest R*, or what lies between two cells at R* itself.
+
+At R*: each draw's figures interpolated linearly in log R between the two neighbouring learning rates that bracket R*. Knows loss and R; knows no other figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from .intervals import geometric_mean
+from .load import Frames, Setting
+from .text import number, rate
+
+SELECTED, NEAREST = "selected", "nearest R*"
+REASONS = {
+    "below_range": "R* below the smallest R of the grid",
+    "above_range": "R* above the largest R of the grid",
+    "diverged": "diverged before R*",
+    "missing": "a neighbouring cell or its R is missing",
+}
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A learning rate chosen on one fold at the largest step; `is_edge`: the smallest or largest of its grid."""
+
+    learning_rate: float
+    is_edge: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The cells of a method at one learning rate and the largest step: which rule chose it, its R (geometric mean over draws), the fold it is shown on."""
+
+    name: str
+    method: str
+    learning_rate: float
+    R: float
+    fold: str
+    is_edge: bool
+    cells: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} {rate(self.learning_rate)} (R {number(self.R, 2)}{', edge of the grid' if self.is_edge else ''})"
+
+
+def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") -> Selected | None:
+    """Return the learning rate with the smallest nll_label on a fold at the largest step, pooled over seeds; the smaller of two equal ones.
+
+    Only learning rates with the most defined draws compete: a mean without the diverged draws would flatter. None if none is defined.
+    """
+    rows = setting.at_last_step(method)
+    of_fold = frames.folds[frames.folds["fold"] == fold][["key", "nll_label"]]
+    table = rows[["key", "learning_rate", "replicate"]].merge(of_fold, on="key").dropna(subset=["nll_label"])
+    if table.empty:
+        return None
+    counts = table.groupby("learning_rate")["key"].count()
+    by_seed = table[table["learning_rate"].isin(counts[counts == counts.max()].index)].groupby(["learning_rate", "replicate"])["nll_label"].mean()
+    best = float(by_seed.groupby("learning_rate").mean().sort_index().idxmin())
+    return Selected(best, best in (rows["learning_rate"].min(), rows["learning_rate"].max()))
+
+
+def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:
+    """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest R*, and that R."""
+    rows = setting.at_last_step(method)
+    ratios = rows[rows["update_ratio"] > 0].groupby("learning_rate")["update_ratio"].apply(geometric_mean)
+    if ratios.empty:
+        return None
+    best = (np.log(ratios) - math.log(setting.matched_ratio)).abs().idxmin()
+    return float(best), float(ratios[best])
+
+
+def choices(frames: Frames, setting: Setting) -> Iterator[Choice]:
+    """Yield what stands for each method: at the learning rate selected on fold A (shown on fold B), and at the one whose R is nearest R* (all queries)."""
+    for name in (SELECTED, NEAREST):
+        for method in setting.methods:
+            picked, near = select(frames, setting, method), nearest_ratio(setting, method)
+            if name == SELECTED and picked:
+                fold, learning_rate, is_edge = "B", picked.learning_rate, picked.is_edge
+            elif name == NEAREST and near:
+                fold, learning_rate, is_edge = "all", near[0], False
+            else:
+                continue
+            cells = setting.at(method, learning_rate, setting.last_step)
+            yield Choice(name, method, learning_rate, geometric_mean(cells["update_ratio"]), fold, is_edge, cells)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One method of a setting at R*: a weighted sum of two cells per draw (`terms`: key, weight, draw, replicate), and why the other draws have none."""
+
+    terms: pd.DataFrame
+    reasons: Counter[str]
+
+
+def matched(setting: Setting, method: str) -> Matched:
+    """Return what stands at R* in each draw, at the largest step: between two neighbouring learning rates, first upward crossing, no extrapolation."""
+    cells = setting.at_last_step(method)
+    cells = cells[cells["learning_rate"] > 0]
+    rates = sorted(cells["learning_rate"].unique())
+    terms: list[dict[str, object]] = []
+    reasons: Counter[str] = Counter()
+    for draw, rows in cells.groupby("draw"):
+        line = rows.set_index("learning_rate").reindex(rates)
+        weights = crossing(line["update_ratio"].tolist(), setting.matched_ratio)
+        if weights:
+            keys = line["key"].tolist()
+            terms += [{"key": keys[at], "weight": weight, "draw": draw, "replicate": rows["replicate"].iloc[0]} for at, weight in weights.items()]
+        else:
+            reasons[_reason(line, setting.matched_ratio)] += 1
+    return Matched(pd.DataFrame(terms, columns=["key", "weight", "draw", "replicate"]), reasons)
+
+
+def crossing(ratios: list[float], at: float) -> dict[int, float]:
+    """Return position -> weight of the point where R first comes up to `at` between neighbours; nothing where it does not. NaN and 0 are no neighbours."""
+    logs = [math.log(ratio / at) if ratio > 0 else math.nan for ratio in ratios]
+    for position, log in enumerate(logs):
+        if log == 0:
+            return {position: 1.0}
+        if position and logs[position - 1] < 0 < log:
+            share = logs[position - 1] / (logs[position - 1] - log)
+            return {position - 1: 1 - share, position: share}
+    return {}
+
+
+def _reason(line: pd.DataFrame, at: float) -> str:
+    """Return why R, from small learning rates to large ones, never comes up to R*."""
+    is_below = line["update_ratio"] < at
+    if not is_below.any():
+        return "below_range" if (line["update_ratio"] > at).any() else "diverged" if (line["status"] == "diverged").any() else "missing"
+    after = line[is_below.cumsum().eq(is_below.sum())].iloc[1:]  # above the last learning rate whose R is too small
+    if (after["status"] == "diverged").any():
+        return "diverged"
+    return "missing" if after["update_ratio"].isna().any() else "above_range"
+
+
+def difference(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
+    """Return the terms of left - right over the draws that both have."""
+    both = set(left["draw"]) & set(right["draw"])
+    terms = pd.concat([left, right.assign(weight=-right["weight"])])
+    return terms[terms["draw"].isin(both)]

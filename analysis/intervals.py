@@ -1,0 +1,127 @@
+"""Means with 95 % intervals: over draws, over tasks, of shares. Knows numbers; knows nothing of a store.
+
+A mean is over replicates (seeds of the demonstrations; of the weights, for random weights), the orders of a seed averaged first. Its 95 % interval:
+- 2 replicates and more: mean +- t(n-1) x sqrt(sd^2 / n + se_query^2), se_query from the per-query values averaged over replicates (by label for balanced
+  accuracy; left out for figures that have no value per query);
+- 1 replicate ("this draw only"): Wilson for an accuracy; for balanced accuracy the labels' Wilson intervals combined by square-and-add (Newcombe; Zou and
+  Donner's MOVER): deterministic, inside [0, 1], and not of width zero when a label is always right. Queries are the only source of variation it knows.
+Over tasks, which are fixed: the mean of the tasks' means, se = sqrt(sum se_t^2) / T, degrees of freedom by Welch and Satterthwaite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .text import counted, number
+
+ALL_TASKS = "all tasks"
+MIN_SEEDS = 5  # below: descriptive
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval; NaN where there is none. `used` counts the draws that have a value, `replicates` the seeds they come from."""
+
+    mean: float = math.nan
+    lower: float = math.nan
+    upper: float = math.nan
+    used: int = 0
+    replicates: int = 0
+    error: float = math.nan  # standard error
+    freedom: float = math.nan  # degrees of freedom
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What stands in a table of data."""
+        return {"mean": self.mean, "lower": self.lower, "upper": self.upper, "num_used": self.used, "num_replicates": self.replicates}
+
+    def __str__(self) -> str:
+        return number(self.mean) + (f" [{number(self.lower)}, {number(self.upper)}]" if math.isfinite(self.lower) else "")
+
+
+def estimate(values: pd.Series, *, used: int, groups: Sequence[np.ndarray] = (), is_share: bool = False) -> Estimate:
+    """Return the mean of one value per replicate with its interval; `groups` holds the per-query values (one group, or one per label)."""
+    values, groups = values.dropna(), [group for group in groups if len(group)]
+    if values.empty:
+        return Estimate()
+    mean, count = float(values.mean()), len(values)
+    if count == 1:
+        return Estimate(mean, *(square_and_add(groups) if is_share and groups else (math.nan, math.nan)), used, 1)
+    query_variance = sum(np.var(part, ddof=1) / len(part) for part in groups if len(part) > 1) / len(groups) ** 2 if groups else 0.0
+    return _t_interval(mean, math.sqrt(values.var(ddof=1) / count + query_variance), count - 1, used, count, is_share)
+
+
+def over_tasks(found: Sequence[Estimate]) -> Estimate:
+    """Return the mean over the tasks that have one; no interval unless all of these have."""
+    found = [task for task in found if math.isfinite(task.mean)]
+    if not found:
+        return Estimate()
+    mean, used, replicates = float(np.mean([task.mean for task in found])), sum(task.used for task in found), min(task.replicates for task in found)
+    errors = np.array([task.error for task in found])
+    if not np.isfinite(errors).all():
+        return Estimate(mean, used=used, replicates=replicates)
+    fourth = sum(error**4 / task.freedom for error, task in zip(errors, found, strict=True))
+    freedom = (errors**2).sum() ** 2 / fourth if fourth else min(task.freedom for task in found)
+    return _t_interval(mean, math.sqrt((errors**2).sum()) / len(found), float(freedom), used, replicates, is_share=False)
+
+
+def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]]]) -> list[tuple[dict[str, Any], list[Estimate]]]:
+    """Return the rows (group, names, estimates of one task), group by group; after a group of several tasks a row of the means over them.
+
+    Its `signs` says in how many tasks the last estimate, a difference, lies above 0.
+    """
+    groups: dict[Hashable, list[tuple[dict[str, Any], list[Estimate]]]] = {}
+    for group, named, found in rows:
+        groups.setdefault(group, []).append((named | {"signs": ""}, found))
+    result = []
+    for tasks in groups.values():
+        result += tasks
+        if len(tasks) > 1:
+            above = sum(found[-1].mean > 0 for _, found in tasks)
+            named = {"task": ALL_TASKS, "num_planned": sum(named["num_planned"] for named, _ in tasks), "signs": f"above 0 in {above} of {len(tasks)} tasks"}
+            result.append((tasks[0][0] | named, [over_tasks(part) for part in zip(*(found for _, found in tasks), strict=True)]))
+    return result
+
+
+def _t_interval(mean: float, error: float, freedom: float, used: int, replicates: int, is_share: bool) -> Estimate:
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    lower, upper = mean - half, mean + half
+    bounds = (max(lower, 0.0), min(upper, 1.0)) if is_share else (lower, upper)
+    return Estimate(mean, *bounds, used, replicates, error, freedom)
+
+
+def descriptive(rows: pd.DataFrame) -> str:
+    """Return what must be said under a table of estimates if some mean of it is over fewer than MIN_SEEDS replicates."""
+    fewest = rows.loc[rows["num_used"] > 0, "num_replicates"].min()
+    return f" Descriptive: some means are over {counted(int(fewest), 'seed')}, fewer than {MIN_SEEDS}." if fewest < MIN_SEEDS else ""
+
+
+def geometric_mean(values: pd.Series) -> float:
+    values = values.dropna()
+    return math.nan if values.empty else 0.0 if (values <= 0).any() else float(np.exp(np.log(values).mean()))
+
+
+def wilson(num_hits: float, num_trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's interval of a share; `num_hits` may be fractional (a query's average over orders)."""
+    z = float(stats.norm.ppf(0.5 + level / 2))
+    share, shrink = num_hits / num_trials, 1 + z * z / num_trials
+    centre = (share + z * z / (2 * num_trials)) / shrink
+    half = z * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials**2)) / shrink
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def square_and_add(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return the interval of the mean of the groups' means from each group's Wilson interval; with one group it is Wilson's own."""
+    means = [float(group.mean()) for group in groups]
+    bounds = [wilson(float(group.sum()), len(group)) for group in groups]
+    mean, count = sum(means) / len(means), len(means)
+    below = math.sqrt(sum((m - low) ** 2 for m, (low, _) in zip(means, bounds, strict=True))) / count
+    above = math.sqrt(sum((high - m) ** 2 for m, (_, high) in zip(means, bounds, strict=True))) / count
+    return mean - below, mean + above

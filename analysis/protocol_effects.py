@@ -1,0 +1,68 @@
+"""How far similarities move when the protocol changes: `reference`, and each single switch, against `clean`, paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from .chosen import difference
+from .intervals import descriptive, with_all_tasks
+from .load import CLEAN, SETTING, Frames, Setting, load
+from .text import Grid, entry, number, rate, show, stores
+
+PLACE = ["method", "learning_rate", "step"]
+METRICS = ("sim_aou_norm", "sim_am_delta", "sim_aou")
+TITLE = "What the protocol moves"
+NOTE = (
+    "Per metric: its mean under clean, then the other protocol minus clean, at the largest step, paired by seed, method, learning rate and step. Brackets: 95 % "
+    "interval. n/N: pairs of cells used of draws planned. Mean over layers as each protocol defines it: with first_layer = count, layer 0 is in sim_am_delta."
+)
+
+
+def data(frames: Frames) -> pd.DataFrame:
+    """Return one row per protocol other than clean, task (and all tasks), method, learning rate, step and metric: clean's mean and the difference."""
+    rows = []
+    of_clean = {_group(setting): setting for setting in frames.settings() if setting.named["protocol"] == CLEAN}
+    for setting in frames.settings():
+        clean = of_clean.get(_group(setting))
+        if clean is None or setting.named["protocol"] == CLEAN:
+            continue
+        theirs = dict(iter(clean.finetuned.groupby(PLACE)))
+        for place, cells in setting.finetuned.groupby(PLACE):
+            if place not in theirs:
+                continue
+            base = theirs[place].assign(weight=1.0)
+            gap = difference(cells.assign(weight=1.0), base)
+            named = setting.named | dict(zip(PLACE, place, strict=True)) | {"is_last_step": place[2] == setting.last_step}
+            for metric in METRICS:
+                group = (*_group(setting, but=("task", "num_queries")), setting.named["protocol"], place, metric)
+                found = [frames.contrast(terms, metric) for terms in (base[base["draw"].isin(gap["draw"])], gap)]
+                rows.append((group, named | {"metric": metric, "num_planned": max(setting.num_draws, clean.num_draws)}, found))
+    return pd.DataFrame([named | {CLEAN: base.mean} | gap.columns for named, (base, gap) in with_all_tasks(rows)])
+
+
+def grids(rows: pd.DataFrame) -> list[Grid]:
+    """Return a table per model, weights, k and task of the largest step."""
+    if rows.empty:
+        return []
+    found = []
+    for (model, init, k, train_on, task), part in rows[rows["is_last_step"]].groupby(["model", "init", "k", "train_on", "task"], sort=False):
+        body = []
+        for (protocol, method, learning_rate), line in part.groupby(["protocol", "method", "learning_rate"], sort=False):
+            by_metric = {row["metric"]: row for row in line.to_dict("records")}
+            values = [text for metric in METRICS for text in (number(by_metric[metric][CLEAN]), entry(by_metric[metric]))]
+            body.append([protocol, method, rate(learning_rate), *values, by_metric[METRICS[0]]["signs"]])
+        headers = ("protocol", "method", "lr", *(header for metric in METRICS for header in (f"{metric}, clean", "difference")), "signs of the first")
+        title = f"{TITLE}: {task}, {model}, k = {k}" + ("" if init == "trained" else f", random weights: {init}")
+        title += "" if train_on == "true" else f", trained on {train_on}"
+        found.append(Grid(title, headers, body, NOTE + descriptive(part)))
+    return found
+
+
+def _group(setting: Setting, but: Sequence[str] = ()) -> tuple[str, ...]:
+    return (*setting.first[[name for name in SETTING if name not in ("protocol", *but)]].astype(str), setting.train_on)
+
+
+if __name__ == "__main__":
+    show(grids(data(load(*stores()))))

@@ -1,0 +1,26 @@
+"""What has to hold for every family holds, tiny and random, in both dtypes; a plain loop is the judge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iclgd_dist.families import FAMILIES
+from iclgd_dist.model import default_dtype
+from tests import plain
+from tests.families import CHECKS, DTYPES, TINY, TOLERANCE
+from tests.tiny import VARIANTS, config, tiny
+
+
+def test_every_family_has_a_row_here() -> None:
+    assert {config(variant).model_type for variant in VARIANTS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_package_and_a_plain_loop_agree(variant: str, dtype: str) -> None:
+    lm = tiny(variant, DTYPES[dtype], layers=2)
+    with default_dtype(torch.float64):
+        model = plain.copied(lm.model)
+        errors = {check.__name__: max(check(lm, model, TINY)) for check in CHECKS.values()}
+    assert {name: value for name, value in errors.items() if not value <= TOLERANCE[DTYPES[dtype]]} == {}
