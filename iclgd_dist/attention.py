@@ -40,6 +40,7 @@ def recording_scores(lm: LanguageModel, index: int, sink: ScoreSink) -> Iterator
     try:
         with product:
             yield
+        assert not product.is_expected, f"{lm.family.model_type}: no product of queries and keys was seen"
     finally:
         handle.remove()
 

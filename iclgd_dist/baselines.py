@@ -96,12 +96,12 @@ class Baselines:
         for name, capture in (("zero-shot", zero_shot), ("in-context", in_context)):
             if not capture.is_finite():
                 raise ArithmeticError(f"{self.block.name}: the {name} states of {self.block.model.name} are not finite in {self.block.spec.compute_dtype}")
-        draw, protocol = self.block.draw, self.block.protocol
-        precision = torch.finfo(self.lm.compute_dtype)  # in float32 and float64 two packings differ by more than a rounding
+        draw, protocol, precision = self.block.draw, self.block.protocol, torch.finfo(self.lm.compute_dtype)
+        eps = precision.eps if precision.bits < 32 else 0.0  # in float32 and float64 two packings differ by more than a rounding
         baseline = make_baseline(
             zero_shot=zero_shot,
             in_context=in_context,
-            noise=noise_floor(zero_shot, again, eps=precision.eps if precision.bits < 32 else 0.0),
+            noise=noise_floor(zero_shot, again, eps=eps),
             gold_Q=[query.label for query in draw.queries],
             folds_Q=[query.fold for query in draw.queries],
             query_ids=[query.id for query in draw.queries],

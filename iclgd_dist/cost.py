@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iclgd_dist.encoding import Encoded
-from iclgd_dist.families import family_of, num_key_heads
+from iclgd_dist.families import FAMILIES, num_key_heads
 from iclgd_dist.schema import NUM_NOISE_QUERIES
 
 FRAMEWORK_GIB = 0.7  # torch, transformers and Ray in one process, before any model (measured)
@@ -48,7 +48,8 @@ class _Sizes:
         head_width = first("head_dim", default=width // heads)
         kv = num_key_heads(config, heads) * head_width
         inner = first("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * width)
-        num_matrices = 3 if family_of(config["model_type"]).is_gated else 2
+        family = FAMILIES.get(config.get("model_type", ""))
+        num_matrices = 3 if family is not None and family.is_gated else 2
         attention = 2 * width * heads * head_width + 2 * width * kv
         layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         mlp, own, shared = num_matrices * width * inner, width * heads * head_width, width * kv  # matrices of q or o, of k or v

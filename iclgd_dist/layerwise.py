@@ -53,7 +53,10 @@ class Replay:
         try:
             for n, recorder in enumerate(recorders):
                 layers[n] = recorder
-            placed = {} if positions_T is None else {"position_ids": positions_T.expand(len(ids_BT), -1).to(lm.input_device)}
+            placed = {}
+            if positions_T is not None:
+                # Without a mask, transformers would take a gap between positions for the border of two packed sequences.
+                placed = {"position_ids": positions_T.expand(len(ids_BT), -1).to(lm.input_device), "attention_mask": torch.ones_like(ids_BT)}
             with torch.no_grad():
                 lm.model.base_model(input_ids=ids_BT.to(lm.input_device), past_key_values=cache, use_cache=cache is not None, **placed)
         finally:

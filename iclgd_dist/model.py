@@ -180,7 +180,7 @@ class _Float64(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.float, Tensor.to, softmax) and args[0].dim() == 4 and args[0].dtype == torch.float64:
+        if func in (Tensor.float, Tensor.to, softmax) and args and args[0].dim() == 4 and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)

@@ -118,14 +118,14 @@ def read(part: Part, of: Tensor | None = None) -> Tensor:
     return (taken.mT if is_row and values.dim() == 2 else taken).detach().clone()
 
 
-def logits(model: nn.Module, ids: Tensor, num_layers: int | None = None) -> Tensor:
+def logits(model: nn.Module, ids: Tensor, num_layers: int | None = None, **options: Tensor) -> Tensor:
     """Return the model's own logits (T, V); with `num_layers`, those of the model that ends after so many layers."""
     path, _, name = PATHS[model.config.model_type][0].rpartition(".")
     parent, whole = model.get_submodule(path), layers_of(model)
     setattr(parent, name, nn.ModuleList(list(whole)[:num_layers]))
     try:
         with exact():
-            return model(ids, use_cache=False).logits[0]
+            return model(ids, use_cache=False, **options).logits[0]
     finally:
         setattr(parent, name, whole)
 
@@ -221,6 +221,23 @@ def capture(model: nn.Module, ids: list[int], own: int) -> tuple[Tensor, Tensor,
     for entered, by_hand in zip(softmaxed, scores, strict=True) if softmaxed else ():
         _assert_same_attention(model, entered, by_hand)
     return torch.stack(outputs), torch.stack(scores)[:, :, -own:], last.double().log_softmax(-1)
+
+
+def queries(model: nn.Module, ids: list[int]) -> list[Tensor]:
+    """Return per layer the queries of a prompt (T, H, d) before rotation and scaling."""
+    heads, _, d = heads_of(model)
+    found: list[Tensor] = []
+
+    def keep(number: int):
+        attention = attention_of(model, number)
+        return lambda _, args, kwargs: found.append(_normed(attention, "q", _projected(model, number, "q", _states(args, kwargs)[0]), heads, d))
+
+    handles = [attention_of(model, number).register_forward_pre_hook(keep(number), with_kwargs=True) for number in range(len(layers_of(model)))]
+    with torch.no_grad():
+        logits(model, torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def _assert_same_attention(model: nn.Module, entered_HT: Tensor, scores_HT: Tensor) -> None:

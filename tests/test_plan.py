@@ -300,6 +300,121 @@ def test_keys_stay_what_they_were(folder: Path) -> None:
     assert found["first", "fruit", "finetuned", 4, 3, 1, "layer_causal", 0.01, 2][:16] == "b8d23b8c663aab3e"
 
 
+# --- Protocols, runs, and what is trained on
+
+ONE = [*SMALL, ('["fruit", "stone"]', '["fruit"]')]
+SECTION = '[[task]]\nname = "fruit"'
+REFERENCE_SPELLED = """sink = "bos"
+separator = "eos"
+leading_separator = false
+record_position = "label"
+truncation = "greedy"
+order_rule = "separate"
+demonstration_draw = "shuffled"
+query_draw = "shuffled"
+label_tokens = "separate"
+line_breaks = "eos"
+first_layer = "count"
+undefined = "eps"
+"""
+
+
+def with_section(section: str) -> tuple[str, str]:
+    return SECTION, f"{section}\n\n{SECTION}"
+
+
+def test_keys_do_not_depend_on_how_a_protocol_is_written(folder: Path) -> None:
+    named, spelled = (planned(folder, with_section(f"[protocol]\n{text}")) for text in ('preset = "reference"', REFERENCE_SPELLED))
+    assert points(named) == points(spelled)
+    assert set(named.keys).isdisjoint(planned(folder).keys)
+    back = REFERENCE_SPELLED.replace('"bos"', '"auto"').replace('"eos"', '"newline"', 1).replace("false", "true").replace('"label"', '"last_prompt"')
+    for old, new in (("greedy", "refuse"), ("separate", "shared"), ("shuffled", "hashed"), ("shuffled", "balanced"), ("separate", "joint")):
+        back = back.replace(old, new, 1)
+    back = back.replace('line_breaks = "eos"', 'line_breaks = "text"').replace("count", "skip").replace('"eps"', '"null"')
+    assert points(planned(folder, with_section(f'[protocol]\npreset = "reference"\n{back}'))) == points(planned(folder))
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [line.split(" = ") for line in REFERENCE_SPELLED.splitlines()] + [["loss_tokens", '"label"']],
+)
+def test_every_switch_is_part_of_every_key(folder: Path, switch: str, value: str) -> None:
+    before, after = planned(folder, *ONE), planned(folder, *ONE, with_section(f"[protocol]\n{switch} = {value}"))
+    assert len(after.keys) == len(before.keys)
+    assert set(after.keys).isdisjoint(before.keys)
+
+
+def test_blocks_of_the_reference_train_in_another_order_than_they_show(folder: Path) -> None:
+    blocks = planned(folder, ("orders = 2", "orders = 3"), ("[1, 4]", "4"), with_section('[protocol]\npreset = "reference"')).blocks
+    assert {block.order for block in blocks if block.draw.training == block.draw.demonstrations} == {0}
+    for block in blocks:
+        assert Counter(block.draw.training) == Counter(block.draw.demonstrations)
+        assert len(block.draw.queries) == 8
+
+
+def test_runs_are_the_cells_of_their_pairs(folder: Path) -> None:
+    whole, grid = points(planned(folder)), ("seeds = [3, 1]\norders = 2", "runs = [[1, 1], [3, 0]]")
+    part = planned(folder, grid)
+    assert points(part) == {point: key for point, key in whole.items() if point[2] == "zero_shot" or point[4:6] in ((1, 1), (3, 0))}
+    assert count_cells(load_sweep(folder / "sweep.toml")) == (part.num_cells, part.num_blocks_planned) == (len(part.keys), len(part.blocks))
+    assert planned(folder, ("seeds = [3, 1]\norders = 2", "runs = [[3, 0], [3, 1], [1, 0], [1, 1]]")).blocks == planned(folder).blocks
+
+
+def test_a_task_with_runs_and_learning_rates_of_its_own_has_those_cells(folder: Path) -> None:
+    own = with_section("[per_task.fruit]\nruns = [[2, 1], [5, 0]]\nlearning_rates = [0.5]")
+    plan = planned(folder, own)
+    found, whole = points(plan), points(planned(folder))
+    assert {point: key for point, key in found.items() if point[1] == "stone"} == {point: key for point, key in whole.items() if point[1] == "stone"}
+    assert {point[4:6] for point in found if point[1] == "fruit" and point[2] != "zero_shot"} == {(2, 1), (5, 0)}
+    assert {point[-2] for point in found if point[1:3] == ("fruit", "finetuned")} == {0.5}
+    assert (plan.num_cells, plan.num_blocks_planned) == (len(plan.keys), len(plan.blocks))
+    assert [(block.seed, block.draw.task) for block in plan.blocks if block.model.source == "first" and block.num_demonstrations == 1] == [
+        (2, "fruit"), (5, "fruit"), (3, "stone"), (3, "stone"), (1, "stone"), (1, "stone")
+    ]  # fmt: skip
+
+
+def test_what_is_trained_on_is_an_axis_of_finetuned_cells(folder: Path) -> None:
+    section = '[controls]\ntrain_on = ["true", "random_labels", "other_task", "shuffled_words"]\ncontrol_task = "stone"'
+    plain, plan = planned(folder, *ONE), planned(folder, *ONE, with_section(section))
+    (block,) = plan.blocks
+    assert block.train_on() == ["true", "random_labels", "other_task", "shuffled_words"]
+    assert Counter(cell.train_on for cell in block.cells if cell.kind == "finetuned") == dict.fromkeys(block.train_on(), 5 * 3)
+    assert plan.num_cells == len(plan.keys) == len(block.cells) == 2 + 4 * 5 * 3
+    assert set(plain.keys) == {cell.key for cell in block.cells if cell.train_on == "true"}
+    assert {block.identity(cell)["train_on"] for cell in block.cells if cell.kind == "finetuned"} == set(block.train_on())
+    assert {block.identity(cell)["train_on"] for cell in block.cells if cell.kind != "finetuned"} == {None}
+    for train_on in block.train_on():
+        assert (block.learning_rates("vanilla", train_on), block.steps("vanilla", train_on)) == ([1e-3, 1e-2, 1e-1], [1, 2, 4])
+    (alone,) = planned(folder, *ONE, with_section(section), finished=plain.keys).blocks
+    assert alone.train_on() == ["random_labels", "other_task", "shuffled_words"]
+    assert alone.learning_rates("vanilla") == []
+    assert block.cost.training_tokens == pytest.approx(4 * plain.blocks[0].cost.training_tokens, rel=0.1)
+    assert block.cost.baseline_flops == plain.blocks[0].cost.baseline_flops
+
+
+def test_the_control_task_is_part_of_the_keys_of_what_is_trained_on_it_and_of_no_others(folder: Path) -> None:
+    def found(task: str) -> dict[str, set[str]]:
+        section = with_section(f'[controls]\ntrain_on = ["true", "random_labels", "other_task"]\ncontexts = true\ncontrol_task = "{task}"')
+        (block,) = planned(folder, *ONE, section, ("[[models]]", STONE.replace('"stone"', '"sand"').replace("hard", "soft") + "\n[[models]]")).blocks
+        return {train_on: {cell.key for cell in block.cells if cell.train_on == train_on} for train_on in block.train_on()}
+
+    stone, sand = found("stone"), found("sand")
+    assert [stone[train_on] == sand[train_on] for train_on in ("true", "random_labels", "other_task")] == [True, True, False]
+    assert stone["other_task"].isdisjoint(sand["other_task"])
+
+
+def test_control_contexts_change_no_key_and_travel_with_the_block(folder: Path, models: Models) -> None:
+    plan = planned(folder, *ONE, with_section('[controls]\ncontexts = true\ncontrol_task = "stone"\nrandom_delta = true'))
+    plain = planned(folder, *ONE)
+    assert plan.keys == plain.keys
+    (block,), (bare,) = plan.blocks, plain.blocks
+    assert replace(block.draw, contexts=()) == bare.draw
+    assert [each.name for each in block.draw.contexts] == [name for name in block.controls.contexts if name != "shifted"]
+    encoded = encode(block.draw, models.tokenizers[-2], protocol=block.protocol, max_positions=512)
+    assert list(encoded.control_contexts) == [name for name in block.controls.contexts if name != "shifted"]
+    assert block.cost.baseline_flops > 3 * bare.cost.baseline_flops
+
+
 def test_a_raised_method_version_gives_its_cells_new_keys_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = points(planned(folder))
     monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", 2)

@@ -114,7 +114,8 @@ def tiny(variant: str, dtype: torch.dtype = torch.float64, *, layers: int = LAYE
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name or ".ln_" in name
             values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).to(dtype)
-            parameter.copy_(values * (0.1 if is_norm or parameter.dim() == 1 else 0.25) + (1.0 if is_norm and name.endswith("weight") else 0.0))
+            offset = 1.0 if is_norm and name.endswith("weight") and not variant.startswith("gemma") else 0.0  # Gemma's own norms add the 1
+            parameter.copy_(values * (0.1 if is_norm or parameter.dim() == 1 else 0.25) + offset)
     model.eval().requires_grad_(False)
     return LanguageModel(model, family, variant, None, dtype)
 
