@@ -327,7 +327,7 @@ def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:
     if not has_all or cell["query_seed"] != sweep["query_seed"] or cell["num_demonstrations"] not in np.atleast_1d(sweep["num_demonstrations"]):
         return set()
     models = [model for model in sweep["models"] if (model["source"], model.get("init", "trained")) == (cell["model_source"], cell["init"])]
-    models = [model for model in models if cell["init_scheme"] in (None, model.get("init_scheme"))]
+    models = [model for model in models if pd.isna(cell["init_scheme"]) or cell["init_scheme"] == model.get("init_scheme")]
     runs = sweep.get("per_task", {}).get(task, {}).get("runs") or sweep.get("runs") or list(product(sweep["seeds"], range(sweep["orders"])))
     return {draw_of(init_seed, *run) for model in models for init_seed in model.get("init_seeds") or (None,) for run in runs}
 
