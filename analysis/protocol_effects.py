@@ -8,7 +8,7 @@ import pandas as pd
 
 from .chosen import difference
 from .intervals import ALL_TASKS, descriptive, with_all_tasks
-from .load import CLEAN, SETTING, Frames, Setting, load
+from .load import CLEAN, SETTING, Frames, Setting, each, load
 from .text import Grid, entry, number, rate, show, stores
 
 PLACE = ["method", "learning_rate", "step"]
@@ -16,7 +16,8 @@ METRICS = ("sim_aou_norm", "sim_am_delta", "sim_aou")
 TITLE = "What the protocol moves"
 NOTE = (
     "Clean: the mean under clean; difference: the other protocol minus clean, at the largest step, paired by seed, method, learning rate and step. Brackets: 95 % "
-    "interval. n/N: pairs of cells used of draws planned. Mean over layers as each protocol defines it: with first_layer = count, layer 0 is in sim_am_delta."
+    "interval. n/N: pairs of cells used of draws planned. Mean over layers as each protocol defines it: with first_layer = count, layer 0 is in sim_am_delta. "
+    "Model, position, sink, queries and seeds stand under each task's own tables."
 )
 
 
@@ -32,8 +33,8 @@ def data(frames: Frames) -> pd.DataFrame:
         for place, cells in setting.finetuned.groupby(PLACE):
             if place not in theirs:
                 continue
-            base = theirs[place].assign(weight=1.0)
-            gap = difference(cells.assign(weight=1.0), base)
+            base = each(theirs[place])
+            gap = difference(each(cells), base)
             named = setting.named | dict(zip(PLACE, place, strict=True)) | {"is_last_step": place[2] == setting.last_step}
             for metric in METRICS:
                 group = (*_group(setting, but=("task", "num_queries")), setting.named["protocol"], place, metric)
