@@ -92,6 +92,20 @@ def choices(frames: Frames, setting: Setting) -> Iterator[Choice]:
             yield Choice(name, method, learning_rate, geometric_mean(cells["update_ratio"]), fold, is_edge, cells)
 
 
+def cited(frames: Frames) -> list[str]:
+    """Return the keys of the trained cells that a report cites: at the learning rates selected on either fold, and at the one whose R is nearest R*."""
+    keys: list[str] = []
+    for setting in frames.settings():
+        for method in setting.methods if setting.train_on == "true" else ():
+            picked = [select(frames, setting, method, fold=fold) for fold in "AB"]
+            near = nearest_ratio(setting, method)
+            rates = {each.learning_rate for each in picked if each} | ({near[0]} if near else set())
+            for learning_rate in sorted(rates):
+                cells = setting.at(method, learning_rate, setting.last_step)
+                keys += cells.loc[cells["status"] == "done", "key"].tolist()
+    return keys
+
+
 @dataclass(frozen=True)
 class Matched:
     """One method of a setting at R*: a weighted sum of two cells per draw (`terms`: key, weight, draw, replicate), and why the other draws have none."""

@@ -211,7 +211,7 @@ class Setting:
         """What stands under every figure: model, weights, recorded position, sink, separator, queries, seeds, what one's own methods are."""
         row = self.first
         protocol = json.loads(row["protocol"])
-        position = {"last_prompt": "last prompt token"}.get(protocol["record_position"], protocol["record_position"])
+        position = {"last_prompt": "last prompt token", "label": "the first label's token after the prompt"}[protocol["record_position"]]
         orders = pd.concat([self.icl["order"], self.finetuned["order"]]).nunique()
         own = self.finetuned[["method", "method_options"]].dropna().drop_duplicates()
         weights = f"; random weights ({self.named['init']}: {KEPT.get(row['init'], row['init'])}), {listed(self.replicates, 'seed of the weights')}"
@@ -256,6 +256,7 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     """Turn the Arrow tables of `read_results` and the sweeps' planned keys into Frames."""
     cells = results.cells.to_pandas()
     cells["collapsed"] = cells["collapsed"].eq(True)
+    cells["protocol"] = cells["protocol"].map({text: _resolved(text) for text in cells["protocol"].unique()})
     cells["init"] = cells["init"].fillna("trained")  # a store older than the column
     cells["replicate"] = cells["init_seed"].where(cells["init"] != "trained", cells["seed"])
     cells["draw"] = [draw_of(*draw) for draw in cells[["init_seed", "seed", "order"]].itertuples(index=False)]
@@ -292,6 +293,11 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
         num_superseded=len(grid) - len(latest),
         _rows=examples.groupby("key").indices,
     )
+
+
+def _resolved(protocol: str) -> str:
+    """Return the protocol with the switches that the version which wrote it did not know: they had their defaults."""
+    return json.dumps(Protocol().model_dump() | json.loads(protocol), sort_keys=True)
 
 
 def _coded(table: pa.Table) -> pd.DataFrame:

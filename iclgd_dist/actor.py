@@ -20,9 +20,10 @@ from ray import tune
 
 from iclgd_dist import model as models
 from iclgd_dist import sources
-from iclgd_dist.block import Progress, block_steps, peak_gib
+from iclgd_dist.block import Progress, block_steps
+from iclgd_dist.blocks import Block, halve
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
-from iclgd_dist.plan import Block, halve
+from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0
@@ -45,7 +46,8 @@ class ModelHost:
         Out of memory halves the lanes and tries again; a block that cannot be run here leaves an attempt and its cells pending.
         """
         before = time.perf_counter()
-        missing = tuple(cell for cell in block.cells if cell.key not in self.store)  # by another driver, or before this actor was restarted
+        # Some may be there by now: from another driver, or from before this actor was restarted. Cells that are measured again are there anyway.
+        missing = block.cells if block.is_measuring else tuple(cell for cell in block.cells if cell.key not in self.store)
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
         num_loads, outcome, reason, trace = 0, "interrupted", "the run was stopped", ""
@@ -73,7 +75,7 @@ class ModelHost:
                 yield self._report(block, counts.at(report["stage"]))
             reason = report["reason"] or reason
             counts.num_cells += report["num_cells"]
-        if all(cell.key in self.store for cell in block.cells):
+        if not block.is_measuring and all(cell.key in self.store for cell in block.cells):
             outcome, reason = "done", ""
         yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
 
@@ -107,7 +109,9 @@ class ModelHost:
 
 
 def _model_key(block: Block) -> tuple[str, ...]:
-    return (block.model.content_hash, block.storage_dtype, block.spec.compute_dtype, str(block.resources.device_map), str(block.resources.max_memory))
+    spec, resources = block.spec, block.resources
+    weights = (block.model.content_hash, spec.init, spec.init_scheme, str(spec.init_seed), block.storage_dtype)
+    return (*weights, spec.compute_dtype, str(resources.device_map), str(resources.max_memory))
 
 
 class ModelActor(tune.Trainable):

@@ -1,41 +1,29 @@
 """One block on one page: baselines, training, captures, comparison, commits. Knows no Ray: it runs under a debugger.
 
 All that needs nothing from above rides up through the layers together, so that a layer's weights are brought in once: zero-shot, the noise check,
-the context and the in-context queries, and every bottom-up method with the captures of all its steps. The other methods follow, one by one.
+the contexts and the queries in them, and every bottom-up method with the captures of all its steps. The other methods follow, one by one.
 """
 
-# Shapes: N lanes  L layers  S steps
+# Shapes: N lanes  T positions  W heads x channels of a head
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import json
-import platform
-import resource
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iclgd_dist.deltas import norms
-from iclgd_dist.layerwise import Prefix
-from iclgd_dist.metrics import Capture, noise_floor
+from iclgd_dist.baselines import Baselines, queries_of
+from iclgd_dist.blocks import Block, max_positions
+from iclgd_dist.commits import Committer
+from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.plan import Block, Cell, max_positions
-from iclgd_dist.probes import QueryPass
-from iclgd_dist.rows import Baseline, Row, TrainingRecord, diverged_row, finetuned_row, icl_row, make_baseline, zero_shot_row
-from iclgd_dist.schema import NUM_NOISE_QUERIES
+from iclgd_dist.random_deltas import random_measures
 from iclgd_dist.store import Store
-from iclgd_dist.tasks import Encoded, encode
-from iclgd_dist.updates import METHODS, BottomUp, LaneInputs, Probe, TrainingSequence, first_bad_step
+from iclgd_dist.trajectory import Trajectory
+from iclgd_dist.updates import BottomUp, LaneInputs, Method, Probe, TrainingSequence, make_method
 
 
 @dataclass
@@ -66,258 +54,103 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
 
     A cell that is there already is kept; a lane that diverges becomes rows with status `diverged` and leaves the others unchanged.
     """
-    progress, share = Progress(block.cost.flops), _Shares(block)
+    progress, num_layers = Progress(block.cost.flops), lm.num_layers
     encoded = encode(block.draw, lm.tokenizer, protocol=block.protocol, max_positions=max_positions(block.model.config))
-    sink = "".join(lm.tokenizer.convert_ids_to_tokens(list(encoded.sink_ids)))
-    commit = _Committer(lm, block, store, progress, protocol=json.dumps(block.protocol.model_dump() | {"sink_token": sink}, sort_keys=True))
-    sequences = [TrainingSequence(torch.tensor(ids), len(encoded.prefix_ids)) for ids in encoded.training_sequences]
-    trained = [name for name in METHODS if block.learning_rates(name)]
-    riding = [_Ride(lm, block, encoded, sequences, METHODS[name]) for name in trained if isinstance(METHODS[name], BottomUp)]  # type: ignore[arg-type]
-    baselines = _Baselines(lm, block, encoded)
+    commit = Committer(lm, block, store, encoded)
+    trained = [] if block.random_targets else block.trained()
+    rides = [_Ride(lm, block, encoded, make_method(block.method(name)), train_on) for name, train_on in trained]
+    share = _Shares(block, rides)
+    bottom_up, others = [ride for ride in rides if ride.is_bottom_up], [ride for ride in rides if not ride.is_bottom_up]
+    for ride in bottom_up:
+        ride.board()
+    baselines = Baselines(lm, block, encoded, [(ride.trajectory.train_on, step) for ride in rides for step in ride.trajectory.steps])
     yield progress.at("prompts read")
-    for index in range(lm.num_layers):
+    for index in range(num_layers):
         with lm.resident(index) as layer:
             baselines.climb(layer, index)
-            yield progress.at(f"layer {index + 1}/{lm.num_layers}", share.baseline / lm.num_layers)
-            for ride in riding:
-                pieces = len(ride.passes) * lm.num_layers
+            yield progress.at(f"layer {index + 1}/{num_layers}", share.baseline / num_layers)
+            for ride in bottom_up:
                 for step in ride.climb(layer, index):
-                    yield progress.at(f"{ride.method.name}, layer {index + 1}/{lm.num_layers}, step {step}", share.of(ride.method.name) / pieces)
+                    yield progress.at(f"{ride.name}, layer {index + 1}/{num_layers}, step {step}", share.of(ride) / (len(ride.passes) * num_layers))
     baseline = baselines.compare()
     progress.num_baselines += 2
-    commit.baseline(baseline)
-    for ride in riding:
-        progress.num_training_steps += ride.num_steps
+    progress.num_cells += commit.baselines(baselines, baseline)
+    if block.random_targets:
+        for stage, rows in random_measures(lm, block, encoded, baseline):
+            commit.measures(rows)
+            progress.num_cells += len({row["key"] for row in rows})
+            yield progress.at(stage, (block.cost.flops - block.cost.baseline_flops) / 8)
+        return
+    for ride in bottom_up:
+        progress.num_training_steps += ride.trajectory.steps[-1] * ride.num_lanes
         for step, query_pass in ride.passes.items():
-            commit.finetuned(baseline, ride.trajectory, step, query_pass.captures())
-            yield progress.at(f"{ride.method.name}, step {step} committed")
-    for name in trained:
-        if isinstance(METHODS[name], BottomUp):
-            continue
-        trajectory = _Trajectory(name, block.learning_rates(name), steps=block.steps(name))
-        probes = METHODS[name].train(lm, sequences, trajectory.learning_rates, steps=trajectory.steps, seed=block.seed)
-        for probe in probes:
-            trajectory.add_model(lm, probe)
-            progress.num_training_steps += trajectory.steps_since_last(probe.step) * len(trajectory.learning_rates)
-            yield progress.at(f"{name}, step {probe.step} trained", share.of(name) / (2 * len(trajectory.steps)))
-            query_pass = _queries(lm, block, encoded, num_lanes=len(trajectory.learning_rates))
-            for index in range(lm.num_layers):
+            progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, step, query_pass.captures())
+            yield progress.at(f"{ride.name}, step {step} committed")
+        ride.passes.clear()
+    for ride in others:
+        steps = ride.trajectory.steps
+        for probe in ride.train():
+            ride.trajectory.add_model(lm, probe)
+            progress.num_training_steps += ride.trajectory.steps_since_last(probe.step) * ride.num_lanes
+            yield progress.at(f"{ride.name}, step {probe.step} trained", share.of(ride) / (2 * len(steps)))
+            query_pass = ride.queries()
+            for index in range(num_layers):
                 with lm.resident(index) as layer:
-                    query_pass.climb(layer, index, probe.deltas)
-                yield progress.at(f"{name}, step {probe.step}, layer {index + 1}/{lm.num_layers}", share.of(name) / (2 * len(trajectory.steps) * lm.num_layers))
-            commit.finetuned(baseline, trajectory, probe.step, query_pass.captures())
-            yield progress.at(f"{name}, step {probe.step} committed")
-
-
-def _queries(lm: LanguageModel, block: Block, encoded: Encoded, **options: Any) -> QueryPass:
-    defaults: dict[str, Any] = {"lead": encoded.prefix_ids, "tokens_per_batch": block.resources.tokens_per_batch}
-    return QueryPass(lm, encoded.queries, encoded.label_ids, **defaults | options)
-
-
-class _Baselines:
-    """Zero-shot, zero-shot again one query at a time (the noise floor), the context, and the queries in context."""
-
-    def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded) -> None:
-        self.block, self.has_relative_positions = block, lm.family.position == "rotary"
-        self.prefix = Prefix(lm, torch.tensor(encoded.context_ids))
-        self.zero_shot = _queries(lm, block, encoded)
-        self.in_context = _queries(lm, block, encoded, prefix=self.prefix)
-        self.again = _queries(lm, block, encoded, tokens_per_batch=1, numbers=range(min(NUM_NOISE_QUERIES, len(encoded.queries))))
-
-    @torch.no_grad()
-    def climb(self, layer: Any, index: int) -> None:
-        self.prefix.replay.climb(layer, index)
-        for query_pass in (self.zero_shot, self.again, self.in_context):
-            query_pass.climb(layer, index)
-        self.prefix.forget(index)
-
-    def compare(self) -> Baseline:
-        (zero_shot,), (again,), (in_context,) = self.zero_shot.captures(), self.again.captures(), self.in_context.captures()
-        for name, capture in (("zero-shot", zero_shot), ("in-context", in_context)):
-            if not capture.is_finite():
-                raise ArithmeticError(f"{self.block.name}: the {name} states of {self.block.model.name} are not finite in {self.block.spec.compute_dtype}")
-        queries = self.block.draw.queries
-        return make_baseline(
-            zero_shot=zero_shot,
-            in_context=in_context,
-            noise=noise_floor(zero_shot, again),
-            gold_Q=[query.label for query in queries],
-            folds_Q=[query.fold for query in queries],
-            query_ids=[query.id for query in queries],
-            label_words=self.block.draw.label_words,
-            num_queries_left_out=self.block.draw.num_queries_left_out,
-            is_first_layer_still=self.has_relative_positions,
-        )
-
-
-@dataclass
-class _Trajectory:
-    """What is known of a method's training in this block: losses, gradients, sizes of deltas, and which lanes diverged when."""
-
-    method: str
-    learning_rates: list[float]
-    steps: list[int]
-    loss_SN: Tensor | None = None  # summed over layers where layers have losses of their own
-    loss_LSN: list[Tensor] = field(default_factory=list)
-    norm_SNL: Tensor | None = None
-    norm_LSN: list[Tensor] = field(default_factory=list)
-    delta_norms: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # step -> per layer: norms of K and V, per lane
-    bad_capture: dict[int, int] = field(default_factory=dict)  # lane -> first probed step whose capture was not finite
-
-    def add_model(self, lm: LanguageModel, probe: Probe) -> None:
-        """Take in a probe of the whole model: it holds everything up to its step."""
-        self.loss_SN, self.norm_SNL = probe.loss_SN.cpu(), probe.gradient_norm_SNL.cpu()
-        self.delta_norms[probe.step] = [norms(lm, index, probe.deltas) for index in range(lm.num_layers)]
-
-    def add_layer(self, lm: LanguageModel, index: int, probe: Probe) -> None:
-        """Take in a probe of one layer; the last one of a layer holds all its steps."""
-        self.delta_norms.setdefault(probe.step, []).append(norms(lm, index, probe.deltas))
-        if probe.step == self.steps[-1]:
-            self.loss_LSN.append(probe.loss_SN.cpu())
-            self.norm_LSN.append(probe.gradient_norm_SNL[:, :, 0].cpu())
-            self.loss_SN, self.norm_SNL = torch.stack(self.loss_LSN).sum(0), torch.stack(self.norm_LSN, dim=2)
-
-    def steps_since_last(self, step: int) -> int:
-        return step - max((earlier for earlier in self.steps if earlier < step), default=0)
-
-    def diverged_step(self, lane: int) -> int | None:
-        """Return the first step whose loss, gradient or capture was not finite."""
-        assert self.loss_SN is not None and self.norm_SNL is not None
-        steps = [first_bad_step(self.loss_SN, self.norm_SNL)[lane], self.bad_capture.get(lane)]
-        return min((step for step in steps if step is not None), default=None)
-
-    def last_finite_loss(self, lane: int, step: int) -> float | None:
-        assert self.loss_SN is not None
-        losses = [float(loss) for loss in self.loss_SN[:step, lane] if loss.isfinite()]
-        return losses[-1] if losses else None
-
-    def record(self, lane: int, step: int) -> TrainingRecord:
-        assert self.loss_SN is not None and self.norm_SNL is not None
-        per_layer = [float(loss_SN[step - 1, lane]) for loss_SN in self.loss_LSN] or None
-        keys, values = zip(*((float(k[lane]), float(v[lane])) for k, v in self.delta_norms[step]), strict=True)
-        return TrainingRecord(float(self.loss_SN[step - 1, lane]), per_layer, self.norm_SNL[step - 1, lane], keys, values)
+                    query_pass.climb(layer, index, probe.deltas, trained_NTW=ride.items(index, probe))
+                yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{num_layers}", share.of(ride) / (2 * len(steps) * num_layers))
+            progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
+            yield progress.at(f"{ride.name}, step {probe.step} committed")
 
 
 class _Ride:
-    """A bottom-up method and the captures of all its probed steps, on their way up together."""
+    """A method on one version of the demonstrations, with the captures of its probed steps."""
 
-    def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded, sequences: Sequence[TrainingSequence], method: BottomUp) -> None:
-        self.lm, self.method = lm, method
-        self.trajectory = _Trajectory(method.name, block.learning_rates(method.name), block.steps(method.name))
-        num_lanes = len(self.trajectory.learning_rates)
-        self.inputs = LaneInputs(lm, sequences[: self.trajectory.steps[-1]], num_lanes)
-        self.passes = {step: _queries(lm, block, encoded, num_lanes=num_lanes) for step in self.trajectory.steps}
-        self.num_steps = self.trajectory.steps[-1] * num_lanes
+    def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded, method: Method, train_on: str) -> None:
+        self.lm, self.block, self.encoded, self.method = lm, block, encoded, method
+        self.trajectory = Trajectory(method.name, train_on, block.learning_rates(method.name, train_on), block.steps(method.name, train_on))
+        self.name = method.name if train_on == "true" else f"{method.name} on {train_on}"
+        self.training = encoded.training_for(train_on)
+        self.sequences = [TrainingSequence(torch.tensor(ids), first) for ids, first in zip(self.training.sequences, self.training.first_loss, strict=True)]
+        self.num_lanes = len(self.trajectory.learning_rates)
+        self.is_bottom_up = isinstance(method, BottomUp)
+        self.passes: dict[int, Any] = {}
+
+    def queries(self) -> Any:
+        return queries_of(self.lm, self.block, self.encoded, num_lanes=self.num_lanes)
+
+    def items(self, index: int, probe: Probe) -> Tensor | None:
+        """Return the query projections (N, T, W) of the demonstrations' tokens so far, or None where their attention is not compared."""
+        if index not in probe.queries or not self.encoded.same_order:
+            return None
+        recorded = zip(probe.queries[index], self.training.items, strict=False)
+        return torch.cat([query_NTW[:, start:stop] for query_NTW, (start, stop) in recorded], dim=1)
+
+    def train(self) -> Iterator[Probe]:
+        return self.method.train(self.lm, self.sequences, self.trajectory.learning_rates, steps=self.trajectory.steps, seed=self.block.seed)
+
+    def board(self) -> None:
+        """Make ready to climb layer by layer."""
+        self.inputs = LaneInputs(self.lm, self.sequences[: self.trajectory.steps[-1]], self.num_lanes)
+        self.passes = {step: self.queries() for step in self.trajectory.steps}
 
     def climb(self, layer: Any, index: int) -> Iterator[int]:
         """Train layer `index` and move the queries of every probed step through it, yielding each step when it is done."""
-        for probe in self.method.train_layer(self.lm, index, layer, self.inputs, self.trajectory.learning_rates, steps=self.trajectory.steps):
+        assert isinstance(self.method, BottomUp)
+        rates, steps = self.trajectory.learning_rates, self.trajectory.steps
+        for probe in self.method.train_layer(self.lm, index, layer, self.inputs, rates, steps=steps, seed=self.block.seed):
             self.trajectory.add_layer(self.lm, index, probe)
-            self.passes[probe.step].climb(layer, index, probe.deltas)
+            self.passes[probe.step].climb(layer, index, probe.deltas, trained_NTW=self.items(index, probe))
             yield probe.step
-
-
-class _Committer:
-    """Rows into the store, with what is the same for all cells of the block."""
-
-    def __init__(self, lm: LanguageModel, block: Block, store: Store, progress: Progress, *, protocol: str) -> None:
-        self.block, self.store, self.progress = block, store, progress
-        self.shared = provenance(lm) | {"model_revision": block.model.revision, "protocol": protocol}
-        self.cells = {(cell.method, cell.learning_rate, cell.step, cell.kind): cell for cell in block.cells}
-        self.since = time.perf_counter()
-
-    def baseline(self, baseline: Baseline) -> None:
-        rows = {"zero_shot": zero_shot_row, "icl": icl_row}
-        self._commit([(cell, rows[cell.kind](baseline)) for cell in self.block.cells if cell.kind in rows], num_lanes=1)
-
-    def finetuned(self, baseline: Baseline, trajectory: _Trajectory, step: int, captures: Sequence[Capture]) -> None:
-        found = []
-        for lane, (rate, capture) in enumerate(zip(trajectory.learning_rates, captures, strict=True)):
-            if not capture.is_finite():
-                trajectory.bad_capture.setdefault(lane, step)
-            cell = self.cells.get((trajectory.method, rate, step, "finetuned"))
-            if cell is None:
-                continue
-            diverged = trajectory.diverged_step(lane)
-            if diverged is not None and diverged <= step:
-                row = diverged_row(
-                    num_queries=len(self.block.draw.queries),
-                    label_words=self.block.draw.label_words,
-                    step=diverged,
-                    last_finite_loss=trajectory.last_finite_loss(lane, diverged),
-                    num_queries_left_out=self.block.draw.num_queries_left_out,
-                )
-            else:
-                with _one_thread():
-                    row = finetuned_row(baseline, capture, training=trajectory.record(lane, step), random_seed=int(cell.key[:15], 16))
-            found.append((cell, row))
-        self._commit(found, num_lanes=len(trajectory.learning_rates))
-
-    def _commit(self, rows: Sequence[tuple[Cell, Row]], *, num_lanes: int) -> None:
-        seconds = time.perf_counter() - self.since
-        for cell, row in rows:
-            made = {"lanes": num_lanes, "wall_seconds": seconds / len(rows), "peak_gib": peak_gib(), "created_at": datetime.datetime.now(datetime.UTC)}
-            self.progress.num_cells += self.store.commit(self.block.identity(cell) | row | self.shared | made)
-        if rows:
-            self.since = time.perf_counter()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compare captures on one thread: thousands of small products, each of which would wait for the slowest thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Shares:
     """How a block's FLOPs divide over its stages, for progress only."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, rides: Sequence[_Ride]) -> None:
         self.baseline = block.cost.baseline_flops
-        weights = {name: len(block.learning_rates(name)) * (2.0 if isinstance(METHODS[name], BottomUp) else 1.0) for name in METHODS}
+        weights = {ride.name: ride.num_lanes * (2.0 if ride.is_bottom_up else 1.0) for ride in rides}
         total = sum(weights.values()) or 1.0
-        self.trained = {name: (block.cost.flops - self.baseline) * weight / total for name, weight in weights.items()}
+        self.trained: Mapping[str, float] = {name: (block.cost.flops - self.baseline) * weight / total for name, weight in weights.items()}
 
-    def of(self, method: str) -> float:
-        return self.trained[method]
-
-
-def provenance(lm: LanguageModel) -> dict[str, Any]:
-    """Return what made a row: library versions, code, device. None of it is part of a key."""
-    device = lm.input_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "versions": _versions(),
-        "git_commit": git_commit(),
-        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
-        "host": platform.node(),
-    }
-
-
-@cache
-def _versions() -> str:
-    names = ("iclgd-dist", "torch", "transformers", "accelerate", "ray", "pyarrow")
-    return json.dumps({name: version(name) for name in names} | {"python": platform.python_version()}, sort_keys=True)
-
-
-@cache
-def git_commit() -> str | None:
-    """Return the commit of this project's code, with `+` when files were changed since; None outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        said = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.stdout.strip() or None
-
-
-def peak_gib() -> float:
-    """Return the largest memory this process has held: of the GPU where there is one, else resident [GiB]."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def of(self, ride: _Ride) -> float:
+        return self.trained[ride.name]

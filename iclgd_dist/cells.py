@@ -139,11 +139,10 @@ def flatten(tables: list[pa.Table]) -> dict[str, pa.Table]:
         for name, exploded in flat.items():
             exploded.append(_explode(table[name], keys, first_row))
         first_row += len(table)
-    found = {name: pa.concat_tables(exploded) for name, exploded in flat.items()}
-    return {"cells": rows} | _by_kind(found.pop("measures")) | found
+    return {"cells": rows} | {name: pa.concat_tables(exploded) for name, exploded in flat.items()}
 
 
-def _by_kind(measures: pa.Table) -> dict[str, pa.Table]:
+def by_kind(measures: pa.Table) -> dict[str, pa.Table]:
     """Return the measures as one table per kind, the two columns that name what was compared called by what they are."""
     names = {"control": ("controls", "cell", "control"), "pair": ("pairs", "cell_a", "cell_b"), "metric": ("metrics", "cell", "version")}
     rest = ["layer", "fold", "metric", "n", "mean", "sd"]

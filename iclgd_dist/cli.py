@@ -10,12 +10,15 @@ import os
 import shlex
 import signal
 import sys
+import tomllib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -94,15 +97,81 @@ def run(
         check_machine(loaded.resources)
     results.prepare()
     results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
-    if not planned.blocks:
+    code = DONE
+    if planned.blocks:
+        code = run_sweep(loaded, planned, results, address=address, console=console)
+    else:
         console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True, markup=False)
-        return
-    code = run_sweep(loaded, planned, results, address=address, console=console)
+    if code == DONE and loaded.controls.random_delta:
+        code = _random_deltas(loaded, results, address=address)
     if code == FAILED:
         console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True, markup=False)
     elif code == DONE:
         console.print(f"next: iclgd report {results.root}", soft_wrap=True, markup=False)
     raise typer.Exit(code)
+
+
+def _random_deltas(sweep: Sweep, store: Store, *, address: str | None) -> int:
+    """Make random weights of the same effect for the trained cells that the report cites, where they have none; return the exit code."""
+    from iclgd_analysis import load
+    from iclgd_analysis.chosen import cited
+
+    from iclgd_dist.blocks import with_cells
+    from iclgd_dist.measuring import Missing, random_targets, with_targets
+    from iclgd_dist.plan import make_plan
+    from iclgd_dist.store import read_results
+
+    results = read_results(store)
+    targets = random_targets(results, cited(load(store.root)), Missing(results))
+    planned = make_plan(sweep, choose=lambda block, encoded: with_targets(block, targets, lambda cells: with_cells(block, cells, encoded)))
+    if not planned.blocks:
+        return DONE
+    console.print(
+        f"random weights of the same effect for {counted(sum(len(block.random_targets) for block in planned.blocks), 'trained cell')}", highlight=False
+    )
+    return run_sweep(sweep, planned.of_blocks(), store, address=address, console=console)
+
+
+@app.command()
+def measure(
+    sweep: Annotated[str, typer.Argument(help="The sweep file (.toml)")],
+    store: Annotated[str | None, typer.Option("--store", help="Where results are. Default: results/<name of the sweep>", show_default=False)] = None,
+    address: Annotated[str | None, typer.Option("--address", help="A running Ray cluster. Default: this machine alone", show_default=False)] = None,
+) -> None:
+    """Fill in what committed cells lack: metrics and control contexts added to the sweep file since, and pairs of methods.
+
+    Metrics come from kept captures where there are any; the other cells are trained again, and only their measures are stored.
+
+    Example: iclgd measure sweeps/movie.toml
+    """
+    from iclgd_dist.blocks import Block, with_cells
+    from iclgd_dist.encoding import Encoded
+    from iclgd_dist.measuring import Missing, measure_kept
+    from iclgd_dist.plan import make_plan
+    from iclgd_dist.store import read_results
+
+    loaded = load_sweep(sweep)
+    results = Store(store or _store_of(loaded))
+    missing, num_kept = Missing(read_results(results)), 0
+
+    def lacking(block: Block, encoded: Encoded) -> Block | None:
+        nonlocal num_kept
+        num_kept += measure_kept(results, block, missing, encoded)
+        cells = missing.to_train(block, encoded)
+        return replace(with_cells(block, cells, encoded), is_measuring=True) if cells else None
+
+    planned = make_plan(loaded, choose=lacking)
+    console.print(f"{counted(num_kept, 'cell')} measured from kept captures", highlight=False)
+    if absent := len(set(planned.keys) - results.keys()):
+        console.print(f"{counted(absent, 'cell')} of the sweep not there yet: iclgd run {sweep}", highlight=False, soft_wrap=True)
+    if not planned.blocks:
+        console.print("nothing to train again", highlight=False)
+        return
+    planned = planned.of_blocks()
+    console.print(f"{counted(len(planned.keys), 'cell')} to compute again in {counted(len(planned.blocks), 'block')}", highlight=False)
+    if address is None:
+        check_machine(loaded.resources)
+    raise typer.Exit(run_sweep(loaded, planned, results, address=address, console=console))
 
 
 @app.command()
@@ -160,6 +229,43 @@ def report(
     console.print(f"page: {write_report(results.root, out)}", soft_wrap=True, markup=False)
 
 
+@app.command("check-method")
+def check_method_command(
+    code: Annotated[str, typer.Argument(help="A file and a class in it: my_rules.py:Mine")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="A keyword of the class, name=value, as in options = { name = value }; may be repeated")
+    ] = None,
+) -> None:
+    """Check a method of your own on a tiny random model, before a sweep uses it.
+
+    Example: iclgd check-method my_rules.py:Mine
+    """
+    from pydantic import ValidationError
+
+    from iclgd_dist.check import check_method
+    from iclgd_dist.extensions import MethodSpec
+    from iclgd_dist.updates import make_method
+
+    try:
+        options = tomllib.loads("\n".join(option or ()))
+        spec = MethodSpec(name="checked", code=code, options=options).with_text(Path())
+    except ValidationError as error:
+        raise SweepError(f"check-method {code}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    except ValueError as error:
+        raise SweepError(f"check-method {code}: {error}") from None
+    make_method(spec)
+    findings = []
+    for finding in check_method(lambda: make_method(spec)):
+        findings.append(finding)
+        mark = Text("holds ", "green") if finding.holds else Text("fails ", "red")
+        console.print(Text.assemble(mark, finding.what, f": {finding.problem}" if finding.problem else ""), soft_wrap=True)
+    raise typer.Exit(0 if all(finding.holds for finding in findings) else USAGE)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _existing(where: str) -> Store:
     path = _store_of(load_sweep(where)) if where.endswith(".toml") else Path(where)
     if not path.is_dir():
@@ -205,6 +311,8 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor",
         "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
+    if kept := {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}:
+        rows["captures"] = f"{decimal(sum(kept.values()))} kept, of {len(kept):,} cells"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)

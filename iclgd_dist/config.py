@@ -10,51 +10,28 @@ import hashlib
 import json
 import re
 import tomllib
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from iclgd_dist.protocol import Frozen, Protocol
+from iclgd_dist.axes import At, Controls, Count, Name, Number, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed
+from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
+from iclgd_dist.model_spec import ModelSpec
+from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
 from iclgd_dist.toml_text import line_of, not_toml, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
-METHOD_VERSIONS = {"vanilla": 1, "layer_causal": 1}  # raised when a method's numbers change; part of a cell's key
-METHODS = tuple(METHOD_VERSIONS)
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
 
-DType = Literal["float64", "float32", "bfloat16", "float16"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
-Count = Annotated[StrictInt, Field(ge=1)]
-Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # strict: true is no number, nor is "1e-3"
 
+class Capture(Frozen):
+    """Which captures are kept beside the store, to evaluate metrics later. Not part of a cell's key."""
 
-class SweepError(ValueError):
-    """A sweep, or something it names, cannot be used as it stands. The command line prints it and exits with 2."""
-
-
-class _At(ValueError):
-    """A problem of a field, with the keys inside it that lead to the place."""
-
-    def __init__(self, message: str, *keys: str | int) -> None:
-        super().__init__(message)
-        self.keys = keys
-
-
-class ModelSpec(Frozen):
-    """Where a model comes from and the dtypes it is kept and computed in."""
-
-    source: Annotated[str, Field(min_length=1)]  # hub id, directory, .gguf file or pkg://package/file.gguf
-    revision: str | None = None  # hub only: branch, tag or commit
-    storage_dtype: DType | None = None  # weights are rounded to it; None = as stored in the files
-    compute_dtype: DType = "float32"
-
-
-class Controls(Frozen):
-    zero_learning_rate: StrictBool = False  # allow learning rate 0: the control that must change nothing
+    keep: Literal["none", "final_step", "all"] = "none"
 
 
 class Analysis(Frozen):
@@ -107,61 +84,75 @@ class Sweep(Frozen):
     """One question: every combination of the axes is a cell."""
 
     # What another field is checked against stands above it.
+    folder: Path = Path()  # of the sweep file: what relative file names start from; not a key of the file
     name: Name
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
     task: tuple[OwnTask, ...] = ()
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
-    methods: Annotated[tuple[str, ...], Field(min_length=1)] = METHODS
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    orders: Count = 1
+    method: tuple[MethodSpec, ...] = ()
+    metric: tuple[MetricSpec, ...] = ()
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("vanilla", "layer_causal")
+    runs: Runs = ()  # [seed, order] pairs, instead of every seed in every order
+    seeds: Seeds = ()
+    orders: Count = 1  # of each seed: 0 (as drawn) and permutations
     num_demonstrations: Annotated[tuple[Count, ...], Field(min_length=1)] = (16,)
     num_queries: Annotated[StrictInt, Field(ge=2)] = 200
     query_seed: Seed = 1
     steps: Annotated[tuple[Count, ...], Field(min_length=1)]
     controls: Controls = Controls()
-    learning_rates: dict[str, Annotated[tuple[Number, ...], Field(min_length=1)]]  # one list in the file holds for every method
+    learning_rates: Rates  # one list in the file holds for every method
+    per_task: dict[str, TaskAxes] = Field(default_factory=dict)  # [per_task.sst2] holds for that task alone
     protocol: Protocol = Protocol()
     analysis: Analysis = Analysis()
     resources: Resources = Resources()
-    folder: Path = Path()  # of the sweep file: what relative file names start from; not a key of the file
+    capture: Capture = Capture()
     warnings: tuple[str, ...] = ()  # found while reading; not a key of the file
 
-    @field_validator("tasks", "methods", "seeds", "num_demonstrations", "steps", "models", "task", mode="before")
+    @field_validator("tasks", "methods", "num_demonstrations", "steps", "models", "task", "method", "metric", mode="before")
     @classmethod
     def _list_or_one(cls, value: Any) -> Any:
-        return value if isinstance(value, list | tuple) else [value]
+        return listed(value)
 
     @field_validator("models")
     @classmethod
     def _distinct(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
-        return tuple(dict.fromkeys(models))
+        """Return each model once, and an untrained one once for each of its seeds."""
+        seeded = (m.model_copy(update={"init_seeds": (seed,)}) if seed is not None else m for m in models for seed in m.init_seeds or (None,))
+        return tuple(dict.fromkeys(seeded))
 
     @field_validator("task")
     @classmethod
     def _names_of_their_own(cls, own_tasks: tuple[OwnTask, ...]) -> tuple[OwnTask, ...]:
         for number, own in enumerate(own_tasks):
             if own.name in (*EMBEDDED_TASKS, *HUB_TASKS, *(earlier.name for earlier in own_tasks[:number])):
-                raise _At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
+                raise At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
         return own_tasks
+
+    @field_validator("method", "metric")
+    @classmethod
+    def _code_is_there(cls, added: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        for number, each in enumerate(added):
+            if each.name in (*METHODS, *(earlier.name for earlier in added[:number])):
+                raise At(f"{each.name!r} is the name of another {info.field_name}; choose one of its own", number, "name")
+        found = []
+        for number, each in enumerate(added):
+            try:
+                found.append(each.with_text(info.data["folder"]))
+            except ValueError as error:
+                raise At(str(error), number, "code") from None
+        return tuple(found)
 
     @field_validator("tasks", "methods")
     @classmethod
     def _known(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         what = "method" if info.field_name == "methods" else "task"
-        if what == "method" or "task" in info.data:  # a faulty [[task]] may be the one that is meant
-            known = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS, *(own.name for own in info.data["task"]))
+        if what in info.data:  # a faulty [[task]] or [[method]] may be the one that is meant
+            builtin = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS)
+            known = (*builtin, *(own.name for own in info.data[what]))
             for number, name in enumerate(names):
                 if name not in known:
-                    raise _At(unknown(what, name, known), number)
+                    raise At(unknown(what, name, known), number)
         return tuple(dict.fromkeys(names))
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            number = next(n for n, seed in enumerate(seeds) if seed in seeds[:n])
-            raise _At(f"must be distinct, got {seeds[number]} more than once", number)
-        return seeds
 
     @field_validator("num_demonstrations", "steps")
     @classmethod
@@ -169,44 +160,102 @@ class Sweep(Frozen):
         k = max(info.data.get("num_demonstrations", values))
         for number, value in enumerate(values):
             if value > k:
-                raise _At(f"must lie in 1..{k} ({k} demonstrations / batch 1 x 1 epoch), got {value}", number)
+                raise At(f"must lie in 1..{k} ({k} demonstrations / batch 1 x 1 epoch), got {value}", number)
         return tuple(sorted(set(values)))
+
+    @field_validator("controls")
+    @classmethod
+    def _known_control_task(cls, controls: Controls, info: ValidationInfo) -> Controls:
+        known = (*EMBEDDED_TASKS, *HUB_TASKS, *(own.name for own in info.data.get("task", ())))
+        if "task" in info.data and controls.control_task not in known:
+            raise At(unknown("task", controls.control_task, known), "control_task")
+        return controls
 
     @field_validator("learning_rates", mode="before")
     @classmethod
-    def _for_each_method(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            value = {"*": value}
-        elif stranger := next((name for name in value if name not in METHODS), None):
-            raise _At(f"learning_rates: {unknown('method', stranger, METHODS)}{_misplaced(stranger)}", stranger)
-        return {method: rates if isinstance(rates, list | tuple) else [rates] for method, rates in value.items()}
+    def _for_each_method(cls, value: Any, info: ValidationInfo) -> Any:
+        known = _methods(info)
+        if isinstance(value, dict) and "method" in info.data and (stranger := next((name for name in value if name not in known), None)):
+            raise At(f"learning_rates: {unknown('method', stranger, known)}{_misplaced(stranger)}", stranger)
+        return by_method(value)
 
     @field_validator("learning_rates")
     @classmethod
     def _positive_rates(cls, lists: dict[str, tuple[float, ...]], info: ValidationInfo) -> dict[str, tuple[float, ...]]:
-        for method, rates in lists.items():
-            for number, rate in enumerate(rates):
-                if rate < 0 or (rate == 0 and "controls" in info.data and not info.data["controls"].zero_learning_rate):
-                    named = "learning_rates" if method == "*" else f"learning_rates.{method}"
-                    way_out = "; [controls] zero_learning_rate = true allows 0 as a control" if rate == 0 else ""
-                    raise _At(f"{named} must be greater than 0, got {rate:g}{way_out}", method, number)
-        methods = info.data.get("methods", METHODS)
+        _check_positive(lists, info, "learning_rates")
+        methods = info.data.get("methods", ())
         for method in methods:
             if method not in lists and "*" not in lists:
                 raise ValueError(f"learning_rates.{method} is required, as {method!r} is one of the methods; got none")
         return {method: tuple(sorted(set(lists.get(method) or lists["*"]))) for method in methods}
+
+    @field_validator("per_task")
+    @classmethod
+    def _of_tasks(cls, per_task: dict[str, TaskAxes], info: ValidationInfo) -> dict[str, TaskAxes]:
+        tasks, general = info.data.get("tasks", tuple(per_task)), info.data.get("learning_rates", {})
+        found = {}
+        for name, axes in per_task.items():
+            if name not in tasks:
+                raise At(unknown("task", name, tasks), name)
+            rates = axes.learning_rates
+            if rates is not None:
+                if stranger := next((method for method in rates if method not in (*_methods(info), "*")), None):
+                    raise At(f"per_task.{name}.learning_rates: {unknown('method', stranger, _methods(info))}", name, "learning_rates", stranger)
+                _check_positive(rates, info, f"per_task.{name}.learning_rates", name, "learning_rates")
+                rates = {method: tuple(sorted(set(rates.get(method) or rates.get("*") or values))) for method, values in general.items()}
+            found[name] = axes.model_copy(update={"learning_rates": rates})
+        return found
+
+    @field_validator("protocol")
+    @classmethod
+    def _enough_permutations(cls, protocol: Protocol, info: ValidationInfo) -> Protocol:
+        runs = [*info.data.get("runs", ()), *(run for axes in info.data.get("per_task", {}).values() for run in axes.runs or ())]
+        seed = max((*info.data.get("seeds", ()), *(seed for seed, _ in runs)), default=0)
+        order = max((info.data.get("orders", 1) - 1, *(order for _, order in runs)))
+        if protocol.order_rule == "separate" and (order >= NUM_SEPARATE_ORDERS or seed >= 2**32):
+            raise At(
+                f'protocol.order_rule = "separate" has orders 0 to {NUM_SEPARATE_ORDERS - 1} and seeds below 2**32, got order {order}, seed {seed}',
+                "order_rule",
+            )
+        return protocol
+
+    def num_runs(self, task: str) -> int:
+        runs = self._own(task).runs or self.runs
+        return len(runs) or len(self.seeds) * self.orders
+
+    def runs_of(self, task: str) -> tuple[tuple[int, int], ...]:
+        """Return the (seed, order) pairs of a task."""
+        return self._own(task).runs or self.runs or tuple(product(self.seeds, range(self.orders)))
+
+    def rates_of(self, task: str) -> dict[str, tuple[float, ...]]:
+        """Return the learning rates of each method on a task."""
+        return self._own(task).learning_rates or self.learning_rates
+
+    def _own(self, task: str) -> TaskAxes:
+        return self.per_task.get(task, TaskAxes())
+
+    def control_task_of(self, task: str) -> str:
+        """Return the task that `other_task` takes demonstrations from: never the task itself."""
+        same = ("trec", "trec_hub") if task in ("trec", "trec_hub") else (task,)
+        return next(name for name in (self.controls.control_task, "trec", "mr_snippets") if name not in same)
+
+    def method_spec(self, name: str) -> MethodSpec:
+        return next((own for own in self.method if own.name == name), None) or BUILTIN[name]
 
     def own_task(self, name: str) -> OwnTask | None:
         return next((own for own in self.task if own.name == name), None)
 
     def resolved(self) -> dict[str, Any]:
         """Return the sweep with every default filled in, as plain JSON values."""
-        return self.model_dump(mode="json", exclude={"folder", "warnings"})
+        return self.model_dump(mode="json", exclude={"folder": True, "warnings": True, "method": {"__all__": {"text"}}, "metric": {"__all__": {"text"}}})
 
     def digest(self) -> str:
         """Return 16 hex digits that name what is swept: the same for the same cells, whatever the file looks like and whatever runs it."""
-        values = self.resolved() | {"resources": None, "task": [own.model_dump() for own in self.task if own.name in self.tasks]}
-        values |= {axis: sorted(values[axis], key=json.dumps) for axis in ("models", "task", "tasks", "methods", "seeds")}
+        used = {*self.tasks, *(self.control_task_of(name) for name in self.tasks if self.controls.need_other_task)}
+        values = self.resolved() | {"resources": None, "capture": None, "task": [own.model_dump() for own in self.task if own.name in used]}
+        values |= {axis: sorted(values[axis], key=json.dumps) for axis in ("models", "task", "tasks", "methods")}
+        values |= dict.fromkeys(("seeds", "orders", "learning_rates", "per_task"))
+        values |= {"runs": {task: sorted(self.runs_of(task)) for task in self.tasks}, "rates": {task: self.rates_of(task) for task in self.tasks}}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -223,7 +272,11 @@ def load_sweep(path: str | Path) -> Sweep:
         raise SweepError(not_toml(path, text, str(error))) from None
     except RecursionError:
         raise SweepError(f"{path}: is nested too deeply") from None
-    problems = [((name,), _unknown_key((name,))) for name in ("folder", "warnings") if name in values]
+    problems: list[tuple[tuple[Any, ...], str]] = [((name,), _unknown_key((name,))) for name in ("folder", "warnings") if name in values]
+    if "runs" not in values and "seeds" not in values:
+        problems.append(((), "seeds is required, got nothing"))
+    if "runs" in values and (others := [name for name in ("seeds", "orders") if name in values]):
+        problems.append((("runs",), f"runs must stand alone: it takes the place of seeds and orders, got {' and '.join(others)} too"))
     try:
         sweep = Sweep.model_validate(values | {"folder": path.resolve().parent, "warnings": _duplicates(values)})
     except ValidationError as error:
@@ -262,11 +315,27 @@ def _duplicates(values: dict[str, Any]) -> tuple[str, ...]:
     rates = values.get("learning_rates")
     grids = {name: values.get(name) for name in ("models", "tasks", "methods", "num_demonstrations", "steps")}
     grids |= {f"learning_rates.{method}": grid for method, grid in rates.items()} if isinstance(rates, dict) else {"learning_rates": rates}
+    controls = values.get("controls")
+    grids["controls.train_on"] = controls.get("train_on") if isinstance(controls, dict) else None
     repeated = {name: list(dict.fromkeys(str(v) for v in grid if grid.count(v) > 1)) for name, grid in grids.items() if isinstance(grid, list)}
     return tuple(f"{name}: {', '.join(twice)} is there more than once and counts once" for name, twice in repeated.items() if twice)
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"models": ModelSpec, "task": OwnTask}
+def _methods(info: ValidationInfo) -> tuple[str, ...]:
+    return (*METHODS, *(own.name for own in info.data.get("method", ())))
+
+
+def _check_positive(lists: dict[str, tuple[float, ...]], info: ValidationInfo, named: str, *keys: str) -> None:
+    """Errors: a ValueError that leads to the first learning rate that is negative, or 0 where that control is not asked for."""
+    for method, rates in lists.items():
+        for number, rate in enumerate(rates):
+            if rate < 0 or (rate == 0 and "controls" in info.data and not info.data["controls"].zero_learning_rate):
+                of_method = named if method == "*" else f"{named}.{method}"
+                way_out = "; [controls] zero_learning_rate = true allows 0 as a control" if rate == 0 else ""
+                raise At(f"{of_method} must be greater than 0, got {rate:g}{way_out}", *keys, method, number)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"models": ModelSpec, "task": OwnTask, "per_task": TaskAxes, "method": MethodSpec, "metric": MetricSpec}
 _SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
 _KEYS = tuple(name for name in Sweep.model_fields if name not in ("folder", "warnings"))
 
@@ -274,7 +343,7 @@ _KEYS = tuple(name for name in Sweep.model_fields if name not in ("folder", "war
 def _unknown_key(keys: tuple[Any, ...]) -> str:
     if len(keys) == 1:
         return unknown("key", keys[0], _KEYS)
-    header = f"[[{keys[0]}]]" if isinstance(keys[1], int) else f"[{keys[0]}]"
+    header = f"[[{keys[0]}]]" if isinstance(keys[1], int) else f"[{'.'.join(keys[:-1])}]"
     return unknown("key", keys[-1], tuple(_SECTIONS[keys[0]].model_fields), where=f" in {header}") + _misplaced(keys[-1])
 
 

@@ -8,27 +8,18 @@ Knows modules and shapes. Knows nothing of losses, optimisers or tasks. The mode
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iclgd_dist.model import LanguageModel
+from iclgd_dist.sites import WEIGHTS, Site, sites
 
-
-@dataclass(frozen=True)
-class Site:
-    """One projection that can be trained: a module, or the key or value columns of a fused one."""
-
-    name: str  # e.g. model.layers.3.self_attn.k_proj; fused: transformer.h.3.attn.c_attn.k
-    module: nn.Module
-    num_inputs: int
-    num_outputs: int
-    has_bias: bool
-    columns: Tensor | None  # of the module's output; None = all
+ALL_PARTS = WEIGHTS["all_linear"]
 
 
 @dataclass(frozen=True)
@@ -41,50 +32,63 @@ class Delta:
     def tensors(self) -> list[Tensor]:
         return [self.weight_NIO] if self.bias_NO is None else [self.weight_NIO, self.bias_NO]
 
+    def of(self, tensors: Sequence[Tensor]) -> Delta:
+        """Return a delta of the same kind that holds these tensors, in the order of `tensors()`."""
+        return Delta(tensors[0], None if self.bias_NO is None else tensors[1])
 
-Deltas = Mapping[str, Delta]
+    def change(self, inputs_NXI: Tensor) -> Tensor:
+        """Return what it adds to the projection's outputs (N, X, O)."""
+        change = torch.bmm(inputs_NXI, self.weight_NIO)
+        return change if self.bias_NO is None else change + self.bias_NO[:, None]
 
-
-def sites(lm: LanguageModel, index: int) -> dict[str, Site]:
-    """Return the key and value sites of a layer, keys "k" and "v"."""
-    layer, family = lm.layers[index], lm.family
-    found = {}
-    for part, path in (("k", family.key), ("v", family.value)):
-        module = attrgetter(path)(layer)
-        num_inputs, num_outputs = _shape(module)
-        columns = None
-        if family.fused != "separate":
-            columns = _columns(family.fused, part, num_outputs, lm.num_heads)
-            num_outputs = len(columns)
-        name = f"{family.layers}.{index}.{path}" + ("" if columns is None else f".{part}")
-        found[part] = Site(name, module, num_inputs, num_outputs, getattr(module, "bias", None) is not None, columns)
-    return found
+    def squared_norm_N(self) -> Tensor:
+        return torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in self.tensors()]).sum(0)
 
 
-def _shape(module: Any) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return int(module.nx), int(module.nf)  # transformers' Conv1D
+@dataclass(frozen=True)
+class LowRank:
+    """What training added to one projection as a product of two thin matrices (LoRA, scale 1), per lane; biases stay as they are."""
+
+    down_NIR: Tensor
+    up_NRO: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.down_NIR, self.up_NRO]
+
+    def of(self, tensors: Sequence[Tensor]) -> LowRank:
+        return LowRank(*tensors)
+
+    def change(self, inputs_NXI: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(inputs_NXI, self.down_NIR), self.up_NRO)
+
+    def squared_norm_N(self) -> Tensor:
+        # |AB|^2 = tr(A'A BB'): the product itself is as large as the weight.
+        down, up = self.down_NIR.double(), self.up_NRO.double()
+        return ((down.mT @ down) * (up @ up.mT)).sum((1, 2)).clamp(min=0)
 
 
-def _columns(fused: str, part: str, num_outputs: int, num_heads: int) -> Tensor:
-    third = {"q": 0, "k": 1, "v": 2}[part]
-    order = torch.arange(num_outputs)
-    if fused == "blocks":
-        return order.view(3, -1)[third]
-    return order.view(num_heads, 3, -1)[:, third].reshape(-1)
+Deltas = Mapping[str, Delta | LowRank]
 
 
-def zeros(lm: LanguageModel, index: int, num_lanes: int) -> dict[str, Delta]:
-    """Return deltas that change nothing, for the sites of one layer; keys are site names."""
+def zeros(
+    lm: LanguageModel, index: int, num_lanes: int, *, parts: Sequence[str] = ("k", "v"), rank: int | None = None, seed: int = 0
+) -> dict[str, Delta | LowRank]:
+    """Return deltas that change nothing, for sites of one layer; keys are site names.
+
+    With `rank` the down matrices are gaussian with variance 1 / inputs, drawn from `seed` and the site's name and alike in all lanes; the up matrices are 0.
+    """
     device, dtype = lm.device_of(lm.layers[index]), lm.delta_dtype
-    return {
-        site.name: Delta(
-            torch.zeros(num_lanes, site.num_inputs, site.num_outputs, dtype=dtype, device=device),
-            torch.zeros(num_lanes, site.num_outputs, dtype=dtype, device=device) if site.has_bias else None,
-        )
-        for site in sites(lm, index).values()
-    }
+    made: dict[str, Delta | LowRank] = {}
+    for site in sites(lm, index, parts).values():
+        if rank is None:
+            weight_NIO = torch.zeros(num_lanes, site.num_inputs, site.num_outputs, dtype=dtype, device=device)
+            made[site.name] = Delta(weight_NIO, torch.zeros(num_lanes, site.num_outputs, dtype=dtype, device=device) if site.has_bias else None)
+            continue
+        generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}:{site.name}".encode()).hexdigest()[:15], 16))
+        down_IR = torch.randn(site.num_inputs, rank, generator=generator) * site.num_inputs**-0.5
+        down_NIR = down_IR.to(device, dtype).expand(num_lanes, -1, -1).clone()
+        made[site.name] = LowRank(down_NIR, torch.zeros(num_lanes, rank, site.num_outputs, dtype=dtype, device=device))
+    return made
 
 
 @contextlib.contextmanager
@@ -92,7 +96,7 @@ def attached(lm: LanguageModel, index: int, deltas: Deltas) -> Iterator[None]:
     """Let layer `index` compute with W + delta of the row's lane, for batches of lanes x rows, while the block runs."""
     handles = []
     try:
-        for site in sites(lm, index).values():
+        for site in sites(lm, index, ALL_PARTS).values() if deltas else ():
             if site.name in deltas:
                 handles.append(site.module.register_forward_hook(_adder(site, deltas[site.name])))
         yield
@@ -101,16 +105,13 @@ def attached(lm: LanguageModel, index: int, deltas: Deltas) -> Iterator[None]:
             handle.remove()
 
 
-def _adder(site: Site, delta: Delta) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _adder(site: Site, delta: Delta | LowRank) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    first = delta.tensors()[0]
+
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        weight_NIO, bias_NO = delta.weight_NIO, delta.bias_NO
-        num_lanes = weight_NIO.shape[0]
         inputs = args[0]
         # The product is formed and added in the deltas' dtype and rounded once: in bfloat16 small updates would be lost.
-        change = torch.bmm(inputs.to(weight_NIO.dtype).reshape(num_lanes, -1, site.num_inputs), weight_NIO)
-        if bias_NO is not None:
-            change = change + bias_NO[:, None]
-        change = change.view(*inputs.shape[:-1], site.num_outputs)
+        change = delta.change(inputs.to(first.dtype).reshape(first.shape[0], -1, site.num_inputs)).view(*inputs.shape[:-1], site.num_outputs)
         raised = output.to(change.dtype)
         if site.columns is None:
             return (raised + change).to(output.dtype)
@@ -119,10 +120,10 @@ def _adder(site: Site, delta: Delta) -> Callable[[nn.Module, tuple[Tensor, ...],
     return add
 
 
-def norms(lm: LanguageModel, index: int, deltas: Deltas) -> tuple[Tensor, Tensor]:
-    """Return the Frobenius norms (N,) of what was added to W_K and to W_V of a layer, biases included."""
-    k, v = (
-        torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in deltas[site.name].tensors()]).sum(0).sqrt().cpu()
-        for site in sites(lm, index).values()
-    )
-    return k, v
+def norms(lm: LanguageModel, index: int, deltas: Deltas) -> dict[str, Tensor]:
+    """Return per trained part of a layer (q, k, v, o, mlp) the Frobenius norm (N,) of what was added to it, biases included."""
+    squares: dict[str, list[Tensor]] = defaultdict(list)
+    for site in sites(lm, index, ALL_PARTS).values():
+        if site.name in deltas:
+            squares[site.part.partition(".")[0]].append(deltas[site.name].squared_norm_N().cpu())
+    return {part: torch.stack(of_part).sum(0).sqrt() for part, of_part in squares.items()}

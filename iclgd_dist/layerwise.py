@@ -22,8 +22,9 @@ from iclgd_dist.model import LanguageModel
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps the arguments, returns the hidden states unchanged."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
+        self.returns_tuple = returns_tuple
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         object.__setattr__(self, "_layer", layer)  # not a submodule: hooks and devices of the real layer stay out of it
 
@@ -35,7 +36,8 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.call = (args, kwargs)
-        return args[0] if args else kwargs["hidden_states"]
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        return (hidden_BTD, None) if self.returns_tuple else hidden_BTD
 
 
 class Replay:
@@ -44,15 +46,19 @@ class Replay:
     `hidden_BTD` holds the states that enter layer `next_layer`. Right padding needs no mask: no real token sees what follows it.
     """
 
-    def __init__(self, lm: LanguageModel, ids_BT: Tensor, *, cache: Cache | None = None) -> None:
+    def __init__(self, lm: LanguageModel, ids_BT: Tensor, *, cache: Cache | None = None, positions_T: Tensor | None = None) -> None:
         layers = lm.layers
-        recorders = [_Recorder(layer) for layer in layers]
+        recorders = [_Recorder(layer, lm.family.returns_tuple) for layer in layers]
         real = [layers[n] for n in range(len(layers))]
         try:
             for n, recorder in enumerate(recorders):
                 layers[n] = recorder
+            placed = {}
+            if positions_T is not None:
+                # Without a mask, transformers would take a gap between positions for the border of two packed sequences.
+                placed = {"position_ids": positions_T.expand(len(ids_BT), -1).to(lm.input_device), "attention_mask": torch.ones_like(ids_BT)}
             with torch.no_grad():
-                lm.model.base_model(input_ids=ids_BT.to(lm.input_device), past_key_values=cache, use_cache=cache is not None)
+                lm.model.base_model(input_ids=ids_BT.to(lm.input_device), past_key_values=cache, use_cache=cache is not None, **placed)
         finally:
             for n, layer in enumerate(real):
                 layers[n] = layer
@@ -88,7 +94,8 @@ class _PrefixLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         rows, keys, values = key_states.shape[0], self.source.keys, self.source.values
         assert keys is not None and values is not None, "the context has to climb a layer before its readers"
-        return torch.cat([keys.expand(rows, -1, -1, -1), key_states], dim=-2), torch.cat([values.expand(rows, -1, -1, -1), value_states], dim=-2)
+        keys, values = (part[:, :, : self.length].expand(rows, -1, -1, -1) for part in (keys, values))
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 class Prefix:
@@ -106,9 +113,9 @@ class Prefix:
         self._written.layers.extend(self._layers)
         self.replay = Replay(lm, ids_T[None], cache=self._written)
 
-    def cache(self) -> Cache:
-        """Return a cache for one replay: reads this prefix, stores nothing."""
-        return Cache(layers=[_PrefixLayer(layer, self.length) for layer in self._layers])
+    def cache(self, length: int | None = None) -> Cache:
+        """Return a cache for one replay: reads this prefix, or its first `length` tokens, and stores nothing."""
+        return Cache(layers=[_PrefixLayer(layer, length or self.length) for layer in self._layers])
 
     def forget(self, index: int) -> None:
         """Drop the keys and values of a layer that nobody will read again."""

@@ -26,6 +26,9 @@ class Capture:
     attention_LQD: Tensor  # output of the attention module
     scores_LQHT: Tensor  # scaled q.k
     label_scores_QC: Tensor  # mean log-probability of each label's tokens, float64
+    # Raw attention of the first queries to the demonstrations' tokens, summed over heads: ICL's to its context; finetuning's through the query projections
+    # of the training tokens. None where nothing was recorded.
+    ranked_LQT: Tensor | None = None
 
     def is_finite(self) -> bool:
         # Smallest and largest are NaN if any value is: one pass, where isfinite().all() takes five.
@@ -34,7 +37,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """The largest L2 norm of the difference of two zero-shot captures: what packing alone changes."""
+    """The largest L2 norm of the difference of two zero-shot captures, what packing alone changes; at least what rounding changes."""
 
     attention_L: Tensor
     scores_LH: Tensor
@@ -102,9 +105,11 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 # --- The noise floor and what counts as a change
 
 
-def noise_floor(a: Capture, b: Capture) -> NoiseFloor:
+def noise_floor(a: Capture, b: Capture, *, eps: float = 0.0) -> NoiseFloor:
     """Return the noise floor from two zero-shot captures of the same queries at different packings; the first 32 queries count.
 
+    It is at least what rounding to the compute dtype, of machine epsilon `eps`, does to them: in bfloat16 two packings often agree to the last
+    bit, while no change smaller than that bit was seen.
     Shapes: the captures may hold different numbers of queries beyond the first 32, and be padded to different lengths.
     """
     num_positions = max(a.scores_LQHT.shape[-1], b.scores_LQHT.shape[-1])
@@ -115,7 +120,11 @@ def noise_floor(a: Capture, b: Capture) -> NoiseFloor:
     (attention_a, scores_a), (attention_b, scores_b) = parts
     for part_a, part_b in ((attention_a, attention_b), (scores_a, scores_b)):
         assert part_a.shape == part_b.shape, f"two captures of the same queries are required, got shapes {tuple(part_a.shape)} and {tuple(part_b.shape)}"
-    return NoiseFloor(attention_L=vectors(attention_a - attention_b).norm.amax(1), scores_LH=vectors(scores_a - scores_b).norm.amax(1))
+    rounding = eps / math.sqrt(12)  # root mean square of an error that lies anywhere within half a unit of the last place
+    return NoiseFloor(
+        attention_L=torch.maximum(vectors(attention_a - attention_b).norm, rounding * vectors(attention_a).norm).amax(1),
+        scores_LH=torch.maximum(vectors(scores_a - scores_b).norm, rounding * vectors(scores_a).norm).amax(1),
+    )
 
 
 def is_above_floor(norm: Tensor, floor: Tensor) -> Tensor:
@@ -156,10 +165,14 @@ def sim_aou_norm(in_context: AttentionChange, finetuned: AttentionChange, *, flo
     return defined_where(_both_above(in_context, finetuned, floor_L), cosine(in_context.unit, finetuned.unit))
 
 
-def uniform_update(zero_shot: Vectors, generator: torch.Generator) -> Tensor:
-    """Return a random state: zero-shot plus an update of i.i.d. uniform [0, 1) numbers, whatever the size of the real update."""
+def uniform_update(zero_shot: Vectors, generator: torch.Generator) -> AttentionChange:
+    """Return a random change, of the outputs and of the normalised outputs alike: i.i.d. uniform [0, 1) numbers, whatever the size of the real one.
+
+    Source: the code of Deutch et al. 2024.
+    """
     # Drawn in float32, here and below: several times as fast as float64, and any random numbers will do.
-    return torch.rand(zero_shot.values.shape, generator=generator).to(zero_shot.values).add_(zero_shot.values)
+    update = vectors(torch.rand(zero_shot.values.shape, generator=generator))
+    return AttentionChange(raw=update, unit=update)
 
 
 def gaussian_state(zero_shot: Vectors, update_norm_LQ: Tensor, generator: torch.Generator) -> Tensor:

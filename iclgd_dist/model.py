@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,28 +24,46 @@ from accelerate import dispatch_model, init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.functional import softmax
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from iclgd_dist.config import ModelSpec, Resources
-from iclgd_dist.families import Family, family_of
+from iclgd_dist.families import Family, family_of, num_key_heads
+from iclgd_dist.untrained import redraw
 
 RECORDED = "iclgd_recorded"
 ScoreSink = Callable[[nn.Module, Tensor, Tensor, float], None]
 _sink: ScoreSink | None = None
 
 
-def _recorded_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """transformers' SDPA, after showing queries (B, H, T, d) and keys (B, H_kv, S, d) to whoever listens."""
-    if _sink is not None:
-        scaling = kwargs.get("scaling")
-        _sink(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+def _recorded(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an attention function that shows queries (B, H, T, d) and keys (B, H_kv, S, d) to whoever listens, then computes."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        if _sink is not None:
+            scaling = kwargs.get("scaling")
+            _sink(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return compute(module, query, key, value, attention_mask, **kwargs)
+
+    return attend
 
 
-AttentionInterface.register(RECORDED, _recorded_attention)
-AttentionMaskInterface.register(RECORDED, sdpa_mask)  # without it no mask is made for an attention function of ours
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)  # each family has its own
+
+
+# Without a mask function under the same name, no mask is made for an attention function of ours.
+for _name, _compute, _mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask)):
+    AttentionInterface.register(f"{RECORDED}_{_name}", _recorded(_compute))
+    AttentionMaskInterface.register(f"{RECORDED}_{_name}", _mask)
+
+
+def attention_of(family: Family) -> str:
+    """Return the attention implementation that a model of this family is loaded with."""
+    return f"{RECORDED}_{family.implementation}" if family.scores == "interface" else family.implementation
 
 
 @contextlib.contextmanager
@@ -87,6 +106,15 @@ class LanguageModel:
     def num_heads(self) -> int:
         return int(self.model.config.num_attention_heads)
 
+    @cached_property
+    def num_key_heads(self) -> int:
+        return num_key_heads(self.model.config.to_dict(), self.num_heads)
+
+    @property
+    def has_relative_positions(self) -> bool:
+        """Whether queries and keys depend on no absolute position."""
+        return self.family.has_relative_positions
+
     @property
     def delta_dtype(self) -> torch.dtype:
         """Dtype of deltas and of the sums they enter: float32, float64 on a float64 model."""
@@ -110,7 +138,8 @@ class LanguageModel:
         layer: Any = self.layers[index]
         hook = getattr(layer, "_hf_hook", None)
         device = self.device_of(layer)
-        with default_dtype(self.delta_dtype):  # XGLM makes constants in the default dtype that overflow when a float64 model meets float32
+        # XGLM makes constants in the default dtype that overflow when a float64 model meets float32.
+        with default_dtype(self.delta_dtype), _Float64() if self.compute_dtype == torch.float64 else contextlib.nullcontext():
             if hook is None:
                 yield layer
                 return
@@ -121,12 +150,18 @@ class LanguageModel:
                 hook.post_forward(layer, None)
 
     def early_exit(self, hidden_XD: Tensor) -> Tensor:
-        """Return logits (..., V) of hidden states after any layer: final norm, projection where the model has one, output head."""
+        """Return logits (..., V) of hidden states after any layer: final norm, projection where the model has one, output head, scaling or cap."""
         for path in (self.family.norm, self.family.project_out, self.family.head):
-            module = _at(self.model, path)
+            module = module_at(self.model, path)
             if module is not None:
                 hidden_XD = module(hidden_XD.to(self.device_of(module)))
-        return hidden_XD
+        how, name = self.family.logits or ("times", None)
+        number = getattr(self.model.config, name) if name else None
+        if number is None:
+            return hidden_XD
+        if how == "cap":
+            return torch.tanh(hidden_XD / number) * number
+        return hidden_XD * number if how == "times" else hidden_XD / number
 
 
 @contextlib.contextmanager
@@ -140,7 +175,20 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _at(root: Any, path: str | None) -> Any:
+class _Float64(TorchFunctionMode):
+    """Keeps queries, keys and scores of a float64 model in float64: several families round them to float32 whatever their weights are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.float, Tensor.to, softmax) and args and args[0].dim() == 4 and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def module_at(root: Any, path: str | None) -> Any:
     """Return the attribute at a dotted path, or None where it or a step to it is absent."""
     for name in path.split(".") if path else ():
         root = getattr(root, name, None)
@@ -150,7 +198,7 @@ def _at(root: Any, path: str | None) -> Any:
 def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtype: str, name: str = "model", tokenizer: Any = None) -> LanguageModel:
     """Load a model directory through accelerate: on one device, sharded over the GPUs of a node, or offloaded to CPU or disk.
 
-    Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`; offloaded ones rest in the former.
+    Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`; offloaded ones rest in the former. Those of an untrained model are drawn anew.
     Errors: SweepError for an unsupported architecture.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32: part of a cell's key
@@ -159,7 +207,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     family = family_of(config.model_type)
     compute, storage = getattr(torch, spec.compute_dtype), getattr(torch, storage_dtype)
     has_gpu = resources.gpus_per_actor > 0 and torch.cuda.is_available()  # an actor that asked for none leaves the GPUs to others
-    attention = RECORDED if family.scores == "interface" else "eager"
+    attention = attention_of(family)
     place: dict[str, Any] = {"device_map": resources.device_map}
     if resources.device_map == "disk":
         place["device_map"] = _layers_on_disk(config, family, main=0 if has_gpu else "cpu")
@@ -178,6 +226,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
         offload_folder=folder.name,
         **place,
     )
+    redraw(model, family, spec, next(_offloaded(model), None))
     _hook_whole_layers(model, family)
     _raise(model, compute)
     _rebuild_buffers(model, config, compute)
@@ -196,24 +245,27 @@ def _layers_on_disk(config: Any, family: Family, *, main: int | str) -> dict[str
 
 def _hook_whole_layers(model: Any, family: Family) -> None:
     """Where weights are offloaded, let a decoder layer come in as a whole: transformers hooks every leaf, which would load it for each micro-batch."""
-    datasets = [hook.weights_map.dataset for module in model.modules() for hook in _hooks(module) if getattr(hook, "weights_map", None) is not None]
-    if not datasets:
+    if (offloaded := next(_offloaded(model), None)) is None:
         return
     remove_hook_from_submodules(model)
     dispatch_model(
         model,
         model.hf_device_map,
-        state_dict=datasets[0].state_dict or None,
-        offload_dir=datasets[0].save_folder,
-        offload_index=datasets[0].index,
+        state_dict=offloaded.state_dict or None,
+        offload_dir=offloaded.save_folder,
+        offload_index=offloaded.index,
         preload_module_classes=[type(attrgetter(family.layers)(model)[0]).__name__],
         skip_keys="past_key_values",
     )
 
 
-def _hooks(module: nn.Module) -> list[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
+def _offloaded(model: Any) -> Iterator[Any]:
+    """Yield what holds the weights that are offloaded, once for each hook that reads it."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for single in getattr(hook, "hooks", [hook]):
+            if getattr(single, "weights_map", None) is not None:
+                yield single.weights_map.dataset
 
 
 def _rebuild_buffers(model: Any, config: Any, dtype: torch.dtype) -> None:

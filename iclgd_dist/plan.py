@@ -8,85 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from iclgd_dist.config import HUB_TASKS, METHOD_VERSIONS, ModelSpec, Resources, Sweep, SweepError
-from iclgd_dist.cost import Cost, cost_of
+from iclgd_dist.blocks import Block, Cell, max_positions, with_cells
+from iclgd_dist.config import HUB_TASKS, ModelSpec, Sweep, SweepError
+from iclgd_dist.contexts import with_controls
+from iclgd_dist.cost import Cost
+from iclgd_dist.encoding import Encoded, encode, fits_context
 from iclgd_dist.families import family_of
-from iclgd_dist.protocol import Protocol
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify, load_tokenizer
-from iclgd_dist.tasks import Draw, Encoded, Query, Task, draw_demonstrations, draw_queries, encode, fits_context, load_task
+from iclgd_dist.tasks import Draw, Task, draw_bare, draw_demonstrations, load_task, query_order, with_demonstrations
 
 KEY_SCHEMA = 1
 MAX_CELLS = 10_000_000  # more would take hours to write down
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One grid point of a block."""
-
-    key: str
-    kind: str  # zero_shot, icl or finetuned
-    method: str | None = None
-    learning_rate: float | None = None
-    step: int | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """One model, task, k, seed and order with the cells that are still missing. A Tune trial is a block. Plain data; travels to actors."""
-
-    name: str
-    model: ModelIdentity
-    spec: ModelSpec
-    storage_dtype: str
-    protocol: Protocol
-    resources: Resources
-    draw: Draw
-    num_demonstrations: int
-    seed: int
-    order: int
-    query_seed: int
-    sweep: str
-    cells: tuple[Cell, ...]
-    cost: Cost
-
-    def learning_rates(self, method: str) -> list[float]:
-        """Return the learning rates of a method's missing cells, ascending: its lanes."""
-        return sorted({cell.learning_rate for cell in self.cells if cell.method == method and cell.learning_rate is not None})
-
-    def steps(self, method: str) -> list[int]:
-        return sorted({cell.step for cell in self.cells if cell.method == method and cell.step is not None})
-
-    def identity(self, cell: Cell) -> dict[str, Any]:
-        """Return the IDENTITY columns of one of its cells."""
-        drawn = cell.kind != "zero_shot"
-        return {
-            "key": cell.key,
-            "kind": cell.kind,
-            "model": self.model.name,
-            "model_source": self.model.source,
-            "model_hash": self.model.content_hash,
-            "model_notes": list(self.model.notes),
-            "family": self.model.model_type,
-            "storage_dtype": self.storage_dtype,
-            "compute_dtype": self.spec.compute_dtype,
-            "task": self.draw.task,
-            "num_demonstrations": self.num_demonstrations if drawn else None,
-            "seed": self.seed if drawn else None,
-            "order": self.order if drawn else None,
-            "num_queries": len(self.draw.queries),
-            "query_seed": self.query_seed,
-            "train_on": "true" if cell.kind == "finetuned" else None,
-            "method": cell.method,
-            "learning_rate": cell.learning_rate,
-            "step": cell.step,
-            "origin": "grid",
-            "sweep": self.sweep,
-        }
 
 
 @dataclass(frozen=True)
@@ -107,18 +44,34 @@ class Plan:
         """Cells that remain; the zero-shot cell that blocks of one task share counts once."""
         return len({cell.key for block in self.blocks for cell in block.cells})
 
+    def of_blocks(self) -> Plan:
+        """Return the plan of its blocks alone, as if nothing else had been planned."""
+        keys = tuple(dict.fromkeys(cell.key for block in self.blocks for cell in block.cells))
+        return replace(self, num_cells=len(keys), num_done=0, keys=keys, num_blocks_planned=len(self.blocks))
+
 
 def count_cells(sweep: Sweep) -> tuple[int, int]:
     """Return the numbers of cells and of blocks, from the file alone."""
-    draws = len(sweep.seeds) * sweep.orders
-    trained = sum(len(rates) for rates in sweep.learning_rates.values())
-    per_task = 1 + sum(draws * (1 + trained * sum(step <= k for step in sweep.steps)) for k in sweep.num_demonstrations)
-    pairs = len(sweep.models) * len(sweep.tasks)
-    return pairs * per_task, pairs * draws * len(sweep.num_demonstrations)
+    num_cells = num_blocks = 0
+    for task in sweep.tasks:
+        runs = sweep.num_runs(task)
+        trained = len(sweep.controls.train_on) * sum(len(rates) for rates in sweep.rates_of(task).values())
+        num_cells += 1 + sum(runs * (1 + trained * sum(step <= k for step in sweep.steps)) for k in sweep.num_demonstrations)
+        num_blocks += runs * len(sweep.num_demonstrations)
+    return len(sweep.models) * num_cells, len(sweep.models) * num_blocks
 
 
-def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreachable: bool = False, progress: Callable[[str], None] = lambda text: None) -> Plan:
+def make_plan(
+    sweep: Sweep,
+    finished: Collection[str] = (),
+    *,
+    tolerate_unreachable: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+    choose: Callable[[Block, Encoded], Block | None] | None = None,
+) -> Plan:
     """Expand, subtract the keys in `finished`, group and estimate. Blocks are ordered by model, then seed, then task.
+
+    `choose` sees each whole block and returns what is to be run of it, instead of the cells that are not finished.
 
     Errors: SweepError for a task, model, label, prompt or draw that cannot be used; SourceUnreachable unless tolerated.
     """
@@ -132,29 +85,39 @@ def make_plan(sweep: Sweep, finished: Collection[str] = (), *, tolerate_unreacha
     keys: dict[str, None] = {}
     blocks: list[Block] = []
     tasks: dict[str, Task | None] = {}
+    orders: dict[tuple[int, str], list[int]] = {}
+    for name in sweep.tasks:
+        for seed, order in sweep.runs_of(name):
+            orders.setdefault((seed, name), []).append(order)
+    encoders: dict[str, _Encoder] = {}  # by content: untrained models have the tokenizer of the trained one
     for spec in sweep.models:
         try:
             progress(f"identifying {spec.source}")
             model = identify(spec, folder=sweep.folder)
             family_of(model.model_type)
-            for name in sweep.tasks:  # before a tokenizer, which takes seconds to import
+            others = [sweep.control_task_of(name) for name in sweep.tasks if sweep.controls.need_other_task]
+            for name in (*sweep.tasks, *others):  # before a tokenizer, which takes seconds to import
                 if name not in tasks:
                     progress(f"reading {name}")
                     tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
-            progress(f"reading the tokenizer of {model.name}")
-            encoder = _Encoder(sweep, model, said)
+            if model.content_hash not in encoders:
+                progress(f"reading the tokenizer of {model.name}")
+                encoders[model.content_hash] = _Encoder(sweep, model, tasks, said)
+            encoder = encoders[model.content_hash]
         except SourceUnreachable as error:
             if not tolerate_unreachable:
                 raise
             said.unreachable.append(str(error))
             continue
-        for seed, name in product(sweep.seeds, sweep.tasks):
-            if (task := tasks[name]) is None:
+        for seed, name in product(dict.fromkeys(seed for seed, _ in orders), sweep.tasks):
+            if (seed, name) not in orders or not encoder.has(name):
                 continue
             progress(f"drawing {name}, seed {seed}")
-            for block, encoded in _blocks(sweep, spec, model, task, seed, encoder):
+            for block, encoded in _blocks(sweep, spec, model, name, seed, orders[seed, name], encoder):
                 missing = tuple(cell for cell in block.cells if cell.key not in finished)
-                if any(cell.key not in keys for cell in missing):  # else another block does all of it
+                if choose is not None:
+                    blocks += [chosen] if (chosen := choose(block, encoded)) else []
+                elif any(cell.key not in keys for cell in missing):  # else another block does all of it
                     blocks.append(with_cells(block, missing, encoded))
                 keys |= dict.fromkeys(cell.key for cell in block.cells)
     if not said.unreachable and len(keys) < num_cells:
@@ -185,37 +148,50 @@ def _load(sweep: Sweep, name: str, said: _Said, *, tolerate_unreachable: bool) -
             raise
         said.unreachable.append(str(error))
         return None
-    draw_demonstrations(task, num_demonstrations=max(sweep.num_demonstrations), seed=0)  # are there enough?
+    draw_demonstrations(task, num_demonstrations=max(sweep.num_demonstrations), seed=0, protocol=sweep.protocol)  # are there enough?
     said.warnings += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-    if sweep.num_queries > len(task.queries):
-        said.warnings.append(f"task {name!r}: its query pool holds {len(task.queries)}; all of them are taken, instead of num_queries = {sweep.num_queries}")
+    if name in sweep.tasks and sweep.num_queries > (size := _query_pool(sweep, task)):
+        said.warnings.append(f"task {name!r}: its query pool holds {size}; all of them are taken, instead of num_queries = {sweep.num_queries}")
     return task
+
+
+def _query_pool(sweep: Sweep, task: Task) -> int:
+    return len(query_order(task, query_seed=sweep.query_seed, protocol=sweep.protocol))
 
 
 class _Encoder:
     """Draws and token ids for one model. Each text is tokenised once and each task's queries are drawn once, however many draws share them."""
 
-    def __init__(self, sweep: Sweep, model: ModelIdentity, said: _Said) -> None:
-        self.sweep, self.said, self.tokenizer = sweep, said, _Remembering(load_tokenizer(model))
+    def __init__(self, sweep: Sweep, model: ModelIdentity, tasks: Mapping[str, Task | None], said: _Said) -> None:
+        self.sweep, self.tasks, self.said, self.tokenizer = sweep, tasks, said, _Remembering(load_tokenizer(model))
         self.max_positions = max_positions(model.config)
-        self.queries: dict[str, tuple[tuple[Query, ...], int]] = {}
+        self.bare: dict[str, Draw] = {}  # with queries, without demonstrations
 
-    def draw(self, task: Task, k: int, seed: int, order: int) -> Draw:
-        sweep = self.sweep
-        if task.name not in self.queries:
+    def has(self, name: str) -> bool:
+        """Say whether a task, and the one that its controls are made of, can be drawn from."""
+        return self.tasks[name] is not None and not (self.sweep.controls.need_other_task and self._other(name) is None)
+
+    def _other(self, name: str) -> Task | None:
+        return self.tasks[self.sweep.control_task_of(name)] if self.sweep.controls.need_other_task else None
+
+    def draw(self, name: str, k: int, seed: int, order: int) -> Draw:
+        sweep, task = self.sweep, self.tasks[name]
+        assert task is not None
+        if name not in self.bare:
             fits = fits_context(self.tokenizer, task, protocol=sweep.protocol, max_positions=self.max_positions)
-            num_queries = min(sweep.num_queries, len(task.queries))
-            self.queries[task.name] = draw_queries(task, num_queries=num_queries, query_seed=sweep.query_seed, fits=fits)
-        queries, num_left_out = self.queries[task.name]
-        demonstrations = draw_demonstrations(task, num_demonstrations=k, seed=seed, order=order)
-        assert not {example.prompt for example in demonstrations} & {query.prompt for query in queries}
-        return Draw(task.name, task.template, task.label_words, demonstrations, queries, num_left_out)
+            num_queries = min(sweep.num_queries, _query_pool(sweep, task))
+            self.bare[name] = draw_bare(task, num_queries=num_queries, query_seed=sweep.query_seed, fits=fits, protocol=sweep.protocol)
+        found = with_demonstrations(self.bare[name], task, num_demonstrations=k, seed=seed, order=order, protocol=sweep.protocol)
+        controls, other = sweep.controls, self._other(name)
+        return with_controls(found, task, contexts=controls.contexts, train_on=controls.train_on, other=other, seed=seed, protocol=sweep.protocol)
 
     def encode(self, draw: Draw) -> Encoded:
         encoded = encode(draw, self.tokenizer, protocol=self.sweep.protocol, max_positions=self.max_positions)
         for word, ids in zip(draw.label_words, encoded.label_ids, strict=True):
             if len(ids) > 1:
                 self.said.notes.append(f"label {word!r} of {draw.task} has {len(ids)} tokens; scored by the mean of their log-probabilities")
+        if encoded.num_context_demonstrations < (k := len(draw.demonstrations)):
+            self.said.notes.append(f"{draw.task}: some contexts have room for fewer than {k} demonstrations; finetuning sees all of them")
         return encoded
 
 
@@ -234,17 +210,22 @@ class _Remembering:
         return {"input_ids": [self._known[text] for text in texts]}
 
 
-def _blocks(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, task: Task, seed: int, encoder: _Encoder) -> Iterator[tuple[Block, Encoded]]:
+def _blocks(
+    sweep: Sweep, spec: ModelSpec, model: ModelIdentity, name: str, seed: int, orders: Sequence[int], encoder: _Encoder
+) -> Iterator[tuple[Block, Encoded]]:
     storage = spec.storage_dtype or str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
-    for k, order in product(sweep.num_demonstrations, range(sweep.orders)):
-        drawn = encoder.draw(task, k, seed, order)
+    for k, order in product(sweep.num_demonstrations, orders):
+        drawn = encoder.draw(name, k, seed, order)
         block = Block(
             name="",
             model=model,
             spec=spec,
             storage_dtype=storage,
             protocol=sweep.protocol,
+            controls=sweep.controls,
             resources=sweep.resources,
+            methods=tuple(sweep.method_spec(method) for method in sweep.methods),
+            metrics=sweep.metric,
             draw=drawn,
             num_demonstrations=k,
             seed=seed,
@@ -267,63 +248,27 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
         "template": drawn.template,
         "label_words": list(drawn.label_words),
         "queries": [[query.id, query.prompt, query.label] for query in drawn.queries],
-        **{f"protocol.{name}": value for name, value in sweep.protocol.model_dump(exclude_defaults=True).items()},
+        **{f"protocol.{name}": value for name, value in sweep.protocol.switches().items()},
+        **({"init": spec.init, "init_scheme": spec.init_scheme, "init_seed": spec.init_seed} if spec.init != "trained" else {}),
     }
+    keeps, last_step = sweep.capture.keep, max((step for step in sweep.steps if step <= k), default=None)
     shown = base | {"demonstrations": [[d.id, d.prompt, d.label] for d in drawn.demonstrations], "seed": seed, "order": order}
-    cells = [Cell(key_of(base | {"kind": "zero_shot"}), "zero_shot"), Cell(key_of(shown | {"kind": "icl"}), "icl")]
+    baselines = {"zero_shot": base, "icl": shown}
+    cells = [Cell(key_of(values | {"kind": kind}), kind, is_kept=keeps != "none") for kind, values in baselines.items()]
     # Hashed once for the block: a cell's key is the hash of its draw's hash and its own few values.
     trained = {"kind": "finetuned", "draw": key_of(shown)}
-    for method, rates in sweep.learning_rates.items():
+    variants: dict[str, dict[str, Any]] = {"true": {}}
+    for each in drawn.trainings:
+        texts = [[d.id, d.prompt, each.label_words[d.label]] for d in each.demonstrations]
+        variants[each.name] = {"train_on": each.name, "training": texts}
+    for train_on, (method, rates) in product(sweep.controls.train_on, sweep.rates_of(drawn.task).items()):
         for rate, step in product(rates, [step for step in sweep.steps if step <= k]):
-            point = {"method": method, "method_version": METHOD_VERSIONS[method], "learning_rate": float(rate).hex(), "step": step}
-            cells.append(Cell(key_of(trained | point), "finetuned", method, rate, step))
+            point = sweep.method_spec(method).key() | {"learning_rate": float(rate).hex(), "step": step}
+            is_kept = keeps == "all" or (keeps == "final_step" and step == last_step)
+            cells.append(Cell(key_of(trained | variants[train_on] | point), "finetuned", method, rate, step, train_on, is_kept))
     return tuple(cells)
 
 
 def key_of(values: dict[str, Any]) -> str:
     """Return the sha256 of canonical JSON. An option at its default is left out of `values`, so that later options leave old keys as they are."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
-
-
-def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block:
-    """Return the block with other cells, named and costed anew."""
-    named = hashlib.sha256("\n".join(sorted(cell.key for cell in cells)).encode()).hexdigest()[:8]
-    name = f"{block.draw.task}-k{block.num_demonstrations}-s{block.seed}-o{block.order}-{named}"
-    block = replace(block, cells=cells, name=name)
-    lanes = {method: (len(block.learning_rates(method)), block.steps(method)) for method in METHOD_VERSIONS if block.learning_rates(method)}
-    return replace(block, cost=cost_of(encoded, config=block.model.config, compute_dtype=block.spec.compute_dtype, lanes=lanes))
-
-
-def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
-    """Split the lanes of the largest blocks until there is one for each actor; a learning rate of both methods stays together.
-
-    Each part repeats its block's baselines: that is what splitting costs.
-    """
-    parts = list(blocks)
-    while 0 < len(parts) < num_actors:
-        wide = [number for number, part in enumerate(parts) if len(halve(part)) == 2]
-        if not wide:
-            break
-        largest = max(wide, key=lambda number: (parts[number].cost.flops, -number))
-        parts[largest : largest + 1] = halve(parts[largest])
-    return tuple(parts)
-
-
-def halve(block: Block) -> tuple[Block, ...]:
-    """Return two blocks with half of the learning rates each, or the block itself where there is only one."""
-    rates = sorted({cell.learning_rate for cell in block.cells if cell.learning_rate is not None})
-    if len(rates) < 2:
-        return (block,)
-    middle = rates[len(rates) // 2]
-    halves = []
-    for number, lower in enumerate((True, False), 1):
-        cells = tuple(cell for cell in block.cells if (lower if cell.learning_rate is None else (cell.learning_rate < middle) == lower))
-        trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
-        base = block.cost.baseline_flops
-        cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
-        halves.append(replace(block, cells=cells, name=f"{block.name}.{number}", cost=cost))
-    return tuple(halves)
-
-
-def max_positions(config: dict[str, Any]) -> int | None:
-    return config.get("max_position_embeddings") or config.get("n_positions")

@@ -16,62 +16,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iclgd_dist.attention import recording_queries, recording_scores
 from iclgd_dist.deltas import Deltas, attached
 from iclgd_dist.layerwise import Prefix, Replay
 from iclgd_dist.metrics import Capture
-from iclgd_dist.model import LanguageModel, listening
+from iclgd_dist.model import LanguageModel
+from iclgd_dist.schema import NUM_KENDALL_QUERIES
 
 # Measured on two CPU cores: 1,024 tokens a micro-batch stay in the cache and take 3/4 of the time of 4,096. A GPU wants larger ones.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 
 
+_nothing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class _Row:
-    """One row of a micro-batch: a query's prompt, and all but the last token of one label that has several."""
+    """One row of a micro-batch: a query's prompt, with the beginning of a label that has several tokens, or with the label that is recorded."""
 
     query: int
     ids: tuple[int, ...]
-    num_prompt: int  # tokens of the prompt; its last one is the recorded position
+    num_prompt: int  # tokens of the prompt
     labels: tuple[int, ...]  # labels scored in this row
-    is_recorded: bool
+    recorded: int | None  # position that is recorded
 
 
-def _rows(query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[_Row]:
+def _rows(query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]], numbers: Sequence[int], *, at_label: bool) -> list[_Row]:
     short = tuple(n for n, ids in enumerate(label_ids) if len(ids) == 1)
     long = [n for n, ids in enumerate(label_ids) if len(ids) > 1]
     rows = []
     for number in numbers:
         prompt = tuple(query_ids[number])
         # The first row of a query is the recorded one and scores the one-token labels too: what follows the prompt cannot change it.
-        first, others = (long[0], long[1:]) if long else (None, [])
-        ids = prompt if first is None else prompt + tuple(label_ids[first][:-1])
-        rows.append(_Row(number, ids, len(prompt), short if first is None else (*short, first), True))
-        rows += [_Row(number, prompt + tuple(label_ids[n][:-1]), len(prompt), (n,), False) for n in others]
+        first = 0 if at_label else next(iter(long), None)
+        added = () if first is None else tuple(label_ids[first]) if at_label else tuple(label_ids[first][:-1])
+        scored = tuple(dict.fromkeys(short if first is None else (*short, first)))
+        rows.append(_Row(number, prompt + added, len(prompt), scored, len(prompt) - 1 + (len(added) if at_label else 0)))
+        rows += [_Row(number, prompt + tuple(label_ids[n][:-1]), len(prompt), (n,), None) for n in long if n != first]
     return rows
 
 
 class _MicroBatch:
     """Some rows of all lanes on their way up, with the index tensors that read them."""
 
-    def __init__(self, lm: LanguageModel, rows: list[_Row], num_lanes: int, lead: Sequence[int], prefix: Prefix | None) -> None:
-        self.rows, self.lead = rows, len(lead)
-        width = self.lead + max(len(row.ids) for row in rows)
-        ids_RT = torch.zeros(len(rows), width, dtype=torch.long)
-        for n, row in enumerate(rows):
-            ids_RT[n, : self.lead + len(row.ids)] = torch.tensor([*lead, *row.ids])
-        self.replay = Replay(lm, ids_RT.repeat(num_lanes, 1), cache=prefix.cache() if prefix else None)
-        self.recorded = [n for n, row in enumerate(rows) if row.is_recorded]
+    def __init__(self, replay: Replay, rows: list[_Row], num_lanes: int, lead: int) -> None:
+        self.replay, self.rows, self.lead = replay, rows, lead
+        self.recorded = [n for n, row in enumerate(rows) if row.recorded is not None]
         self.queries = [rows[n].query for n in self.recorded]
-        # Per lane x recorded row: batch row, and position of the last prompt token.
+        # Per lane x recorded row: batch row, and recorded position.
         self.at_B = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n in self.recorded])
-        self.position_B = torch.tensor([self.lead + rows[n].num_prompt - 1 for _ in range(num_lanes) for n in self.recorded])
-        self.num_tokens = [rows[n].num_prompt for n in self.recorded]
+        self.position_B = torch.tensor([lead + (rows[n].recorded or 0) for _ in range(num_lanes) for n in self.recorded])
+        self.num_tokens = [(rows[n].recorded or 0) + 1 for n in self.recorded]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What queries follow: a prefix, how much of it, and which of its columns are the items that attention is ranked over."""
+
+    prefix: Prefix
+    length: int
+    columns_T: Tensor | None = None
 
 
 class QueryPass:
     """All queries, all lanes, on their way up through the layers; captures are taken on the way.
 
-    With `prefix` the queries follow a shared context whose replay must climb each layer first; without, each row starts with the ids `lead`.
+    With `context` the queries follow a shared prefix whose replay must climb each layer first; without, each row starts with the ids `lead`.
+    `at_label` records at the last token of the first label, appended to the prompt, instead of at the prompt's last token. `shift` moves the positions of
+    what follows `lead`, for models with absolute ones.
     """
 
     def __init__(
@@ -81,41 +93,52 @@ class QueryPass:
         label_ids: Sequence[Sequence[int]],
         *,
         lead: Sequence[int] = (),
-        prefix: Prefix | None = None,
+        context: Context | None = None,
         num_lanes: int = 1,
         tokens_per_batch: int | None = None,
         numbers: Sequence[int] | None = None,
+        at_label: bool = False,
+        shift: int = 0,
     ) -> None:
-        self.lm, self.label_ids, self.num_lanes = lm, label_ids, num_lanes
+        self.lm, self.label_ids, self.num_lanes, self.context = lm, label_ids, num_lanes, context
         tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(lm.input_device.type, TOKENS_PER_BATCH["cuda"])
         numbers = list(range(len(query_ids))) if numbers is None else list(numbers)
         self.slot = {number: slot for slot, number in enumerate(numbers)}
-        lead = () if prefix else tuple(lead)
+        lead = () if context else tuple(lead)
         by_length = sorted(numbers, key=lambda number: len(query_ids[number]))
-        self.batches = [
-            _MicroBatch(lm, _rows(query_ids, label_ids, some), num_lanes, lead, prefix)
-            for some in _packed(by_length, query_ids, label_ids, num_lanes, len(lead), tokens_per_batch)
-        ]
-        num_queries, num_tokens = len(numbers), max(len(query_ids[number]) for number in numbers)
+        self.batches = []
+        for some in _packed(by_length, query_ids, label_ids, num_lanes, len(lead), tokens_per_batch):
+            rows = _rows(query_ids, label_ids, some, at_label=at_label)
+            ids_RT = torch.zeros(len(rows), len(lead) + max(len(row.ids) for row in rows), dtype=torch.long)
+            for n, row in enumerate(rows):
+                ids_RT[n, : len(lead) + len(row.ids)] = torch.tensor([*lead, *row.ids])
+            positions_T = torch.arange(ids_RT.shape[1]) + shift * (torch.arange(ids_RT.shape[1]) >= len(lead)) if shift else None
+            cache = context.prefix.cache(context.length) if context else None
+            self.batches.append(_MicroBatch(Replay(lm, ids_RT.repeat(num_lanes, 1), cache=cache, positions_T=positions_T), rows, num_lanes, len(lead)))
+        num_queries = len(numbers)
+        num_tokens = max(len(query_ids[number]) for number in numbers) + (len(label_ids[0]) if at_label else 0)
         dtype = lm.delta_dtype
         self.attention_NLQD = torch.zeros(num_lanes, lm.num_layers, num_queries, lm.width, dtype=dtype)
         self.scores_NLQHT = torch.zeros(num_lanes, lm.num_layers, num_queries, lm.num_heads, num_tokens, dtype=dtype)
         self.label_scores_NQC = torch.zeros(num_lanes, num_queries, len(label_ids), dtype=torch.float64)
+        self.ranked_LNQT: dict[int, Tensor] = {}  # layer -> raw attention of the first queries to the demonstrations' tokens
 
     @torch.no_grad()
-    def climb(self, layer: Callable[..., Any], index: int, deltas: Deltas | None = None) -> None:
-        """Move all queries up through layer `index` with `deltas` attached, recording on the way."""
+    def climb(self, layer: Callable[..., Any], index: int, deltas: Deltas | None = None, *, trained_NTW: Tensor | None = None) -> None:
+        """Move all queries up through layer `index` with `deltas` attached, recording on the way.
+
+        `trained_NTW`: the query projections of the demonstrations' tokens, recorded while training; what the queries attend to by them is recorded too.
+        """
         for batch in self.batches:
-            with attached(self.lm, index, deltas or {}), self._recording(batch, index):
+            with attached(self.lm, index, deltas or {}), self._recording(batch, index, trained_NTW):
                 batch.replay.climb(layer, index)
 
     @contextlib.contextmanager
-    def _recording(self, batch: _MicroBatch, index: int) -> Iterator[None]:
-        module = attrgetter(self.lm.family.attention)(self.lm.layers[index])
+    def _recording(self, batch: _MicroBatch, index: int, trained_NTW: Tensor | None) -> Iterator[None]:
+        module = attrgetter(self.lm.family.output)(self.lm.layers[index])
         slots = [self.slot[query] for query in batch.queries]
 
-        def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden_BTD = output[0] if isinstance(output, tuple) else output
+        def keep_output(_module: nn.Module, _args: Any, hidden_BTD: Tensor) -> None:
             taken = hidden_BTD[batch.at_B.to(hidden_BTD.device), batch.position_B.to(hidden_BTD.device)]
             self.attention_NLQD[:, index, slots] = taken.view(self.num_lanes, len(slots), -1).to(self.attention_NLQD)
 
@@ -125,22 +148,37 @@ class QueryPass:
             first = key_BHTd.shape[2] - query_BHTd.shape[2] + batch.lead
             query = query_BHTd[at, :, position].to(self.scores_NLQHT.dtype)
             key = key_BHTd[at, :, first:].to(self.scores_NLQHT.dtype)
+            if self.context is not None and self.context.columns_T is not None:
+                # Summed over heads: the queries of a group meet the same key. All rows share the prefix.
+                grouped = query.unflatten(1, (key.shape[1], -1)).sum(2).flatten(1)
+                shown = key_BHTd[0, :, self.context.columns_T.to(key.device)].to(grouped.dtype).transpose(1, 2).flatten(0, 1)
+                self._keep_ranked(index, slots, (grouped @ shown * scaling)[None])
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped keys: one per query head
             taken = torch.einsum("bhd,bhtd->bht", query, key) * scaling
             taken = taken.view(self.num_lanes, len(slots), query.shape[1], -1).to(self.scores_NLQHT.device)
             for slot, column, count in zip(slots, range(len(slots)), batch.num_tokens, strict=True):
                 self.scores_NLQHT[:, index, slot, :, :count] = taken[:, column, :, :count]
 
+        def keep_ranked(query_BTHd: Tensor) -> None:
+            assert trained_NTW is not None
+            taken = query_BTHd[batch.at_B.to(query_BTHd.device), batch.position_B.to(query_BTHd.device)].flatten(1)
+            taken_NQW = taken.view(self.num_lanes, len(slots), -1).to(trained_NTW)
+            self._keep_ranked(index, slots, taken_NQW @ trained_NTW.mT / query_BTHd.shape[-1])  # both projections are scaled by 1 / sqrt(d)
+
         handle = module.register_forward_hook(keep_output)
         try:
-            if self.lm.family.scores == "interface":
-                with listening(keep_scores):
-                    yield
-            else:
-                with _projections(self.lm, index, keep_scores):
-                    yield
+            with recording_scores(self.lm, index, keep_scores), recording_queries(self.lm, index, keep_ranked) if trained_NTW is not None else _nothing:
+                yield
         finally:
             handle.remove()
+
+    def _keep_ranked(self, index: int, slots: list[int], map_NQT: Tensor) -> None:
+        if index not in self.ranked_LNQT:
+            num_queries = min(NUM_KENDALL_QUERIES, len(self.slot))
+            self.ranked_LNQT[index] = torch.zeros(self.num_lanes, num_queries, map_NQT.shape[-1], dtype=self.lm.delta_dtype)
+        kept = self.ranked_LNQT[index]
+        among = [column for column, slot in enumerate(slots) if slot < kept.shape[1]]
+        kept[:, [slots[column] for column in among]] = map_NQT[:, among].to(kept)
 
     @torch.no_grad()
     def captures(self) -> list[Capture]:
@@ -148,7 +186,16 @@ class QueryPass:
         for batch in self.batches:
             assert batch.replay.next_layer == self.lm.num_layers, f"{batch.replay.next_layer} of {self.lm.num_layers} layers were climbed"
             self._score_labels(batch)
-        return [Capture(self.attention_NLQD[n], self.scores_NLQHT[n], self.label_scores_NQC[n]) for n in range(self.num_lanes)]
+        ranked_LNQT = [self.ranked_LNQT[index] for index in sorted(self.ranked_LNQT)]
+        return [
+            Capture(
+                self.attention_NLQD[n],
+                self.scores_NLQHT[n],
+                self.label_scores_NQC[n],
+                torch.stack([layer[n] for layer in ranked_LNQT]) if ranked_LNQT else None,
+            )
+            for n in range(self.num_lanes)
+        ]
 
     def _score_labels(self, batch: _MicroBatch) -> None:
         """Add each label's mean log-probability; the output head reads only the positions that predict a label token."""
@@ -169,29 +216,6 @@ class QueryPass:
             log_probability_X = logits_XV.logsumexp(-1)
             chosen_Y = (logits_XV[read_Y.to(logits_XV.device), token_Y.to(logits_XV.device)] - log_probability_X[read_Y.to(logits_XV.device)]).cpu()
             self.label_scores_NQC[lane].index_put_((slot_Y, label_Y), chosen_Y * weight_Y, accumulate=True)
-
-
-@contextlib.contextmanager
-def _projections(lm: LanguageModel, index: int, sink: Callable[[nn.Module, Tensor, Tensor, float], None]) -> Iterator[None]:
-    """Read queries and keys from the projections' outputs: for families whose attention function cannot be replaced."""
-    layer = lm.layers[index]
-    seen: dict[str, Tensor] = {}
-    modules = {part: attrgetter(path)(layer) for part, path in (("q", lm.family.query), ("k", lm.family.key))}
-    attention = attrgetter(lm.family.attention)(layer)
-
-    def heads(states_BTX: Tensor) -> Tensor:
-        return states_BTX.view(*states_BTX.shape[:2], lm.num_heads, -1).transpose(1, 2)
-
-    def keep(part: str) -> Callable[..., None]:
-        return lambda _module, _args, output: seen.__setitem__(part, heads(output))
-
-    handles = [module.register_forward_hook(keep(part)) for part, module in modules.items()]
-    handles.append(attention.register_forward_hook(lambda module, _args, _output: sink(module, seen["q"], seen["k"], module.scaling)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _packed(

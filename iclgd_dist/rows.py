@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iclgd_dist import metrics
+from iclgd_dist import metrics, ranking
 from iclgd_dist.metrics import Answers, AttentionChange, Capture, NoiseFloor, ScoreChange
 from iclgd_dist.schema import ACCURACY, EXAMPLE, FOLD, FOLDS, LAYER, NESTED, OUTCOME, POOLED, SIMILARITIES
 
@@ -27,13 +27,23 @@ ICL_COUNTS = ("rec2ftp_base", "num_zs_wrong", "num_zs_wrong_icl_right")  # those
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What the update that led to a step reports, of one lane."""
+    """What the update that led to a step reports, of one lane. NaN: nothing learns there."""
 
     loss: float
     loss_L: Sequence[float] | Tensor | None  # None where layers have no loss of their own
     gradient_norm_L: Sequence[float] | Tensor
-    delta_norm_k_L: Sequence[float] | Tensor
-    delta_norm_v_L: Sequence[float] | Tensor
+    delta_norms_L: Mapping[str, Sequence[float] | Tensor]  # part (q, k, v, o, mlp) -> norms
+
+
+@dataclass(frozen=True)
+class InContext:
+    """How the queries' states in some context differ from zero-shot. Made once, compared with every finetuned state."""
+
+    capture: Capture
+    attention: tuple[AttentionChange, ...]  # per layer
+    scores: tuple[ScoreChange, ...]  # per layer
+    norm_LQ: Tensor  # of the change of the attention output
+    items: tuple[tuple[int, int], ...] = ()  # per demonstration, its (start, stop) among the items of `capture.ranked_LQT`
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,21 @@ class Baseline:
     num_queries_left_out: int
     zero_shot_answers: Answers
     in_context_answers: Answers
-    attention: tuple[AttentionChange, ...]  # of ICL, per layer
-    scores: tuple[ScoreChange, ...]  # of ICL, per layer
+    in_context: InContext
     is_first_layer_still: bool
+    counts_first_layer: bool
+    has_eps: bool
     zero_shot_norm_LQ: Tensor
-    in_context_norm_LQ: Tensor
     sim_am_zs_LQ: Tensor
+
+    def floors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the noise floors of a layer: of the attention output, and of the scores (H,). Below every norm where the protocol has an eps instead."""
+        floors = self.noise.attention_L[layer], self.noise.scores_LH[layer]
+        return (floors[0] - math.inf, floors[1] - math.inf) if self.has_eps else floors
+
+    def settle(self, similarity: Tensor) -> Tensor:
+        """Return a cosine as the protocol has it: undefined is NaN, or 0 where the norms are held up by an eps."""
+        return similarity.nan_to_num(0.0) if self.has_eps else similarity
 
 
 def make_baseline(
@@ -69,8 +88,12 @@ def make_baseline(
     label_words: Sequence[str],
     num_queries_left_out: int = 0,
     is_first_layer_still: bool = False,
+    counts_first_layer: bool = False,
+    has_eps: bool = False,
 ) -> Baseline:
     """Return the baseline of a block: captures on the CPU, `folds_Q` A or B for each query.
+
+    `counts_first_layer`: means over layers of sim_am_delta include layer 0. `has_eps`: cosines of changes that are nothing are 0, as in the reference.
 
     `is_first_layer_still`: positions are relative (rotary, ALiBi), so that a context cannot change layer 0's scores of the query's own tokens. What
     is measured there is the rounding of rotations at other positions, and sim_am_delta is undefined.
@@ -79,12 +102,9 @@ def make_baseline(
     assert len(label_words) == zero_shot.label_scores_QC.shape[1], "one score per label"
     assert set(folds_Q) <= {"A", "B"}, "folds are A and B"
     _check(zero_shot, zero_shot)
-    _check(in_context, zero_shot)
     gold = torch.tensor(gold_Q, dtype=torch.int64)
     layers = range(len(zero_shot.attention_LQD))
-    attention = [metrics.vectors(layer_QD) for layer_QD in zero_shot.attention_LQD]
-    changes = tuple(metrics.attention_change(attention[layer], in_context.attention_LQD[layer]) for layer in layers)
-    scores = tuple(metrics.score_change(zero_shot.scores_LQHT[layer], in_context.scores_LQHT[layer]) for layer in layers)
+    icl = changed(zero_shot, in_context)
     return Baseline(
         zero_shot=zero_shot,
         noise=noise,
@@ -95,14 +115,23 @@ def make_baseline(
         label_words=tuple(label_words),
         num_queries_left_out=num_queries_left_out,
         is_first_layer_still=is_first_layer_still,
+        counts_first_layer=counts_first_layer,
+        has_eps=has_eps,
         zero_shot_answers=metrics.answers(zero_shot.label_scores_QC, gold),
         in_context_answers=metrics.answers(in_context.label_scores_QC, gold),
-        attention=changes,
-        scores=scores,
-        zero_shot_norm_LQ=torch.stack([layer.norm for layer in attention]),
-        in_context_norm_LQ=torch.stack([change.raw.norm for change in changes]),
-        sim_am_zs_LQ=torch.stack([metrics.sim_am_zs(scores[layer], zero_shot.scores_LQHT[layer]) for layer in layers]),
+        in_context=icl,
+        zero_shot_norm_LQ=torch.stack([metrics.vectors(layer_QD).norm for layer_QD in zero_shot.attention_LQD]),
+        sim_am_zs_LQ=torch.stack([metrics.sim_am_zs(icl.scores[layer], zero_shot.scores_LQHT[layer]) for layer in layers]),
     )
+
+
+def changed(zero_shot: Capture, state: Capture, *, items: Sequence[tuple[int, int]] = ()) -> InContext:
+    """Return how a capture of the same queries differs from zero-shot."""
+    _check(state, zero_shot)
+    layers = range(len(zero_shot.attention_LQD))
+    attention = tuple(metrics.attention_change(metrics.vectors(zero_shot.attention_LQD[layer]), state.attention_LQD[layer]) for layer in layers)
+    scores = tuple(metrics.score_change(zero_shot.scores_LQHT[layer], state.scores_LQHT[layer]) for layer in layers)
+    return InContext(state, attention, scores, torch.stack([change.raw.norm for change in attention]), tuple(items))
 
 
 def zero_shot_row(baseline: Baseline) -> Row:
@@ -122,42 +151,50 @@ def icl_row(baseline: Baseline) -> Row:
     return _row(
         baseline,
         baseline.in_context_answers,
-        figures=_over_layers(columns["all"]),
+        figures=_over_layers(baseline, columns["all"]),
         layers=[row for fold in FOLDS for row in _layer_rows(fold, baseline, columns[fold])],
         examples=_example_rows(baseline, baseline.in_context_answers, similarities),
     )
 
 
-def finetuned_row(baseline: Baseline, finetuned: Capture, *, training: TrainingRecord, random_seed: int) -> Row:
-    """Return the row of a finetuned cell whose captures are all finite; `random_seed` (from the cell's key) draws the random baselines."""
+def finetuned_row(baseline: Baseline, finetuned: Capture, *, training: TrainingRecord, random_seed: int, prefix: InContext | None = None) -> Row:
+    """Return the row of a finetuned cell whose captures are all finite; `random_seed` (from the cell's key) draws the random baselines.
+
+    `prefix`: the queries after exactly the demonstrations trained on.
+    """
     _check(finetuned, baseline.zero_shot)
-    similarities, inner_LQ, norm_LQ = _compare(baseline, finetuned, random_seed)
+    similarities, inner, norm_LQ = _compare(baseline, finetuned, prefix, random_seed)
     columns = {}
+    floor_L = torch.stack([baseline.floors(layer)[0] for layer in range(len(norm_LQ))])
     for fold, mask in baseline.fold_masks.items():
-        icl_norm, norm, inner = baseline.in_context_norm_LQ[:, mask], norm_LQ[:, mask], inner_LQ[:, mask]
+        icl_norm, norm = baseline.in_context.norm_LQ[:, mask], norm_LQ[:, mask]
         columns[fold] = _means(similarities, mask) | _in_context_sizes(baseline, mask)
         columns[fold] |= {
-            "sim_aou_pooled": metrics.sim_aou_pooled(inner, icl_norm, norm, floor_L=baseline.noise.attention_L),
-            "recovered_aou": metrics.recovered_aou(inner, icl_norm, norm),
+            "sim_aou_pooled": metrics.sim_aou_pooled(inner["icl"][:, mask], icl_norm, norm, floor_L=floor_L),
+            "recovered_aou": metrics.recovered_aou(inner["icl"][:, mask], icl_norm, norm),
             "update_ratio": metrics.update_ratio(norm, icl_norm),
             "relative_update": metrics.relative_update(norm, baseline.zero_shot_norm_LQ[:, mask]),
             "update_norm": norm.mean(1),
         }
-    norm_k, norm_v, gradient = (_float64(part) for part in (training.delta_norm_k_L, training.delta_norm_v_L, training.gradient_norm_L))
-    columns["all"] |= _floors(baseline) | {"delta_norm_k": norm_k, "delta_norm_v": norm_v, "gradient_norm": gradient}
+        if prefix is not None:
+            pooled = metrics.sim_aou_pooled(inner["prefix"][:, mask], prefix.norm_LQ[:, mask], norm, floor_L=floor_L)
+            columns[fold] |= {"sim_aou_pooled_prefix": pooled}
+    gradient = _float64(training.gradient_norm_L)
+    delta_norms = {part: _float64(norms) for part, norms in training.delta_norms_L.items()}
+    columns["all"] |= _floors(baseline) | {"gradient_norm": gradient} | {f"delta_norm_{part}": norms for part, norms in delta_norms.items()}
     columns["all"] |= {} if training.loss_L is None else {"loss": _float64(training.loss_L)}
     answers = metrics.answers(finetuned.label_scores_QC, baseline.gold_Q)
     sizes = {
         "update_ratio": metrics.geometric_mean(columns["all"]["update_ratio"]),
         "update_norm": float(columns["all"]["update_norm"].mean()),
-        "delta_norm": float(torch.cat([norm_k, norm_v]).norm()),
-        "gradient_norm": float(gradient.norm()),
+        "delta_norm": float(torch.cat(list(delta_norms.values())).nan_to_num(0.0).norm()),
+        "gradient_norm": float(gradient.nan_to_num(0.0).norm()),
         "loss": training.loss,
     }
     return _row(
         baseline,
         answers,
-        figures=_over_layers(columns["all"]) | sizes,
+        figures=_over_layers(baseline, columns["all"]) | sizes,
         layers=[row for fold in FOLDS for row in _layer_rows(fold, baseline, columns[fold])],
         examples=_example_rows(baseline, answers, similarities, norm_LQ),
     )
@@ -173,35 +210,46 @@ def diverged_row(*, num_queries: int, label_words: Sequence[str], step: int, las
 # --- Figures per layer and query
 
 
-def _compare(baseline: Baseline, finetuned: Capture, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return every similarity, <u_ICL, u_FT> and |u_FT|, each (L, Q)."""
-    generator = torch.Generator().manual_seed(seed)
+def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Return every similarity (L, Q), <u_ICL, u_FT> with ICL on all and on the prefix (L, Q), and |u_FT| (L, Q)."""
+    generator, random_maps = (torch.Generator().manual_seed(seed ^ stream) for stream in (0, 1))
     found: dict[str, list[Tensor]] = defaultdict(list)
     # One layer at a time stays in the processor's cache: five times as fast as all layers at once.
-    for layer, (icl, icl_scores) in enumerate(zip(baseline.attention, baseline.scores, strict=True)):
-        zero_shot, floor, floor_H = metrics.vectors(baseline.zero_shot.attention_LQD[layer]), baseline.noise.attention_L[layer], baseline.noise.scores_LH[layer]
+    for layer, (icl, icl_scores) in enumerate(zip(baseline.in_context.attention, baseline.in_context.scores, strict=True)):
+        zero_shot, (floor, floor_H) = metrics.vectors(baseline.zero_shot.attention_LQD[layer]), baseline.floors(layer)
         ft = metrics.attention_change(zero_shot, finetuned.attention_LQD[layer])
+        ft_scores = metrics.score_change(baseline.zero_shot.scores_LQHT[layer], finetuned.scores_LQHT[layer])
         states = {
-            "uniform_update": metrics.attention_change(zero_shot, metrics.uniform_update(zero_shot, generator)),
+            "uniform_update": metrics.uniform_update(zero_shot, generator),
             "gaussian_state": metrics.attention_change(zero_shot, metrics.gaussian_state(zero_shot, ft.raw.norm, generator)),
         }
-        found["sim_aou"].append(metrics.sim_aou(icl, ft, floor_L=floor))
-        found["sim_aou_norm"].append(metrics.sim_aou_norm(icl, ft, floor_L=floor))
         moved_Q = metrics.is_above_floor(ft.raw.norm, floor)  # a random baseline stands beside a similarity or not at all
         for name, state in states.items():
             found[f"sim_aou_{name}"].append(metrics.defined_where(moved_Q, metrics.sim_aou(icl, state, floor_L=floor)))
             found[f"sim_aou_norm_{name}"].append(metrics.defined_where(moved_Q, metrics.sim_aou_norm(icl, state, floor_L=floor)))
-        ft_scores = metrics.score_change(baseline.zero_shot.scores_LQHT[layer], finetuned.scores_LQHT[layer])
-        found["sim_am"].append(metrics.sim_am(icl_scores, ft_scores, floor_LH=floor_H))
-        found["sim_am_delta"].append(metrics.sim_am_delta(icl_scores, ft_scores, floor_LH=floor_H))
-        found["inner"].append(metrics.inner(icl.raw, ft.raw))
+        contexts = {"": (icl, icl_scores)} | ({} if prefix is None else {"_prefix": (prefix.attention[layer], prefix.scores[layer])})
+        for ending, (attention, scores) in contexts.items():
+            found[f"sim_aou{ending}"].append(metrics.sim_aou(attention, ft, floor_L=floor))
+            found[f"sim_aou_norm{ending}"].append(metrics.sim_aou_norm(attention, ft, floor_L=floor))
+            found[f"sim_am{ending}"].append(metrics.sim_am(scores, ft_scores, floor_LH=floor_H))
+            found[f"sim_am_delta{ending}"].append(metrics.sim_am_delta(scores, ft_scores, floor_LH=floor_H))
+            found[f"inner{ending}"].append(metrics.inner(attention.raw, ft.raw))
         found["norm"].append(ft.raw.norm)
+        if prefix is not None and prefix.capture.ranked_LQT is not None and finetuned.ranked_LQT is not None:
+            ranked = ranking.compare_attention(prefix.capture.ranked_LQT[layer], finetuned.ranked_LQT[layer], prefix.items, generator=random_maps)
+            for name, values in ranked.items():
+                values = metrics.defined_where(moved_Q[: len(values)], values)
+                found[name].append(torch.cat([values, values.new_full((len(moved_Q) - len(values),), math.nan)]))
     stacked = {name: torch.stack(layers) for name, layers in found.items()}
+    norm_LQ, inner = stacked.pop("norm"), {"icl": stacked.pop("inner"), "prefix": stacked.pop("inner_prefix", torch.empty(0))}
     if baseline.is_first_layer_still:
-        stacked["sim_am_delta"][0] = math.nan
+        for name in ("sim_am_delta", "sim_am_delta_prefix"):
+            if name in stacked:
+                stacked[name][0] = math.nan
     # Over the layers and queries that sim_am speaks of, so that the two can be set side by side; ICL's own row has it for all.
     stacked["sim_am_zs"] = torch.where(stacked["sim_am"].isnan(), math.nan, baseline.sim_am_zs_LQ)
-    return {name: stacked[name] for name in SIMILARITIES if name in stacked}, stacked["inner"], stacked["norm"]
+    similarities = {name: stacked.get(name, torch.full_like(norm_LQ, math.nan)) for name in SIMILARITIES}
+    return {name: baseline.settle(figure) if name.startswith("sim_") and name in stacked else figure for name, figure in similarities.items()}, inner, norm_LQ
 
 
 def _check(capture: Capture, zero_shot: Capture) -> None:
@@ -222,7 +270,7 @@ def _means(similarities: dict[str, Tensor], mask_Q: Tensor) -> dict[str, Tensor]
 
 
 def _in_context_sizes(baseline: Baseline, mask_Q: Tensor) -> dict[str, Tensor]:
-    norm, zero_shot_norm = baseline.in_context_norm_LQ[:, mask_Q], baseline.zero_shot_norm_LQ[:, mask_Q]
+    norm, zero_shot_norm = baseline.in_context.norm_LQ[:, mask_Q], baseline.zero_shot_norm_LQ[:, mask_Q]
     return {"update_norm_icl": norm.mean(1), "relative_update_icl": metrics.relative_update(norm, zero_shot_norm)}
 
 
@@ -230,19 +278,19 @@ def _floors(baseline: Baseline) -> dict[str, Tensor]:
     return {"noise_floor": baseline.noise.attention_L, "noise_floor_scores": baseline.noise.scores_LH}
 
 
-def _counted(name: str, figure: Tensor) -> Tensor:
+def _counted(baseline: Baseline, name: str, figure: Tensor) -> Tensor:
     """Return the layers that count in a mean over layers, NaN in the others: layer 0 of sim_am_delta holds at most a shift of position."""
-    if name != "sim_am_delta":
+    if name not in ("sim_am_delta", "sim_am_delta_prefix") or baseline.counts_first_layer:
         return figure
     return torch.cat([torch.full_like(figure[:1], math.nan), figure[1:]])
 
 
-def _over_layers(columns: dict[str, Tensor]) -> dict[str, float]:
+def _over_layers(baseline: Baseline, columns: dict[str, Tensor]) -> dict[str, float]:
     """Return mean, median and the means of the three thirds over the layers where each figure is defined."""
     found = {}
     for name in (*SIMILARITIES, *POOLED):
         if name in columns:
-            figure_L = _counted(name, columns[name])
+            figure_L = _counted(baseline, name, columns[name])
             thirds = [float(third.nanmean()) for third in figure_L.tensor_split(3)]
             found[name] = float(figure_L.nanmean())
             # Not nanmedian, which takes the lower of two middle values.
@@ -294,7 +342,7 @@ def _accuracy(baseline: Baseline, answers: Answers, mask_Q: Tensor) -> Row:
 
 
 def _layer_rows(fold: str, baseline: Baseline, columns: dict[str, Tensor]) -> list[Row]:
-    num_layers = len(baseline.attention)
+    num_layers = len(baseline.in_context.attention)
     table: dict[str, Sequence[Any]] = {name: [None] * num_layers for name, _, _ in LAYER}
     table |= {"layer": range(num_layers), "fold": [fold] * num_layers} | {name: _plain_list(figure) for name, figure in columns.items()}
     return _transpose(table)
@@ -305,7 +353,7 @@ def _example_rows(baseline: Baseline, answers: Answers, similarities: dict[str, 
     table: dict[str, Sequence[Any]] = {name: [None] * num_queries for name, _, _ in EXAMPLE}
     table |= {"query": baseline.query_ids, "fold": baseline.folds, "gold": baseline.gold_Q.tolist(), "prediction": answers.predictions_Q.tolist()}
     table |= {"label_scores": answers.label_scores_QC.tolist(), "nll_label": _plain_list(answers.nll_label_Q)}
-    table |= {name: _plain_list(_counted(name, figure_LQ).nanmean(0)) for name, figure_LQ in similarities.items()}
+    table |= {name: _plain_list(_counted(baseline, name, figure_LQ).nanmean(0)) for name, figure_LQ in similarities.items()}
     table |= {} if update_norm_LQ is None else {"update_norm": _plain_list(update_norm_LQ.mean(0))}
     return _transpose(table)
 

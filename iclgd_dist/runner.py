@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from iclgd_dist.blocks import Block, split
 from iclgd_dist.config import Resources, Sweep, SweepError
-from iclgd_dist.plan import Block, Plan, split
+from iclgd_dist.plan import Plan
 from iclgd_dist.store import Store
 
 DONE, USAGE, FAILED, STORAGE, INTERRUPTED, CONTROL_C = 0, 2, 3, 74, 75, 130  # exit codes
@@ -118,7 +119,7 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
         return stopped.code
     if any(outcome == "storage" for outcome, _ in counts.outcomes.values()):
         return STORAGE
-    return FAILED if missing else DONE
+    return FAILED if missing or any(outcome != "done" for outcome, _ in counts.outcomes.values()) else DONE
 
 
 def _fit(blocks: tuple[Block, ...], store: Store, run: str, counts: Counts, resources: Resources, num_actors: int, *, is_shared: bool) -> None:

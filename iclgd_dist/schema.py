@@ -134,9 +134,12 @@ LAYER: list[Column] = [
     ("update_norm_icl", f64, "mean_q |u_ICL|, L2"),
     ("delta_norm_k", f64, "Frobenius norm of what training added to W_K and its bias (fold all)"),
     ("delta_norm_v", f64, "Frobenius norm of what training added to W_V and its bias (fold all)"),
-    ("gradient_norm", f64, "L2 norm of the gradient of the layer's K and V in the last update (fold all)"),
+    ("delta_norm_q", f64, "the same of W_Q; NULL where it does not learn"),
+    ("delta_norm_o", f64, "the same of the attention's output projection; NULL where it does not learn"),
+    ("delta_norm_mlp", f64, "the same of the MLP; NULL where it does not learn"),
+    ("gradient_norm", f64, "L2 norm of the gradient of what learns in the layer, in the last update (fold all)"),
     ("loss", f64, "the layer's own loss before the last update; layer-causal methods only (fold all) [nats per token]"),
-    ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings (fold all)"),
+    ("noise_floor", f64, "largest |h - h'| of two zero-shot captures at different packings; at least the rounding of h in the compute dtype (fold all)"),
     ("noise_floor_scores", pa.list_(f64), "the same of the attention scores, per query head (fold all)"),
 ]
 

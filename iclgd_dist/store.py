@@ -1,14 +1,14 @@
-"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; knows nothing of models, plans or Ray.
+"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; nothing of models, plans or Ray.
 
     cells/<key>.parquet               one committed cell; the name is all that planning reads
     compacted/part-<n>-<sha>.parquet  many cells; counts only if the newest manifest lists it
     compacted/manifest-<n>.json       the parts, their sha256 and their keys; never changed once written
     attempts/*.json  sweeps/*.json    executions of blocks; resolved sweeps with their planned keys
+    captures/*.safetensors            what captures.py keeps
 
-A commit publishes a cell, a compaction publishes manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only
-spares double work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
-a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be seen late, or
-computed twice, but is never lost or doubled.
+A commit publishes a cell, a compaction manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only spares double
+work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
+a cell in both counts once and the manifest wins. On NFS another machine's view may lag by the attribute cache (up to a minute): a cell may be late, or computed twice, never lost.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from iclgd_dist import cells, files
+from iclgd_dist import cells, files, manifests, measured
 from iclgd_dist.files import StoreError, Vanished, naming
+from iclgd_dist.manifests import Manifest, Part
 from iclgd_dist.schema import ATTEMPT
 
 __all__ = ["Results", "Store", "StoreError", "read_results"]
@@ -40,15 +40,12 @@ __all__ = ["Results", "Store", "StoreError", "read_results"]
 PART_GROUPS = 20  # row groups per part
 MAX_SMALL_PARTS = 8  # parts of less than cells.GROUP_CELLS * PART_GROUPS cells; when there are so many, the next compaction merges them
 DEBRIS_STALE_SECONDS = 86_400  # what killed processes left is deleted when it is this old
-MANIFEST_VERSION = 1
 
 _CELL_NAME = re.compile(r"([0-9a-f]{64})\.parquet")
-_PART_NAME = re.compile(r"part-\d{8}-[0-9a-f]{16}\.parquet")
-_MANIFEST_NAME = re.compile(r"manifest-(\d{8})\.json")
 _ATTEMPT = pa.schema([(name, kind) for name, kind, _ in ATTEMPT])
 _README = """Results of in-context learning versus gradient descent, one row per finished grid point; written by iclgd, not to be edited by hand.
 Read it with: from iclgd_dist.store import read_results; results = read_results("this directory"); results.cells.to_pandas()
-cells/ holds one Parquet file per result, compacted/ the same many to a file (the newest manifest lists which files count), attempts/ and sweeps/ the history.
+cells/ holds one Parquet file per result, compacted/ the same many to a file (the newest manifest lists which files count), attempts/ and sweeps/ the history, captures/ what was kept.
 """
 
 
@@ -64,28 +61,8 @@ def _publish(path: Path, data: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class _Part:
-    file: str
-    sha256: str
-    commits: dict[str, str]  # key -> 16 hex digits of the sha256 of the loose file it came from
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    number: int = 0
-    parts: tuple[_Part, ...] = ()
-
-    @cached_property
-    def commits(self) -> dict[str, str]:
-        return {key: commit for part in self.parts for key, commit in part.commits.items()}
-
-
-@dataclass(frozen=True)
 class Results:
-    """What a store holds, as Arrow tables. `folds`, `layers` and `examples` have `key` (a dictionary column) first: join on it with `cells`.
-
-    `controls` (cell, control, layer, fold, metric, n, mean, sd), `pairs` (cell_a, cell_b, ...) and `metrics` (cell, version, ...) hold keys of cells too.
-    """
+    """What a store holds, as Arrow tables. All but `cells` and `attempts` begin with the cell's key (`controls` and `metrics`: cell; `pairs`: cell_a, cell_b)."""
 
     cells: pa.Table
     folds: pa.Table
@@ -106,7 +83,7 @@ class Store:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._cells, self._compacted, self._attempts, self._sweeps = (self.root / name for name in ("cells", "compacted", "attempts", "sweeps"))
-        self._newest = _Manifest()
+        self._newest = Manifest()
 
     def prepare(self) -> None:
         """Make the directories and try one write the way a commit writes. Errors: StoreError for a file, a read-only or a full place."""
@@ -201,7 +178,7 @@ class Store:
             except StoreError as error:
                 errors.append(error)
                 if set_aside and error.is_damage:
-                    self._set_aside(self._cell(key))
+                    self.set_aside(self._cell(key))
         for part in manifest.parts:
             try:
                 self._check(part)
@@ -209,14 +186,14 @@ class Store:
                 errors.append(error)
                 damaged += [part] if error.is_damage else []
         if set_aside and damaged:
-            path, data = self._next(manifest.number, [part for part in manifest.parts if part not in damaged])
+            path, data = manifests.following(self._compacted, manifest.number, [part for part in manifest.parts if part not in damaged])
             if not _publish(path, data):
                 raise StoreError("was written while the store was verified", path, way_out="verify again while nothing runs")
             for part in damaged:
-                self._set_aside(self._compacted / part.file)
+                self.set_aside(self._compacted / part.file)
         return errors
 
-    def _check(self, part: _Part) -> None:
+    def _check(self, part: Part) -> None:
         path = self._compacted / part.file
         try:
             with naming(path, "read"), open(path, "rb") as file:
@@ -227,7 +204,7 @@ class Store:
         except Vanished:
             raise StoreError(f"is missing; it held {len(part.commits)} cells", path) from None
 
-    def _set_aside(self, path: Path) -> None:
+    def set_aside(self, path: Path) -> None:
         with naming(path, "moved"), contextlib.suppress(FileNotFoundError):
             (self.root / "set_aside").mkdir(exist_ok=True)
             os.rename(path, self.root / "set_aside" / f"{path.name}.{uuid.uuid4().hex[:8]}")
@@ -240,30 +217,17 @@ class Store:
     def _loose_keys(self) -> set[str]:
         return {match[1] for name in files.names_in(self._cells) if (match := _CELL_NAME.fullmatch(name))}
 
-    def _manifest(self) -> _Manifest:
+    def _manifest(self) -> Manifest:
         """Return the newest manifest. A manifest never changes, so one that was read is not read again."""
         for _ in range(10):
-            number, name = max(((int(m[1]), m[0]) for m in map(_MANIFEST_NAME.fullmatch, files.names_in(self._compacted)) if m), default=(0, ""))
+            number, name = max(((int(m[1]), m[0]) for m in map(manifests.NAME.fullmatch, files.names_in(self._compacted)) if m), default=(0, ""))
             if number > self._newest.number:
                 try:
-                    self._newest = self._read_manifest(self._compacted / name, number)
+                    self._newest = manifests.read(self._compacted / name, number)
                 except Vanished:  # two compactions since it was listed
                     continue
             return self._newest
         raise StoreError("manifests come and go while they are read", self._compacted, way_out="check the disk, then run the same command again")
-
-    def _read_manifest(self, path: Path, number: int) -> _Manifest:
-        with naming(path, "read"):
-            try:
-                content = json.loads(files.read(path))
-                if content["version"] > MANIFEST_VERSION:
-                    raise StoreError("is of a newer version", path, way_out=cells.UPDATE)
-                parts = tuple(_Part(file=part["file"], sha256=part["sha256"], commits=dict(part["commits"])) for part in content["parts"])
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"not a manifest: {error!r}") from error
-            if strange := [part.file for part in parts if not _PART_NAME.fullmatch(part.file)]:
-                raise ValueError(f"names the file {strange[0]!r}, which is not a part")
-        return _Manifest(number, parts)
 
     def _read_json(self, folder: Path) -> dict[Path, dict[str, Any]]:
         rows = {}
@@ -292,17 +256,13 @@ class Store:
                 commits.update({key: commit for key, (_, commit) in zip(batch, loaded, strict=True)})
                 yield pa.concat_tables([table for table, _ in loaded]).combine_chunks()
 
-    def _part_tables(self, part: _Part) -> Iterator[pa.Table]:
+    def _part_tables(self, part: Part) -> Iterator[pa.Table]:
         keys: list[str] = []
         for table in cells.row_groups(self._compacted / part.file):
             keys += table["key"].to_pylist()
             yield table
         if keys != list(part.commits):
             raise StoreError("is damaged: it does not hold the cells that the manifest lists", self._compacted / part.file)
-
-    def _next(self, number: int, parts: Sequence[_Part]) -> tuple[Path, bytes]:
-        content = {"version": MANIFEST_VERSION, "parts": [vars(part) for part in parts]}
-        return self._compacted / f"manifest-{number + 1:08d}.json", json.dumps(content).encode()
 
     def _compact(self, lock: Path) -> int:
         base = self._manifest()
@@ -311,7 +271,7 @@ class Store:
         merged = small if fresh and len(small) >= MAX_SMALL_PARTS else []
         commits = {key: commit for part in merged for key, commit in part.commits.items()}
         groups = cells.regroup(chain(*map(self._part_tables, merged), self._loose_tables(fresh, commits)))
-        new: list[_Part] = []
+        new: list[Part] = []
         is_published = False
         try:
             for first in groups:
@@ -320,14 +280,14 @@ class Store:
                 with naming(self._compacted, "written"):
                     files.sync_folder(self._compacted)
                 fault_point("before_manifest")
-                is_published = _publish(*self._next(base.number, [*(part for part in base.parts if part not in merged), *new]))
+                is_published = _publish(*manifests.following(self._compacted, base.number, [*(part for part in base.parts if part not in merged), *new]))
                 is_published &= self._manifest().number == base.number + 1  # else so many came between that this number was free again
                 fault_point("after_manifest")
         finally:
             self._clear(replaced={part.file for part in (*base.parts, *new)}, with_debris=is_published)
         return sum(len(part.commits) for part in new) - sum(len(part.commits) for part in merged) if is_published else 0
 
-    def _write_part(self, number: int, groups: Iterable[pa.Table], commits: dict[str, str], lock: Path) -> _Part:
+    def _write_part(self, number: int, groups: Iterable[pa.Table], commits: dict[str, str], lock: Path) -> Part:
         temporary = files.temporary_in(self._compacted)
         try:
             with naming(temporary, "written"):
@@ -340,7 +300,7 @@ class Store:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        return _Part(file=name, sha256=sha256, commits={key: commits[key] for key in keys})
+        return Part(file=name, sha256=sha256, commits={key: commits[key] for key in keys})
 
     def _clear(self, *, replaced: set[str], with_debris: bool) -> None:
         """Delete loose cells that the newest manifest holds, parts it does not list any more, and what killed processes left long ago."""
@@ -351,14 +311,14 @@ class Store:
         for name in replaced - listed:
             files.remove(self._compacted / name)
         for name in files.names_in(self._compacted):
-            if (match := _MANIFEST_NAME.fullmatch(name)) and int(match[1]) < newest.number - 1:
+            if (match := manifests.NAME.fullmatch(name)) and int(match[1]) < newest.number - 1:
                 files.remove(self._compacted / name)
         if not with_debris:
             return
         now = files.now(self._compacted)
-        for folder in (self._cells, self._compacted, self._attempts, self._sweeps):
+        for folder in (self._cells, self._compacted, self._attempts, self._sweeps, self.root / "captures"):
             for name in files.names_in(folder):
-                if name.startswith(".tmp-") or (_PART_NAME.fullmatch(name) and name not in listed):
+                if name.startswith(".tmp-") or (manifests.PART_NAME.fullmatch(name) and name not in listed):
                     with contextlib.suppress(FileNotFoundError):
                         if now - (folder / name).stat().st_mtime > DEBRIS_STALE_SECONDS:
                             files.remove(folder / name)
@@ -400,4 +360,9 @@ def read_results(store: str | Path | Store) -> Results:
             missing = error
     else:
         raise StoreError("is listed in the newest manifest and missing", str(missing))
-    return Results(**cells.flatten(tables), attempts=store.attempts())
+    flat = cells.flatten(tables)
+    nested, later = flat.pop("measures"), measured.read(store.root)
+    if len(later):  # what was measured with the cell comes first and counts
+        of_cells = later.filter(pc.is_in(later["key"], flat["cells"]["key"].combine_chunks()))
+        nested = measured.first_of_each(pa.concat_tables([nested.set_column(0, "key", nested["key"].cast(pa.string())), of_cells]))
+    return Results(**flat, **cells.by_kind(nested), attempts=store.attempts())

@@ -1,24 +1,31 @@
-"""The methods: how a frozen model learns from demonstrations, one SGD step each, all learning rates at once.
+"""The methods: how a frozen model learns from demonstrations, one step each, all learning rates at once.
 
-Knows losses and gradients of deltas. Knows nothing of queries, captures or files. Plain SGD: batch 1, constant learning rate, one pass in the
-order of the prompt; no momentum, decay, clipping or dropout.
+Knows losses, gradients and optimisers of deltas. Knows nothing of queries, captures or files. Batch 1, constant learning rate, one pass in the order
+of the prompt; no decay, clipping or dropout; plain SGD unless a variation says otherwise.
 """
 
-# Shapes: N lanes  L layers  S steps done so far  T positions  D width  V vocabulary
+# Shapes: N lanes  L layers  S steps done so far  T positions  D width  V vocabulary  W heads x channels of a head
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from iclgd_dist.deltas import Delta, Deltas, attached, zeros
+from iclgd_dist import own_code
+from iclgd_dist.attention import recording_queries
+from iclgd_dist.config import SweepError
+from iclgd_dist.deltas import Delta, Deltas, LowRank, attached, zeros
+from iclgd_dist.extensions import BUILTIN, MethodSpec
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.model import LanguageModel
+from iclgd_dist.sites import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,9 @@ class Probe:
     step: int
     deltas: Deltas
     loss_SN: Tensor  # before each update so far [nats per token]
-    gradient_norm_SNL: Tensor  # of each update so far; L = 1 for a single layer
+    gradient_norm_SNL: Tensor  # of each update so far; L = 1 for a single layer; 0 where nothing learns
+    # layer -> per update so far, the query projections (N, T, W) of the training tokens before that update; without them no attention is ranked.
+    queries: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -55,58 +64,88 @@ class BottomUp(Method, Protocol):
     """A Method whose layers need nothing from above: a layer's whole trajectory can be run before the next layer is touched."""
 
     def train_layer(
-        self, lm: LanguageModel, index: int, layer: Callable[..., Any], inputs: LaneInputs, learning_rates: Sequence[float], *, steps: Sequence[int]
+        self,
+        lm: LanguageModel,
+        index: int,
+        layer: Callable[..., Any],
+        inputs: LaneInputs,
+        learning_rates: Sequence[float],
+        *,
+        steps: Sequence[int],
+        seed: int = 0,
     ) -> Iterator[Probe]: ...
 
 
 @dataclass
-class _Sgd:
-    """Deltas of some layers under plain SGD, all lanes at once; a lane whose loss or gradient is not finite stays where it is."""
+class Lanes:
+    """Deltas of some layers, all lanes at once; a lane whose loss or gradient is not finite stays where it is.
 
-    deltas: list[dict[str, Delta]]  # one per trained layer
+    `direction(gradient, state)` is the rule: what a step of learning rate 1 subtracts, of the gradient's shape, lane by lane. `state` is a dictionary that
+    lives as long as the tensor, for moments and counts.
+    """
+
+    deltas: list[dict[str, Delta | LowRank]]  # one per layer; empty where nothing learns
     rate_N: Tensor
+    direction: Callable[[Tensor, dict[str, Any]], Tensor]
     alive_N: Tensor = field(init=False)
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.alive_N = torch.ones_like(self.rate_N, dtype=torch.bool)
-        for tensor in self._tensors():
-            tensor.requires_grad_(True)
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for layer in self.deltas for delta in layer.values() for tensor in delta.tensors()]
+        self.tensors = [tensor.requires_grad_(True) for layer in self.deltas for delta in layer.values() for tensor in delta.tensors()]
+        self.states: list[dict[str, Any]] = [{} for _ in self.tensors]
+        self.counts = [sum(len(delta.tensors()) for delta in layer.values()) for layer in self.deltas]
 
     def update(self, loss_N: Tensor) -> None:
         """Take one step down the gradient of each lane's own loss. Nothing is read back from the device."""
-        gradients = torch.autograd.grad(loss_N.sum(), self._tensors())
+        gradients = torch.autograd.grad(loss_N.sum(), self.tensors)
         with torch.no_grad():
             home = self.rate_N.device  # a sharded model has its deltas, and a loss, on several devices
             squares = torch.stack([gradient.flatten(1).square().sum(1).to(home) for gradient in gradients])
-            counts = [sum(len(delta.tensors()) for delta in layer.values()) for layer in self.deltas]
-            norm_NL = torch.stack([part.sum(0) for part in squares.split(counts)], dim=1).sqrt()
+            norm_NL = torch.stack([part.sum(0) for part in squares.split(self.counts)], dim=1).sqrt()
             loss_N = loss_N.detach().to(home)
             self.alive_N = self.alive_N & loss_N.isfinite() & norm_NL.isfinite().all(1)
-            for tensor, gradient in zip(self._tensors(), gradients, strict=True):
+            for tensor, gradient, state in zip(self.tensors, gradients, self.states, strict=True):
                 alive, rate = (lane.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)) for lane in (self.alive_N, self.rate_N))
-                tensor.copy_(torch.where(alive, tensor - rate * gradient, tensor))
-            self.losses.append(loss_N)
-            self.norms.append(norm_NL)
+                tensor.copy_(torch.where(alive, tensor - rate * self.direction(gradient, state), tensor))
+            self._note(loss_N, norm_NL)
 
-    def probe(self, step: int) -> Probe:
-        copies = {
-            name: Delta(delta.weight_NIO.detach().clone(), None if delta.bias_NO is None else delta.bias_NO.detach().clone())
-            for layer in self.deltas
-            for name, delta in layer.items()
-        }
-        return Probe(step, copies, torch.stack(self.losses), torch.stack(self.norms))
+    def rest(self) -> None:
+        """Let an update pass in which nothing learns."""
+        nothing_N = torch.zeros_like(self.rate_N)
+        self._note(nothing_N, nothing_N[:, None].expand(-1, len(self.deltas)))
+
+    def _note(self, loss_N: Tensor, norm_NL: Tensor) -> None:
+        self.losses.append(loss_N)
+        self.norms.append(norm_NL)
+
+    def probe(self, step: int, queries: Mapping[int, Sequence[Tensor]]) -> Probe:
+        copies = {name: delta.of([t.detach().clone() for t in delta.tensors()]) for layer in self.deltas for name, delta in layer.items()}
+        return Probe(step, copies, torch.stack(self.losses), torch.stack(self.norms), {layer: list(recorded) for layer, recorded in queries.items()})
+
+
+def sgd(gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    """Plain stochastic gradient descent."""
+    return gradient
+
+
+def adam(gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    """Adam with betas .9 and .999 and eps 1e-8, bias-corrected, without weight decay.
+
+    Source: Kingma and Ba 2015, algorithm 1.
+    """
+    step = state["step"] = state.get("step", 0) + 1
+    first = state["first"] = state.get("first", torch.zeros_like(gradient)).lerp(gradient, 0.1)
+    second = state["second"] = state.get("second", torch.zeros_like(gradient)).lerp(gradient.square(), 0.001)
+    return first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
 
 
 def _rates(lm: LanguageModel, index: int, learning_rates: Sequence[float]) -> Tensor:
     return torch.tensor(learning_rates, dtype=lm.delta_dtype, device=lm.device_of(lm.layers[index]))
 
 
-def _lane_losses(lm: LanguageModel, hidden_NTD: Tensor, sequence: TrainingSequence) -> Tensor:
+def lane_losses(lm: LanguageModel, hidden_NTD: Tensor, sequence: TrainingSequence) -> Tensor:
     """Return each lane's mean cross-entropy (N,) of the early exit over the sequence's loss tokens."""
     targets = sequence.ids_T[sequence.first :]
     logits_NTV = lm.early_exit(hidden_NTD[:, sequence.first - 1 : -1])
@@ -116,27 +155,55 @@ def _lane_losses(lm: LanguageModel, hidden_NTD: Tensor, sequence: TrainingSequen
     return losses.view(num_lanes, num_targets).mean(1)
 
 
-class Vanilla:
+@dataclass
+class GradientDescent:
+    """What the built-in methods share: which projections of which layers learn, and by which rule.
+
+    A rule of one's own is a subclass of Vanilla, LayerCausal or LayerCausalAttention with another `direction`.
+    """
+
+    name: str = "method"
+    weights: str = "attn_kv"
+    layers: tuple[int, ...] | None = None  # negative numbers count from the last; None = all
+    optimizer: str = "sgd"
+    rank: int | None = None
+
+    def direction(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+        """Return what a step of learning rate 1 subtracts; see `Lanes`."""
+        return {"sgd": sgd, "adam": adam}[self.optimizer](gradient, state)
+
+    def trains(self, lm: LanguageModel, index: int) -> bool:
+        return self.layers is None or index in [layer % lm.num_layers for layer in self.layers]
+
+    def lanes(self, lm: LanguageModel, indices: Sequence[int], learning_rates: Sequence[float], seed: int) -> Lanes:
+        made = [
+            zeros(lm, index, len(learning_rates), parts=WEIGHTS[self.weights], rank=self.rank, seed=seed) if self.trains(lm, index) else {} for index in indices
+        ]
+        return Lanes(made, _rates(lm, indices[0], learning_rates), self.direction)
+
+
+@dataclass
+class Vanilla(GradientDescent):
     """Finetuning as usual: the loss of the final logits reaches every layer.
 
     Source: Dai et al. 2023 (finetuning restricted to W_K and W_V, one pass, batch 1).
     """
 
-    name = "vanilla"
+    name: str = "vanilla"
 
     def train(
         self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0
     ) -> Iterator[Probe]:
-        num_lanes = len(learning_rates)
-        sgd = _Sgd([zeros(lm, index, num_lanes) for index in range(lm.num_layers)], _rates(lm, 0, learning_rates))
+        lanes = self.lanes(lm, range(lm.num_layers), learning_rates, seed)
+        queries: dict[int, list[Tensor]] = {index: [] for index in range(lm.num_layers)}
         for step, sequence in enumerate(demonstrations[: max(steps)], 1):
-            replay = Replay(lm, sequence.ids_T.expand(num_lanes, -1))
+            replay = Replay(lm, sequence.ids_T.expand(len(learning_rates), -1))
             for index in range(lm.num_layers):
-                with lm.resident(index) as layer, attached(lm, index, sgd.deltas[index]):
+                with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]), _keeping_queries(lm, index, queries[index]):
                     replay.climb(layer, index)
-            sgd.update(_lane_losses(lm, replay.hidden_BTD, sequence))
+            lanes.update(lane_losses(lm, replay.hidden_BTD, sequence))
             if step in steps:
-                yield sgd.probe(step)
+                yield lanes.probe(step, queries)
 
 
 class LaneInputs:
@@ -147,26 +214,44 @@ class LaneInputs:
         self.replays = [Replay(lm, sequence.ids_T.expand(num_lanes, -1)) for sequence in demonstrations]
 
 
-class LayerCausal:
+@dataclass
+class LayerCausal(GradientDescent):
     """Each layer learns from its own local loss: final norm and output head read its block output; no gradient comes from above.
 
     Source: Deutch et al. 2024 (layer-causal gradient descent, as their code computes it: the early exit of the block's output).
     """
 
-    name = "layer_causal"
+    name: str = "layer_causal"
+
+    @contextlib.contextmanager
+    def exit_states(self, lm: LanguageModel, index: int, replay: Replay) -> Iterator[Callable[[], Tensor]]:
+        """Yield a function that returns, once layer `index` has been climbed, the states that its loss reads."""
+        yield lambda: replay.hidden_BTD
 
     def train_layer(
-        self, lm: LanguageModel, index: int, layer: Callable[..., Any], inputs: LaneInputs, learning_rates: Sequence[float], *, steps: Sequence[int]
+        self,
+        lm: LanguageModel,
+        index: int,
+        layer: Callable[..., Any],
+        inputs: LaneInputs,
+        learning_rates: Sequence[float],
+        *,
+        steps: Sequence[int],
+        seed: int = 0,
     ) -> Iterator[Probe]:
         """Run layer `index` through its whole trajectory and move `inputs` up: step s sees the states that the layers below made at step s."""
-        sgd = _Sgd([zeros(lm, index, len(learning_rates))], _rates(lm, index, learning_rates))
+        lanes = self.lanes(lm, [index], learning_rates, seed)
+        queries: dict[int, list[Tensor]] = {index: []}
         for step, (sequence, replay) in enumerate(zip(inputs.sequences, inputs.replays, strict=True), 1):
-            with attached(lm, index, sgd.deltas[0]):
+            with attached(lm, index, lanes.deltas[0]), self.exit_states(lm, index, replay) as read, _keeping_queries(lm, index, queries[index]):
                 replay.climb(layer, index)  # with the deltas before this step's update, as all layers of one model would
-            sgd.update(_lane_losses(lm, replay.hidden_BTD, sequence))
+            if lanes.tensors:
+                lanes.update(lane_losses(lm, read(), sequence))
+            else:
+                lanes.rest()
             replay.hidden_BTD = replay.hidden_BTD.detach()
             if step in steps:
-                yield sgd.probe(step)
+                yield lanes.probe(step, queries)
 
     def train(
         self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0
@@ -176,17 +261,66 @@ class LayerCausal:
         by_step: dict[int, list[Probe]] = {step: [] for step in sorted(steps)}
         for index in range(lm.num_layers):
             with lm.resident(index) as layer:
-                for probe in self.train_layer(lm, index, layer, inputs, learning_rates, steps=steps):
+                for probe in self.train_layer(lm, index, layer, inputs, learning_rates, steps=steps, seed=seed):
                     by_step[probe.step].append(probe)
         for step, probes in by_step.items():
-            deltas: dict[str, Delta] = {}
+            deltas: dict[str, Delta | LowRank] = {}
+            queries: dict[int, Sequence[Tensor]] = {}
             for probe in probes:
                 deltas |= probe.deltas
+                queries |= probe.queries
             # Lanes freeze layer by layer; the losses of a lane that froze below go on, and its cells are marked by the first bad step.
-            yield Probe(step, deltas, torch.stack([probe.loss_SN for probe in probes]).sum(0), torch.cat([probe.gradient_norm_SNL for probe in probes], dim=2))
+            loss_SN, norm_SNL = torch.stack([probe.loss_SN for probe in probes]).sum(0), torch.cat([probe.gradient_norm_SNL for probe in probes], dim=2)
+            yield Probe(step, deltas, loss_SN, norm_SNL, queries)
 
 
-METHODS: Mapping[str, Method] = {method.name: method for method in (Vanilla(), LayerCausal())}
+@dataclass
+class LayerCausalAttention(LayerCausal):
+    """As LayerCausal, but the early exit reads the attention module's output alone, or with the residual stream that it is added to.
+
+    Source: Deutch et al. 2024, the formula of the paper.
+    """
+
+    name: str = "layer_causal_attn"
+    residual: bool = False
+
+    @contextlib.contextmanager
+    def exit_states(self, lm: LanguageModel, index: int, replay: Replay) -> Iterator[Callable[[], Tensor]]:
+        entered_BTD, seen = replay.hidden_BTD, list[Tensor]()
+        output = attrgetter(lm.family.output)(lm.layers[index])
+        handle = output.register_forward_hook(lambda _module, _args, hidden_BTD: seen.append(hidden_BTD))
+        try:
+            yield lambda: entered_BTD + seen[0] if self.residual else seen[0]
+        finally:
+            handle.remove()
+
+
+_BASES: Mapping[str, Callable[..., Method]] = {"vanilla": Vanilla, "layer_causal": LayerCausal, "layer_causal_attn": LayerCausalAttention}
+
+
+def make_method(spec: MethodSpec) -> Method:
+    """Return the method that a sweep file names: built in, a variation, or the user's own code.
+
+    Errors: SweepError for code that cannot be imported or does not train.
+    """
+    if spec.code is not None:
+        method = own_code.made(spec)
+        if not callable(getattr(method, "train", None)):
+            raise SweepError(f"{spec.name}: {spec.code} must have a method `train`, as Vanilla has; got {type(method).__name__}")
+        method.name = spec.name
+        return method  # type: ignore[no-any-return]
+    assert spec.base is not None
+    options = {"residual": spec.residual} if spec.base == "layer_causal_attn" else {}
+    return _BASES[spec.base](name=spec.name, weights=spec.weights, layers=spec.layers, optimizer=spec.optimizer, rank=spec.rank, **options)
+
+
+METHODS: Mapping[str, Method] = {name: make_method(spec) for name, spec in BUILTIN.items()}
+
+
+@contextlib.contextmanager
+def _keeping_queries(lm: LanguageModel, index: int, kept: list[Tensor]) -> Iterator[None]:
+    with recording_queries(lm, index, lambda query_BTHd: kept.append(query_BTHd.detach().flatten(2))):
+        yield
 
 
 def first_bad_step(loss_SN: Tensor, gradient_norm_SNL: Tensor) -> list[int | None]:

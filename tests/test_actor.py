@@ -11,8 +11,9 @@ import torch
 from iclgd_dist import actor, probes
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.block import Progress
+from iclgd_dist.blocks import Block
 from iclgd_dist.config import ModelSpec, load_sweep
-from iclgd_dist.plan import Block, make_plan
+from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, StoreError
 
 
@@ -54,6 +55,16 @@ def test_a_block_that_needs_another_model_swaps_it(blocks: tuple[Block, ...], st
     assert host.lm is not None
     assert host.lm.compute_dtype == torch.float64
     assert sum(attempt["num_model_loads"] for attempt in store.attempts().to_pylist()) == 2
+
+
+def test_an_untrained_model_is_another_model_and_each_of_its_seeds_too(blocks: tuple[Block, ...], store: Store) -> None:
+    host, seen = ModelHost(str(store.root), "run", 2), []
+    for seeds in ((), (1,), (2,)):
+        spec = ModelSpec(source="model", **({"init": "random", "init_seeds": seeds} if seeds else {}))
+        host._load(replace(blocks[0], spec=spec)) if host._needs_another_model(replace(blocks[0], spec=spec)) else None
+        assert host.lm is not None
+        seen.append(host.lm.layers[0].self_attn.q_proj.weight)
+    assert len({float(weight.sum()) for weight in seen}) == 3
 
 
 def test_a_finished_block_does_nothing_and_leaves_no_attempt(blocks: tuple[Block, ...], store: Store) -> None:

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from iclgd_analysis.table import HEADERS, display, show, summary
 from iclgd_analysis.text import number, rate
 from rich.console import Console
 
+from iclgd_dist.protocol import Protocol
 from iclgd_dist.schema import CELL, EXAMPLE, FOLD, LAYER, POOLED, SIMILARITIES
 from iclgd_dist.store import Store
 
@@ -402,3 +404,33 @@ def test_a_script_runs_by_itself_without_torch_or_ray(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == [str(tmp_path / "figures" / "table.html"), "set()"]
+
+
+def test_planned_draws_are_those_of_the_tasks_own_runs_else_of_the_sweeps(frames: Frames) -> None:
+    shared = {"tasks": ["trec"], "num_demonstrations": [4], "num_queries": NUM_QUERIES, "query_seed": 1}
+
+    def num_draws(**sweep: Any) -> int:
+        found = replace(frames, sweeps=(shared | {"models": [{"source": frames.cells["model_source"].iloc[0]}], "analysis": {"matched_ratio": 0.5}} | sweep,))
+        return found.settings()[0].num_draws
+
+    assert num_draws(seeds=[1, 2, 3], orders=2) == 6
+    assert num_draws(seeds=[], orders=1, runs=[[1, 0], [2, 0], [3, 1]]) == 3
+    assert num_draws(seeds=[7], orders=1, runs=[], per_task={"trec": {"runs": [[8, 0], [9, 0]]}, "mr": {"runs": [[5, 0]]}}) == 2 + 2
+    assert num_draws(seeds=[7], orders=1, runs=[], per_task={"trec": {"runs": None}}) == 2 + 1
+
+
+def test_a_baseline_of_an_older_version_serves_the_cells_of_this_one(rows: list[Row], tmp_path: Path) -> None:
+    newer = [dict(row) for row in rows]
+    for row in newer:
+        if row["kind"] == "finetuned":
+            row["protocol"] = json.dumps(Protocol().model_dump() | {"sink_token": "</s>"})
+    (setting,) = load(make_store(tmp_path, newer)).settings()
+    assert len(setting.zero_shot) == 1
+    assert setting.finetuned["zs_key"].notna().all()
+    assert setting.finetuned["icl_key"].notna().all()
+
+
+def test_a_caption_names_every_switch_that_is_not_the_clean_one(rows: list[Row], tmp_path: Path) -> None:
+    changed = [row | {"protocol": json.dumps(Protocol(loss_tokens="label", record_position="label").model_dump() | {"sink_token": "</s>"})} for row in rows]
+    (setting,) = load(make_store(tmp_path, changed)).settings()
+    assert "Recorded position: the first label's token after the prompt; sink: </s>; separator: newline; loss_tokens: label. " in setting.caption

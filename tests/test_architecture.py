@@ -12,15 +12,26 @@ FLOORS = {
     8: ("cli",),
     7: ("runner",),
     6: ("actor",),
-    5: ("block",),
+    5: ("block", "check"),
+    4.9: ("measuring", "random_deltas"),
+    4.8: ("commits",),
+    4.6: ("baselines",),
+    4.5: ("measures", "trajectory"),
     4: ("updates", "probes", "rows"),
-    3: ("deltas", "layerwise"),
+    3: ("deltas", "attention", "layerwise"),
+    2.5: ("sites",),
+    2.1: ("provenance",),
     2: ("model", "plan"),
-    1.5: ("cost",),
-    1: ("metrics", "tasks", "families", "sources", "store"),
-    0.5: ("embedded", "cells"),  # what tasks reads, what the store encodes
+    1.8: ("blocks",),
+    1.5: ("cost", "captures", "untrained"),
+    1.2: ("encoding", "contexts"),  # draws as token ids, draws of controls
+    1: ("metrics", "ranking", "tasks", "families", "sources", "store"),
+    0.6: ("measured", "manifests"),
+    0.5: ("embedded", "cells", "own_code"),  # what tasks reads, what the store encodes
     0.2: ("files",),
     0.1: ("config",),
+    0.06: ("extensions", "model_spec"),
+    0.05: ("axes",),
     0: ("protocol", "schema", "toml_text"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -138,6 +138,14 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(tmp_path: Path) ->
     assert time.monotonic() - start < 15
 
 
+def test_the_plan_says_what_kept_captures_take(sweep_file: Path) -> None:
+    assert "captures  " not in iclgd(sweep_file.parent, "plan", "tiny.toml")[1]
+    change(sweep_file, "[learning_rates]", '[capture]\nkeep = "final_step"\n[learning_rates]')
+    code, out, _, _ = iclgd(sweep_file.parent, "plan", "tiny.toml")
+    assert code == 0
+    assert re.search(r"captures +\d+\.\d kB kept, of 11 cells", out), out  # zero-shot once, per seed: in-context, and two rates of two methods
+
+
 def test_help_shows_the_commands_in_the_order_of_their_use(tmp_path: Path) -> None:
     code, out, _, imported = iclgd(tmp_path, "--help")
     assert (code, imported) == (0, set())

@@ -90,7 +90,7 @@ def test_a_good_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         ("[2, 4]", "[2, 5]", 6, "steps must lie in 1..4 (4 demonstrations / batch 1 x 1 epoch), got 5"),
         ("[2, 4]", "[2, 4]\nnum_querys = 3", 7, "unknown key 'num_querys'; did you mean 'num_queries'?; known: analysis, "),
         ("[2, 4]", "[2, 4]\nfolder = '/'", 7, "unknown key 'folder'; "),
-        ("[2, 4]", "[2, 4]\nmethods = ['vanila']", 7, "unknown method 'vanila'; did you mean 'vanilla'?; known: layer_causal, vanilla"),
+        ("[2, 4]", "[2, 4]\nmethods = ['vanila']", 7, "unknown method 'vanila'; did you mean 'vanilla'?; known: layer_causal, layer_causal_attn, vanilla"),
         ("[2, 4]", "[2, 4]\nmethods = []", 7, "methods: at least 1 is required, got none"),
         ("[2, 4]", "[2, 4]\norders = 0", 7, "orders must be at least 1, got 0"),
         ("[2, 4]", "[2, 4]\nnum_queries = 2.0", 7, "num_queries must be a whole number, got 2.0"),
@@ -103,12 +103,19 @@ def test_a_good_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         ("[1e-3, 1e-2]", "[true]", 9, "learning_rates.vanilla must be numbers, got true"),
         ("[1e-3, 1e-2]", "[1" + "0" * 400 + "]", 9, "learning_rates.vanilla must be "),
         ("[1e-3, 1e-2]", "[]", 9, "learning_rates.vanilla: at least 1 is required, got none"),
-        ("[1e-4]", "[1e-4]\nseeds = [3]", 11, "learning_rates: unknown method 'seeds'; known: layer_causal, vanilla (seeds of the sweep itself must stand above the first [section])"),
+        ("[1e-4]", "[1e-4]\nseeds = [3]", 11, "learning_rates: unknown method 'seeds'; known: layer_causal, layer_causal_attn, vanilla (seeds of the sweep itself must stand above the first [section])"),
         ("layer_causal = [1e-4]", "", 8, "learning_rates.layer_causal is required, as 'layer_causal' is one of the methods; got none"),
         ('source = "second"', "source = ''", 16, "models.source must be text that is not empty, got ''"),
         ('source = "second"', "revision = 'main'", 15, "models.source is required, got nothing"),
         ('"float64"', '"half"', 17, "models.compute_dtype must be 'float64', 'float32', 'bfloat16' or 'float16', got 'half'"),
-        ("compute_dtype", "compute_type", 17, "unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, revision, source, storage_dtype"),
+        ("compute_dtype", "compute_type", 17, "unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, init, init_scheme, init_seeds, revision, source, storage_dtype"),
+        ('"float64"', '"float64"\ninit = "norm"', 18, "models.init must be 'trained', 'random', 'embeddings_norms' or 'norms', got 'norm'"),
+        ('"float64"', '"float64"\ninit = "norms"', 15, "models.init_seeds are required, one for each replicate, as init = 'norms'; got none"),
+        ('"float64"', '"float64"\ninit = "norms"\ninit_seeds = [0, 1, 0]', 19, "models.init_seeds must be distinct, got 0 more than once"),
+        ('"float64"', '"float64"\ninit = "norms"\ninit_seeds = -1', 19, "models.init_seeds must be at least 0, got -1"),
+        ('"float64"', '"float64"\ninit_seeds = [1]', 18, "models.init_seeds are for untrained models; init = 'random', 'embeddings_norms' or 'norms' makes one, got 'trained'"),
+        ('"float64"', '"float64"\ninit_scheme = "fairseq"', 18, "models.init_scheme 'fairseq' is for untrained models; init = 'random', "),
+        ('sour = "No"', 'sour = "No"\n[capture]\nkeep = "some"', 27, "capture.keep must be 'none', 'final_step' or 'all', got 'some'"),
         ('name = "fruit"', 'name = "trec"', 20, "task 'trec' is the name of another task; choose one of its own"),
         ("{text}", "it", 22, "task.template must hold at least one {column}"),
         ('sour = "No"', "sour = 0", 25, "task.labels.sour must be text, got 0"),
@@ -117,6 +124,44 @@ def test_a_good_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         ('sour = "No"', 'sour = "No"\n[resources]\nsteps = 1', 27, "unknown key 'steps' in [resources]; known: cpus_per_actor, "),
         ('sour = "No"', 'sour = "No"\n[controls]\nzero_learning_rate = 1', 27, "controls.zero_learning_rate must be true or false, got 1"),
         ('sour = "No"', 'sour = "No"\n[analysis]\nsmallest_effect = inf', 27, "analysis.smallest_effect must be finite, got inf"),
+        *(
+            ('sour = "No"', f'sour = "No"\n[protocol]\nsink = "bos"\n{name} = {value}', 28, f"protocol.{name} must be {required}, got ")
+            for name, value, required in [
+                ("preset", '"refrence"', "'clean' or 'reference'"),
+                ("separator", '"space"', "'newline', 'eos' or 'none'"),
+                ("leading_separator", '"no"', "true or false"),
+                ("record_position", '"last"', "'last_prompt' or 'label'"),
+                ("loss_tokens", '"labels"', "'all' or 'label'"),
+                ("truncation", "true", "'refuse' or 'greedy'"),
+                ("order_rule", '"both"', "'shared' or 'separate'"),
+                ("demonstration_draw", '"random"', "'hashed' or 'shuffled'"),
+                ("query_draw", "1", "'balanced' or 'shuffled'"),
+                ("label_tokens", '"apart"', "'joint' or 'separate'"),
+                ("line_breaks", '"\\n"', "'text' or 'eos'"),
+                ("first_layer", "0", "'skip' or 'count'"),
+                ("undefined", "1e-8", "'null' or 'eps'"),
+            ]
+        ),
+        ('sour = "No"', 'sour = "No"\n[protocol]\nsink = "pad"', 27, "protocol.sink must be 'auto', 'bos' or 'eos', got 'pad'"),
+        ('sour = "No"', 'sour = "No"\n[protocol]\npresets = "clean"', 27, "unknown key 'presets' in [protocol]; did you mean 'preset'?; known: "),
+        ('sour = "No"', 'sour = "No"\n[controls]\ncontexts = ["other_drew"]', 27, "controls.contexts must be 'other_draw', 'random_labels', 'flipped_labels', 'other_task', 'shuffled_words', 'separator' or 'shifted', got 'other_drew'"),
+        ('sour = "No"', 'sour = "No"\n[controls]\ncontexts = 3', 27, "controls.contexts must be true, false or a list of names, got 3"),
+        ('sour = "No"', 'sour = "No"\n[controls]\ncontrol_task = "terc"', 27, "unknown task 'terc'; did you mean 'trec'?; known: agnews, "),
+        ('sour = "No"', 'sour = "No"\n[controls]\ntrain_on = ["true", "false"]', 27, "controls.train_on must be 'true', 'random_labels', 'other_task' or 'shuffled_words', got 'false'"),
+        ('sour = "No"', 'sour = "No"\n[controls]\ntrain_on = []', 27, "controls.train_on must name at least 1, got none"),
+        ('sour = "No"', 'sour = "No"\n[controls]\nrandom_delta = "yes"', 27, "controls.random_delta must be true or false, got 'yes'"),
+        ("seeds = [1, 2]", "runs = [1, 2]", 4, "runs must be pairs of a seed and an order, such as [[2, 0], [3, 1]], got [1, 2]"),
+        ("seeds = [1, 2]", "runs = [[1, 0],\n[2]]", 4, "runs must be pairs of a seed and an order, such as "),
+        ("seeds = [1, 2]", "runs = []", 4, "runs: at least 1 is required, got none"),
+        ("seeds = [1, 2]", "runs = [[1, 0],\n[2, -1]]", 5, "runs must be at least 0, got -1"),
+        ("seeds = [1, 2]", "runs = [[1, 0],\n[2, 1.5]]", 5, "runs must be whole numbers, got 1.5"),
+        ("seeds = [1, 2]", "runs = [[1, 0],\n[2, 1],\n[1, 0]]", 6, "runs must be distinct, got [1, 0] more than once"),
+        ("[1, 2]", "[1, 2]\nruns = [[1, 0]]", 5, "runs must stand alone: it takes the place of seeds and orders, got seeds too"),
+        ('sour = "No"', 'sour = "No"\n[per_task.sst2]\nruns = [[1, 0]]', 26, "unknown task 'sst2'; known: fruit, trec"),
+        ('sour = "No"', 'sour = "No"\n[per_task.trec]\nrun = [[1, 0]]', 27, "unknown key 'run' in [per_task.trec]; did you mean 'runs'?; known: learning_rates, runs"),
+        ('sour = "No"', 'sour = "No"\n[per_task.trec]\nruns = [[1, 0], [1, 0]]', 27, "per_task.trec.runs must be distinct, got [1, 0] more than once"),
+        ('sour = "No"', 'sour = "No"\n[per_task.trec]\nlearning_rates = [1e-3, 0]', 27, "per_task.trec.learning_rates must be greater than 0, got 0; [controls] "),
+        ('sour = "No"', 'sour = "No"\n[per_task.trec.learning_rates]\nvanila = 1e-3', 27, "per_task.trec.learning_rates: unknown method 'vanila'; did you mean 'vanilla'?"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_once_with_its_line(tmp_path: Path, old: str, new: str, line: int, message: str) -> None:
@@ -142,7 +187,7 @@ def test_models_and_tasks_that_are_no_tables_are_said_to_be_tables(tmp_path: Pat
     head = GOOD[: GOOD.index("[[models]]")].replace("[learning_rates]", "models = ['a']\n[learning_rates]")
     assert problems(tmp_path, head.replace(', "fruit"', "")) == ["8: models must be tables, [[models]], got 'a'"]
     assert problems(tmp_path, head.replace("models = ['a']", "models = [\n{source = 'a'},\n{source = 'b', compute_type = 1}\n]").replace(', "fruit"', "")) == [
-        "10: unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, revision, source, storage_dtype"
+        "10: unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, init, init_scheme, init_seeds, revision, source, storage_dtype"
     ]
 
 
@@ -224,6 +269,7 @@ def test_files_that_mean_the_same_have_the_same_digest(tmp_path: Path) -> None:
         [("num_demonstrations = 4", "num_demonstrations = [4]\nnum_queries = 200")],
         [("# A comment on top.", "methods = ['layer_causal', 'vanilla']")],
         [('sour = "No"', 'sour = "No"\n[resources]\nmax_actors = 3')],
+        [('sour = "No"', 'sour = "No"\n[capture]\nkeep = "all"')],
     ):
         assert load(tmp_path, *changes).digest() == plain.digest(), changes
     for changes in ([("[2, 4]", "[4]")], [("[1, 2]", "[1, 3]")], [('"No"', '"Not"')], [('"first"', '"third"')], [("[1e-4]", "[2e-4]")]):
@@ -247,6 +293,81 @@ def test_a_key_that_a_faulty_task_may_define_is_not_reported_too(tmp_path: Path)
 def test_zero_is_a_learning_rate_where_the_control_is_asked_for(tmp_path: Path) -> None:
     sweep = load(tmp_path, ("[1e-4]", "[0, 1e-4]"), ('sour = "No"', 'sour = "No"\n[controls]\nzero_learning_rate = true'))
     assert sweep.learning_rates["layer_causal"] == (0.0, 1e-4)
+
+
+def test_an_untrained_model_is_a_model_for_each_of_its_seeds(tmp_path: Path) -> None:
+    sweep = load(
+        tmp_path,
+        ('source = "second"', 'source = "second"\ninit = "norms"\ninit_seeds = [3, 1]'),
+        ('source = "first"', 'source = "first"\ninit_scheme = "model"'),
+    )
+    assert [(m.source, m.compute_dtype, m.init, m.init_scheme, m.init_seed) for m in sweep.models] == [
+        ("first", "float32", "trained", "model", None),
+        ("second", "float64", "norms", "model", 3),
+        ("second", "float64", "norms", "model", 1),
+    ]
+    one = load(tmp_path, ('source = "second"', 'source = "second"\ninit = "norms"\ninit_seeds = 3'))
+    assert one.models == sweep.models[:2]
+    assert one.digest() != sweep.digest()
+
+
+def test_runs_take_the_place_of_seeds_and_orders(tmp_path: Path) -> None:
+    grid = load(tmp_path, ("[1, 2]", "[1, 2]\norders = 2"))
+    pairs = load(tmp_path, ("seeds = [1, 2]", "runs = [[2, 1], [1, 0], [2, 0], [1, 1]]"))
+    assert set(pairs.runs_of("trec")) == set(grid.runs_of("trec")) == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    assert pairs.num_runs("trec") == grid.num_runs("trec") == 4
+    assert pairs.digest() == grid.digest() != load(tmp_path).digest()
+    assert load(tmp_path, ("seeds = [1, 2]", "runs = [[2, 1], [1, 0], [2, 0]]")).digest() != grid.digest()
+
+
+def test_a_task_may_have_runs_and_learning_rates_of_its_own(tmp_path: Path) -> None:
+    own = "[per_task.fruit]\nruns = [[7, 1], [8, 0]]\n[per_task.fruit.learning_rates]\nvanilla = [5, 4]\n[[models]]\nsource = 'third'\n"
+    sweep = load(tmp_path, ('[[task]]\nname = "fruit"', f'{own}\n[[task]]\nname = "fruit"'))
+    assert sweep.runs_of("fruit") == ((7, 1), (8, 0))
+    assert sweep.runs_of("trec") == ((1, 0), (2, 0))
+    assert sweep.rates_of("fruit") == {"vanilla": (4.0, 5.0), "layer_causal": (1e-4,)}
+    assert sweep.rates_of("trec") == sweep.learning_rates == {"vanilla": (1e-3, 1e-2), "layer_causal": (1e-4,)}
+    for_all = load(tmp_path, ('[[task]]\nname = "fruit"', '[per_task.fruit]\nlearning_rates = 3\n\n[[task]]\nname = "fruit"'))
+    assert for_all.rates_of("fruit") == {"vanilla": (3.0,), "layer_causal": (3.0,)}
+    assert for_all.runs_of("fruit") == for_all.runs_of("trec")
+    same = load(tmp_path, ('[[task]]\nname = "fruit"', '[per_task.fruit]\nruns = [[2, 0], [1, 0]]\n\n[[task]]\nname = "fruit"'))
+    assert same.digest() == load(tmp_path).digest() != for_all.digest()
+
+
+def test_orders_beyond_the_permutations_of_the_reference_are_refused(tmp_path: Path) -> None:
+    reference = ('sour = "No"', 'sour = "No"\n[protocol]\npreset = "reference"')
+    assert load(tmp_path, reference, ("[1, 2]", "[1, 2]\norders = 5")).protocol.order_rule == "separate"
+    for old, new in (("[1, 2]", "[1, 2]\norders = 6"), ("seeds = [1, 2]", "runs = [[1, 5]]")):
+        with pytest.raises(SweepError, match=r':2[67]: protocol\.order_rule = "separate" has orders 0 to 4 and seeds below .*, got order 5, seed'):
+            load(tmp_path, reference, (old, new))
+    with pytest.raises(SweepError, match="got order 0, seed 4294967296"):
+        load(tmp_path, reference, ("[1, 2]", "[1, 4294967296]"))
+    assert load(tmp_path, ("[1, 2]", "[1, 4294967296]\norders = 6")).orders == 6
+
+
+def test_control_contexts_are_all_or_those_that_are_named(tmp_path: Path) -> None:
+    def controls(text: str) -> tuple[str, ...]:
+        return load(tmp_path, ('sour = "No"', f'sour = "No"\n[controls]\n{text}')).controls.contexts
+
+    assert controls("contexts = true") == ("other_draw", "random_labels", "flipped_labels", "other_task", "shuffled_words", "separator", "shifted")
+    assert controls("contexts = false") == controls("train_on = 'true'") == ()
+    assert controls("contexts = 'separator'") == controls("contexts = ['separator', 'separator']") == ("separator",)
+
+
+def test_the_control_task_is_never_the_task_itself(tmp_path: Path) -> None:
+    def other(name: str, text: str = "contexts = true") -> str:
+        return load(tmp_path, ('sour = "No"', f'sour = "No"\n[controls]\n{text}')).control_task_of(name)
+
+    assert [other(name) for name in ("fruit", "sst2", "trec", "trec_hub")] == ["trec", "trec", "mr_snippets", "mr_snippets"]
+    assert [other(name, "control_task = 'fruit'") for name in ("fruit", "sst2", "trec")] == ["trec", "fruit", "fruit"]
+    assert [other(name, "control_task = 'mr_snippets'") for name in ("mr_snippets", "trec")] == ["trec", "mr_snippets"]
+
+
+def test_what_to_train_on_twice_is_one_axis_value_with_a_warning(tmp_path: Path) -> None:
+    sweep = load(tmp_path, ('sour = "No"', 'sour = "No"\n[controls]\ntrain_on = ["true", "other_task", "true"]'))
+    assert sweep.controls.train_on == ("true", "other_task")
+    assert sweep.warnings == ("controls.train_on: true is there more than once and counts once",)
+    assert load(tmp_path, ('sour = "No"', 'sour = "No"\n[controls]\ntrain_on = "other_task"')).controls.train_on == ("other_task",)
 
 
 def test_the_nearest_name_is_suggested_whatever_its_dashes_and_case() -> None:

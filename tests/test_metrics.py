@@ -179,13 +179,15 @@ def test_the_gaussian_state_lies_as_far_from_zero_shot_as_the_update() -> None:
 
 def test_the_uniform_update_is_drawn_from_0_to_1_whatever_finetuning_did() -> None:
     zero_shot = torch.full((1, 4, 1000), 3.0)
-    update = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5)) - 3
+    change = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5))
+    update = change.raw.values
+    assert change.unit is change.raw  # the change of the normalised outputs is replaced too, not made from a random state
     assert update.min() >= 0
     assert update.max() < 1
     assert float(update.mean()) == pytest.approx(1 / 2, abs=0.02)  # 4,000 numbers: se .005, and .001 for the variance
     assert float(update.var()) == pytest.approx(1 / 12, abs=0.005)
-    again = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5)) - 3
-    assert torch.equal(update, again)
+    again = metrics.uniform_update(metrics.vectors(zero_shot), torch.Generator().manual_seed(5))
+    assert torch.equal(update, again.raw.values)
 
 
 def test_pooled_figures_equal_plain_loops() -> None:
@@ -258,6 +260,19 @@ def test_the_noise_floor_is_the_largest_difference_of_the_first_32_queries() -> 
     assert torch.allclose(floor.attention_L, torch.tensor([0, 5.0, 0]).double(), atol=1e-6)  # captures are float32
     assert torch.allclose(floor.scores_LH, torch.tensor([[0, 13.0], [0, 0], [0, 0]]).double(), atol=1e-5)
     assert floor.attention_L.dtype == floor.scores_LH.dtype == torch.float64
+
+
+def test_the_noise_floor_is_at_least_what_rounding_to_the_compute_dtype_changes() -> None:
+    """Independent of the formula: round random captures to bfloat16 and see by how much they move."""
+    wide = Capture(torch.randn(2, 32, 512), torch.randn(2, 32, 3, 512), torch.zeros(32, 2))
+    low = Capture(wide.attention_LQD.bfloat16().float(), wide.scores_LQHT.bfloat16().float(), wide.label_scores_QC)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert metrics.noise_floor(low, low).attention_L.max() == 0
+    moved, floor = metrics.noise_floor(wide, low), metrics.noise_floor(low, low, eps=eps)
+    for seen, least in ((moved.attention_L, floor.attention_L), (moved.scores_LH, floor.scores_LH)):
+        assert torch.all((seen < least) & (least < 2 * seen))
+    above = metrics.noise_floor(low, Capture(low.attention_LQD + 1, low.scores_LQHT, low.label_scores_QC), eps=eps)
+    assert torch.allclose(above.attention_L, torch.full((2,), 512.0).double().sqrt())
 
 
 def test_the_noise_floor_takes_captures_padded_to_different_lengths() -> None:

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from iclgd_dist import extensions
 from iclgd_dist import plan as planning
+from iclgd_dist.blocks import Block, halve, split, with_cells
 from iclgd_dist.config import ModelSpec, SweepError, load_sweep
-from iclgd_dist.plan import Block, Plan, count_cells, halve, key_of, make_plan, split, with_cells
+from iclgd_dist.encoding import encode, fits_context
+from iclgd_dist.plan import Plan, count_cells, key_of, make_plan
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable
-from iclgd_dist.tasks import draw, encode, fits_context, load_task
+from iclgd_dist.tasks import draw, load_task
 
 CONFIG = {"num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50, "max_position_embeddings": 512}
 SWEEP = """
@@ -209,6 +212,8 @@ def test_a_zero_shot_cell_alone_is_asked_of_one_block(folder: Path) -> None:
         ("vanilla = [1e-3, 1e-2, 1e-1]\nlayer_causal = [1e-3, 1e-2]", "layer_causal = [1e-3, 1e-2]\nvanilla = [1e-3, 1e-2, 1e-1]"),
         ("[[task]]", "[resources]\ncpus_per_actor = 2\nmax_actors = 1\ntokens_per_batch = 10\ndevice_map = 'cpu'\n\n[[task]]"),
         ("[[task]]", "[analysis]\nsmallest_effect = 0.5\n\n[[task]]"),
+        ("[[task]]", "[capture]\nkeep = 'all'\n\n[[task]]"),
+        ('source = "first"', 'source = "first"\ninit = "trained"\ninit_scheme = "model"\ninit_seeds = []'),
         ("orders = 2", "orders = 2\nquery_seed = 1\nmethods = ['layer_causal', 'vanilla']"),
         ('source = "first"', 'source = "first"\nstorage_dtype = "float32"\ncompute_dtype = "float32"'),
         ("[[task]]", '[protocol]\nseparator = "newline"\n\n[[task]]'),
@@ -237,6 +242,7 @@ def test_keys_do_not_depend_on_the_cells_around_them_nor_on_the_folder(folder: P
         ("num_queries = 8", "num_queries = 8\nquery_seed = 2", "zero_shot icl finetuned"),
         ('source = "first"', 'source = "first"\ncompute_dtype = "float64"', "zero_shot icl finetuned"),
         ('source = "first"', 'source = "first"\nstorage_dtype = "bfloat16"', "zero_shot icl finetuned"),
+        ('source = "first"', 'source = "first"\ninit = "norms"\ninit_seeds = [0]', "zero_shot icl finetuned"),
         ('source = "first"', 'source = "second"', "zero_shot icl finetuned"),
         ("[[task]]", '[protocol]\nseparator = "eos"\n\n[[task]]', "zero_shot icl finetuned"),
         ("[[task]]", '[protocol]\nsink = "eos"\n\n[[task]]', "zero_shot icl finetuned"),
@@ -285,6 +291,11 @@ def test_an_option_at_its_default_is_left_out_of_the_key(folder: Path, monkeypat
     assert {name for values in hashed for name in values if "." in name} == set()
     planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\nseparator = "eos"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
     assert {name for values in hashed for name in values if "." in name} == {"protocol.separator"}
+    hashed.clear()
+    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
+    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\n\n[[task]]\nname = "fruit"'))
+    assert "protocol.line_breaks" in hashed[0]
+    assert not any("preset" in name for values in hashed for name in values)
 
 
 def test_keys_stay_what_they_were(folder: Path) -> None:
@@ -295,9 +306,124 @@ def test_keys_stay_what_they_were(folder: Path) -> None:
     assert found["first", "fruit", "finetuned", 4, 3, 1, "layer_causal", 0.01, 2][:16] == "b8d23b8c663aab3e"
 
 
+# --- Protocols, runs, and what is trained on
+
+ONE = [*SMALL, ('["fruit", "stone"]', '["fruit"]')]
+SECTION = '[[task]]\nname = "fruit"'
+REFERENCE_SPELLED = """sink = "bos"
+separator = "eos"
+leading_separator = false
+record_position = "label"
+truncation = "greedy"
+order_rule = "separate"
+demonstration_draw = "shuffled"
+query_draw = "shuffled"
+label_tokens = "separate"
+line_breaks = "eos"
+first_layer = "count"
+undefined = "eps"
+"""
+
+
+def with_section(section: str) -> tuple[str, str]:
+    return SECTION, f"{section}\n\n{SECTION}"
+
+
+def test_keys_do_not_depend_on_how_a_protocol_is_written(folder: Path) -> None:
+    named, spelled = (planned(folder, with_section(f"[protocol]\n{text}")) for text in ('preset = "reference"', REFERENCE_SPELLED))
+    assert points(named) == points(spelled)
+    assert set(named.keys).isdisjoint(planned(folder).keys)
+    back = REFERENCE_SPELLED.replace('"bos"', '"auto"').replace('"eos"', '"newline"', 1).replace("false", "true").replace('"label"', '"last_prompt"')
+    for old, new in (("greedy", "refuse"), ("separate", "shared"), ("shuffled", "hashed"), ("shuffled", "balanced"), ("separate", "joint")):
+        back = back.replace(old, new, 1)
+    back = back.replace('line_breaks = "eos"', 'line_breaks = "text"').replace("count", "skip").replace('"eps"', '"null"')
+    assert points(planned(folder, with_section(f'[protocol]\npreset = "reference"\n{back}'))) == points(planned(folder))
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [line.split(" = ") for line in REFERENCE_SPELLED.splitlines()] + [["loss_tokens", '"label"']],
+)
+def test_every_switch_is_part_of_every_key(folder: Path, switch: str, value: str) -> None:
+    before, after = planned(folder, *ONE), planned(folder, *ONE, with_section(f"[protocol]\n{switch} = {value}"))
+    assert len(after.keys) == len(before.keys)
+    assert set(after.keys).isdisjoint(before.keys)
+
+
+def test_blocks_of_the_reference_train_in_another_order_than_they_show(folder: Path) -> None:
+    blocks = planned(folder, ("orders = 2", "orders = 3"), ("[1, 4]", "4"), with_section('[protocol]\npreset = "reference"')).blocks
+    assert {block.order for block in blocks if block.draw.training == block.draw.demonstrations} == {0}
+    for block in blocks:
+        assert Counter(block.draw.training) == Counter(block.draw.demonstrations)
+        assert len(block.draw.queries) == 8
+
+
+def test_runs_are_the_cells_of_their_pairs(folder: Path) -> None:
+    whole, grid = points(planned(folder)), ("seeds = [3, 1]\norders = 2", "runs = [[1, 1], [3, 0]]")
+    part = planned(folder, grid)
+    assert points(part) == {point: key for point, key in whole.items() if point[2] == "zero_shot" or point[4:6] in ((1, 1), (3, 0))}
+    assert count_cells(load_sweep(folder / "sweep.toml")) == (part.num_cells, part.num_blocks_planned) == (len(part.keys), len(part.blocks))
+    assert planned(folder, ("seeds = [3, 1]\norders = 2", "runs = [[3, 0], [3, 1], [1, 0], [1, 1]]")).blocks == planned(folder).blocks
+
+
+def test_a_task_with_runs_and_learning_rates_of_its_own_has_those_cells(folder: Path) -> None:
+    own = with_section("[per_task.fruit]\nruns = [[2, 1], [5, 0]]\nlearning_rates = [0.5]")
+    plan = planned(folder, own)
+    found, whole = points(plan), points(planned(folder))
+    assert {point: key for point, key in found.items() if point[1] == "stone"} == {point: key for point, key in whole.items() if point[1] == "stone"}
+    assert {point[4:6] for point in found if point[1] == "fruit" and point[2] != "zero_shot"} == {(2, 1), (5, 0)}
+    assert {point[-2] for point in found if point[1:3] == ("fruit", "finetuned")} == {0.5}
+    assert (plan.num_cells, plan.num_blocks_planned) == (len(plan.keys), len(plan.blocks))
+    assert [(block.seed, block.draw.task) for block in plan.blocks if block.model.source == "first" and block.num_demonstrations == 1] == [
+        (2, "fruit"), (5, "fruit"), (3, "stone"), (3, "stone"), (1, "stone"), (1, "stone")
+    ]  # fmt: skip
+
+
+def test_what_is_trained_on_is_an_axis_of_finetuned_cells(folder: Path) -> None:
+    section = '[controls]\ntrain_on = ["true", "random_labels", "other_task", "shuffled_words"]\ncontrol_task = "stone"'
+    plain, plan = planned(folder, *ONE), planned(folder, *ONE, with_section(section))
+    (block,) = plan.blocks
+    assert block.train_on() == ["true", "random_labels", "other_task", "shuffled_words"]
+    assert Counter(cell.train_on for cell in block.cells if cell.kind == "finetuned") == dict.fromkeys(block.train_on(), 5 * 3)
+    assert plan.num_cells == len(plan.keys) == len(block.cells) == 2 + 4 * 5 * 3
+    assert set(plain.keys) == {cell.key for cell in block.cells if cell.train_on == "true"}
+    assert {block.identity(cell)["train_on"] for cell in block.cells if cell.kind == "finetuned"} == set(block.train_on())
+    assert {block.identity(cell)["train_on"] for cell in block.cells if cell.kind != "finetuned"} == {None}
+    for train_on in block.train_on():
+        assert (block.learning_rates("vanilla", train_on), block.steps("vanilla", train_on)) == ([1e-3, 1e-2, 1e-1], [1, 2, 4])
+    (alone,) = planned(folder, *ONE, with_section(section), finished=plain.keys).blocks
+    assert alone.train_on() == ["random_labels", "other_task", "shuffled_words"]
+    assert alone.learning_rates("vanilla") == []
+    assert block.cost.training_tokens == pytest.approx(4 * plain.blocks[0].cost.training_tokens, rel=0.1)
+    assert block.cost.baseline_flops == plain.blocks[0].cost.baseline_flops
+
+
+def test_the_control_task_is_part_of_the_keys_of_what_is_trained_on_it_and_of_no_others(folder: Path) -> None:
+    def found(task: str) -> dict[str, set[str]]:
+        section = with_section(f'[controls]\ntrain_on = ["true", "random_labels", "other_task"]\ncontexts = true\ncontrol_task = "{task}"')
+        (block,) = planned(folder, *ONE, section, ("[[models]]", STONE.replace('"stone"', '"sand"').replace("hard", "soft") + "\n[[models]]")).blocks
+        return {train_on: {cell.key for cell in block.cells if cell.train_on == train_on} for train_on in block.train_on()}
+
+    stone, sand = found("stone"), found("sand")
+    assert [stone[train_on] == sand[train_on] for train_on in ("true", "random_labels", "other_task")] == [True, True, False]
+    assert stone["other_task"].isdisjoint(sand["other_task"])
+
+
+def test_control_contexts_change_no_key_and_travel_with_the_block(folder: Path, models: Models) -> None:
+    plan = planned(folder, *ONE, with_section('[controls]\ncontexts = true\ncontrol_task = "stone"\nrandom_delta = true'))
+    plain = planned(folder, *ONE)
+    assert plan.keys == plain.keys
+    (block,), (bare,) = plan.blocks, plain.blocks
+    assert replace(block.draw, contexts=()) == bare.draw
+    assert [each.name for each in block.draw.contexts] == [name for name in block.controls.contexts if name != "shifted"]
+    encoded = encode(block.draw, models.tokenizers[-2], protocol=block.protocol, max_positions=512)
+    assert list(encoded.control_contexts) == [name for name in block.controls.contexts if name != "shifted"]
+    assert block.cost.baseline_flops > 3 * bare.cost.baseline_flops
+
+
 def test_a_raised_method_version_gives_its_cells_new_keys_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = points(planned(folder))
-    monkeypatch.setattr(planning, "METHOD_VERSIONS", {"vanilla": 2, "layer_causal": 1})
+    monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", 2)
     after = points(planned(folder))
     assert {point for point in before if before[point] != after[point]} == {point for point in before if "vanilla" in point}
 
@@ -310,6 +436,19 @@ def test_models_with_the_same_content_count_once(folder: Path, models: Models) -
     assert {block.model.source for block in once.blocks} == {"first"}
     assert once.warnings[-1] == f"models with the same content: {plan.num_cells // 2} cells are others' and count once"
     assert planned(folder, ('source = "second"', 'source = "second"\ncompute_dtype = "float64"')).num_cells == plan.num_cells
+
+
+def test_untrained_models_differ_in_kind_scheme_and_seed_and_say_so_in_every_row(folder: Path, models: Models) -> None:
+    kinds = [("random", "model", [1, 2]), ("random", "fairseq", [1]), ("norms", "model", [1])]
+    more = "".join(f'\n[[models]]\nsource = "first"\ninit = "{init}"\ninit_scheme = "{scheme}"\ninit_seeds = {seeds}\n' for init, scheme, seeds in kinds)
+    trained, plan = planned(folder), planned(folder, text=SWEEP + more + FRUIT + STONE)
+    assert plan.num_cells == plan.num_to_run == len(set(plan.keys)) == 3 * trained.num_cells
+    assert count_cells(load_sweep(folder / "sweep.toml"))[0] == plan.num_cells
+    assert set(trained.keys) < set(plan.keys)
+    assert len(models.tokenizers) == 2 + 2, "a tokenizer was read for each untrained model"
+    rows = [block.identity(cell) for block in plan.blocks for cell in block.cells]
+    expected = {("trained", None, None, ()), *((i, s, seed, (f"random weights ({i}, {s}, seed {seed})",)) for i, s, seeds in kinds for seed in seeds)}
+    assert {(row["init"], row["init_scheme"], row["init_seed"], tuple(row["model_notes"])) for row in rows} == expected
 
 
 # --- Blocks: parts and cost
@@ -331,6 +470,14 @@ def test_splitting_keeps_every_cell_once_and_a_learning_rate_of_both_methods_tog
     assert len({part.name for part in parts}) == len(parts)
     repeated = (len(parts) - 1) * block.cost.baseline_flops
     assert sum(part.cost.flops for part in parts) == pytest.approx(block.cost.flops + repeated)
+
+
+def test_splitting_also_parts_what_is_trained_on(folder: Path) -> None:
+    section = with_section('[controls]\ntrain_on = ["true", "random_labels", "shuffled_words"]')
+    (block,) = planned(folder, *ONE, section, ("[1e-3, 1e-2, 1e-1]", "[1e-3]"), ("[1e-3, 1e-2]", "[1e-3]")).blocks
+    parts = split([block], 9)
+    assert sorted(part.train_on() for part in parts) == [["random_labels"], ["shuffled_words"], ["true"]]
+    assert sorted(cell.key for part in parts for cell in part.cells) == sorted(cell.key for cell in block.cells)
 
 
 def test_splitting_halves_the_largest_block_that_has_more_than_one_learning_rate(folder: Path) -> None:
@@ -379,6 +526,27 @@ def test_training_tokens_are_the_demonstrations_tokens_times_the_learning_rates(
     assert block.cost.training_tokens == 4 * 9 * (3 + 4)
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("none", set()),
+        ("final_step", {("zero_shot", None), ("icl", None), ("finetuned", 4)}),
+        ("all", {("zero_shot", None), ("icl", None), *(("finetuned", step) for step in (1, 2, 4))}),
+    ],
+)
+def test_captures_are_kept_of_the_cells_that_the_file_asks_for(folder: Path, keep: str, kept: set[tuple[str, int | None]]) -> None:
+    changes = [*SMALL, ('["fruit", "stone"]', '["fruit"]')]
+    (block,) = planned(folder, *changes, text=SWEEP + f'[capture]\nkeep = "{keep}"\n' + FRUIT).blocks
+    assert {(cell.kind, cell.step) for cell in block.cells if cell.is_kept} == kept
+    assert all(cell.is_kept == ((cell.kind, cell.step) in kept) for cell in block.cells)
+    # 3 layers, width 8, 2 heads, 8 queries, 2 labels.
+    assert block.cost.capture_bytes == 8 * (4 * 3 * (8 + 2 * max_tokens(block)) + 8 * 2)
+
+
+def max_tokens(block: Block) -> int:
+    return max(len(re.findall(r"[^\s-]+|-", query.prompt)) for query in block.draw.queries)
+
+
 # --- What a plan says
 
 
@@ -394,6 +562,14 @@ def test_labels_of_several_tokens_are_noted_once(folder: Path) -> None:
     assert planned(folder, ('"No"', '"No-no"')).notes == tuple(
         f"label 'No-no' of {task} has 3 tokens; scored by the mean of their log-probabilities" for task in ("fruit", "stone")
     )
+
+
+def test_a_context_without_room_for_all_demonstrations_is_noted_once_per_task(folder: Path) -> None:
+    changes = (("[1, 4]", "30"), with_section('[protocol]\ntruncation = "greedy"'))
+    assert planned(folder, *changes).notes == ()
+    long = [(f'"{word}"', f'"{word}{"-o" * 20}"') for word in ("Yes", "No")]  # 41 tokens each
+    shown = [note for note in planned(folder, *changes, *long).notes if "room" in note]
+    assert shown == [f"{task}: some contexts have room for fewer than 30 demonstrations; finetuning sees all of them" for task in ("fruit", "stone")]
 
 
 def test_a_task_with_one_class_is_a_warning_of_the_plan_and_not_of_python(folder: Path) -> None:

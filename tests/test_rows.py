@@ -21,11 +21,10 @@ GOLD = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
 FOLD_OF = ["A", "B", "B", "A", "A", "B", "A", "A", "B", "B"]
 IDS = [f"query{number}" for number in range(Q)]
 WORDS = ["bad", "fair", "good"]
-TRAINING = TrainingRecord(
-    loss=2.5, loss_L=None, gradient_norm_L=[3.0, 4.0] + [0.0] * 5, delta_norm_k_L=[0.3] + [0.0] * 6, delta_norm_v_L=[0.0, 0.4] + [0.0] * 5
-)
+TRAINING = TrainingRecord(loss=2.5, loss_L=None, gradient_norm_L=[3.0, 4.0] + [0.0] * 5, delta_norms_L={"k": [0.3] + [0.0] * 6, "v": [0.0, 0.4] + [0.0] * 5})
+ITEMS = tuple((start, start + 10) for start in range(0, 120, 10))  # twelve demonstrations of 10 tokens
 NO_NOISE = NoiseFloor(torch.zeros(L, dtype=torch.float64), torch.zeros(L, H, dtype=torch.float64))
-RANDOM = {name for name in SIMILARITIES if name.endswith(("uniform_update", "gaussian_state"))}
+RANDOM = {name for name in SIMILARITIES if name.endswith(("uniform_update", "gaussian_state", "random"))}
 ONLY_FINETUNED = {"rec2ftp", "num_zs_wrong_ft_right", "num_zs_wrong_ft_right_icl_right", "jaccard_changed", "agreement_icl", "kappa_icl", "kl_label_icl"}
 
 
@@ -34,7 +33,8 @@ def capture(seed: int, queries: int = Q, width: int = D) -> Capture:
     scores = torch.randn(L, queries, H, T, generator=draw)
     for query in range(queries):
         scores[:, query, :, 2 + query % 4 :] = 0
-    return Capture(torch.randn(L, queries, width, generator=draw), scores, torch.randn(queries, C, generator=draw).double())
+    attention, labels = torch.randn(L, queries, width, generator=draw), torch.randn(queries, C, generator=draw).double()
+    return Capture(attention, scores, labels, torch.randn(L, queries, ITEMS[-1][1], generator=draw))
 
 
 def moved_from(zero_shot: Capture, state: Capture, *, still: list[tuple[int, int]]) -> Capture:
@@ -42,7 +42,7 @@ def moved_from(zero_shot: Capture, state: Capture, *, still: list[tuple[int, int
     attention, scores = state.attention_LQD.clone(), state.scores_LQHT.clone()
     for layer, query in still:
         attention[layer, query], scores[layer, query] = zero_shot.attention_LQD[layer, query], zero_shot.scores_LQHT[layer, query]
-    return Capture(attention, scores, state.label_scores_QC)
+    return replace(state, attention_LQD=attention, scores_LQHT=scores)
 
 
 def baseline(zero_shot: Capture, in_context: Capture, *, keep: list[int] | None = None, noise: NoiseFloor = NO_NOISE, folds: list[str] = FOLD_OF) -> Baseline:
@@ -60,16 +60,24 @@ def baseline(zero_shot: Capture, in_context: Capture, *, keep: list[int] | None 
 
 
 def some(state: Capture, keep: list[int]) -> Capture:
-    return Capture(state.attention_LQD[:, keep], state.scores_LQHT[:, keep], state.label_scores_QC[keep])
+    assert state.ranked_LQT is not None
+    return Capture(state.attention_LQD[:, keep], state.scores_LQHT[:, keep], state.label_scores_QC[keep], state.ranked_LQT[:, keep])
 
 
-ZS, ICL = capture(1), capture(2)
+ZS, ICL, PREFIX = capture(1), capture(2), capture(4)
 # Layer 3 never moves; two more queries do not move in a layer each.
 FT = moved_from(ZS, capture(3), still=[*((3, query) for query in range(Q)), (1, 0), (5, 1)])
 
 
+def compared(
+    base: Baseline, state: Capture, *, keep: list[int] | None = None, prefix: Capture = PREFIX, training: TrainingRecord = TRAINING, seed: int = 11
+) -> Row:
+    context = rows.changed(base.zero_shot, prefix if keep is None else some(prefix, keep), items=ITEMS)
+    return rows.finetuned_row(base, state if keep is None else some(state, keep), training=training, random_seed=seed, prefix=context)
+
+
 def finetuned(seed: int = 11, training: TrainingRecord = TRAINING) -> Row:
-    return rows.finetuned_row(baseline(ZS, ICL), FT, training=training, random_seed=seed)
+    return compared(baseline(ZS, ICL), FT, training=training, seed=seed)
 
 
 def every_kind() -> dict[str, Row]:
@@ -118,7 +126,7 @@ def test_the_rows_of_a_fold_are_those_of_its_queries_alone() -> None:
     for fold in ("A", "B"):
         keep = [query for query in range(Q) if FOLD_OF[query] == fold]
         base = baseline(ZS, ICL, keep=keep)
-        alone = {"icl": rows.icl_row(base), "finetuned": rows.finetuned_row(base, some(FT, keep), training=TRAINING, random_seed=11)}
+        alone = {"icl": rows.icl_row(base), "finetuned": compared(base, FT, keep=keep)}
         of_all_only = RANDOM | {"fold", "delta_norm_k", "delta_norm_v", "gradient_norm", "noise_floor", "noise_floor_scores"}
         for kind, row in alone.items():
             for mine, theirs in zip(layers_of(whole[kind], fold), layers_of(row, "all"), strict=True):
@@ -142,7 +150,7 @@ def test_a_rows_mean_is_over_the_layers_where_the_figure_is_defined() -> None:
     row = finetuned()
     for name in (*SIMILARITIES, *POOLED):
         values = np.array([layer[name] for layer in layers_of(row, "all")], dtype=float)
-        if name == "sim_am_delta":
+        if name.startswith("sim_am_delta"):
             assert not math.isnan(values[0])
             values[0] = math.nan
         lower, middle, upper = np.array_split(values, 3)
@@ -160,7 +168,7 @@ def test_a_rows_mean_is_over_the_layers_where_the_figure_is_defined() -> None:
 def test_an_examples_mean_is_over_the_layers_where_it_is_defined() -> None:
     whole = finetuned()
     for query, example in enumerate(whole["examples"]):
-        alone = rows.finetuned_row(baseline(ZS, ICL, keep=[query]), some(FT, [query]), training=TRAINING, random_seed=11)
+        alone = compared(baseline(ZS, ICL, keep=[query]), FT, keep=[query])
         for name in set(SIMILARITIES) - RANDOM:  # of one query, the mean over layers of its row
             assert example[name] == pytest.approx(alone[name], rel=1e-12)
         assert example["update_norm"] == pytest.approx(alone["update_norm"], rel=1e-12)
@@ -210,7 +218,7 @@ def test_zero_shot_and_icl_rows_hold_only_what_needs_no_finetuning() -> None:
     filled = {kind: {name for layer in kinds[kind]["layers"] for name, value in layer.items() if value is not None} for kind in kinds}
     assert filled["zero_shot"] == {"layer", "fold", "noise_floor", "noise_floor_scores"}
     assert filled["icl"] == {"layer", "fold", "noise_floor", "noise_floor_scores", "sim_am_zs", "sim_am_zs_n", "update_norm_icl", "relative_update_icl"}
-    assert filled["finetuned"] == set(names(LAYER)) - {"loss"}
+    assert filled["finetuned"] == set(names(LAYER)) - {"loss", "delta_norm_q", "delta_norm_o", "delta_norm_mlp"}
     assert [len(kinds[kind]["layers"]) for kind in kinds] == [L, 3 * L, 3 * L, 0]
     figures = {*SIMILARITIES, *POOLED, "update_ratio", "update_norm", "delta_norm", "gradient_norm", "loss"}
     assert {name for name in figures if kinds["icl"][name] is not None} == {"sim_am_zs"}
@@ -219,10 +227,10 @@ def test_zero_shot_and_icl_rows_hold_only_what_needs_no_finetuning() -> None:
 
 def test_finetuning_that_changes_nothing_is_zero_shot_with_every_similarity_undefined() -> None:
     base = baseline(ZS, ICL)
-    row, zero_shot = rows.finetuned_row(base, ZS, training=TRAINING, random_seed=1), rows.zero_shot_row(base)
+    row, zero_shot = compared(base, ZS), rows.zero_shot_row(base)
     for name in ("accuracy", "balanced_accuracy", "nll_label", "nll_raw", "prediction_counts", "num_ties"):
         assert row[name] == zero_shot[name]
-    for name in (*SIMILARITIES, "sim_aou_pooled"):
+    for name in (*SIMILARITIES, "sim_aou_pooled", "sim_aou_pooled_prefix"):
         assert row[name] is row[f"{name}_median"] is row[f"{name}_upper"] is None
         assert all(layer[name] is None and layer.get(f"{name}_n", 0) == 0 for layer in row["layers"])
         assert name in POOLED or all(example[name] is None for example in row["examples"])
@@ -231,7 +239,7 @@ def test_finetuning_that_changes_nothing_is_zero_shot_with_every_similarity_unde
 
 def test_changes_within_the_noise_leave_every_similarity_undefined() -> None:
     noise = NoiseFloor(torch.full((L,), 1e3, dtype=torch.float64), torch.full((L, H), 1e3, dtype=torch.float64))
-    row = rows.finetuned_row(baseline(ZS, ICL, noise=noise), capture(3), training=TRAINING, random_seed=1)
+    row = compared(baseline(ZS, ICL, noise=noise), capture(3))
     assert {name for name in (*SIMILARITIES, *POOLED) if row[name] is not None} == {"recovered_aou"}
     assert [layer["noise_floor"] for layer in layers_of(row, "all")] == [1e3] * L
     assert [layer["noise_floor"] for layer in layers_of(row, "A")] == [None] * L
@@ -341,3 +349,25 @@ def test_where_positions_are_relative_layer_0_has_no_sim_am_delta_and_its_other_
         assert (first["sim_am_delta_n"] == 0) == is_still
         assert first["sim_am"] is not None
         assert second["sim_am_delta"] is not None
+
+
+def test_prefix_figures_compare_with_the_prefix_and_with_nothing_else() -> None:
+    base = baseline(ZS, ICL)
+    row, of_icl = compared(base, FT, prefix=ICL), compared(base, FT)
+    for name in ("sim_aou", "sim_aou_norm", "sim_am", "sim_am_delta", "sim_aou_pooled"):
+        assert row[f"{name}_prefix"] == pytest.approx(row[name], rel=1e-12)  # where the prefix is all there is
+        assert of_icl[f"{name}_prefix"] != row[f"{name}_prefix"] and of_icl[name] == row[name]
+    alone = rows.finetuned_row(base, FT, training=TRAINING, random_seed=11)
+    assert {name for name in (*SIMILARITIES, *POOLED) if alone[name] is None} == {
+        n for n in (*SIMILARITIES, *POOLED) if n.endswith("_prefix") or "kendall" in n or "topk" in n
+    }
+
+
+def test_the_reference_has_an_eps_where_this_project_has_null_and_counts_layer_0() -> None:
+    noise = NoiseFloor(torch.full((L,), 1e3, dtype=torch.float64), torch.full((L, H), 1e3, dtype=torch.float64))
+    clean, eps = baseline(ZS, ICL), replace(baseline(ZS, ICL, noise=noise), has_eps=True, counts_first_layer=True)
+    row = compared(eps, FT)
+    still = layers_of(row, "all")[3]
+    assert (still["sim_aou"], still["sim_am_delta"], still["sim_aou_n"]) == (0.0, 0.0, Q)
+    assert layers_of(row, "all")[0]["sim_aou"] == pytest.approx(layers_of(compared(clean, FT), "all")[0]["sim_aou"], rel=1e-12)
+    assert row["sim_am_delta"] == pytest.approx(np.mean([layer["sim_am_delta"] for layer in layers_of(row, "all")]), rel=1e-12)

@@ -16,13 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from iclgd_dist import embedded, tasks
 from iclgd_dist.config import EMBEDDED_TASKS, HUB_TASKS, OwnTask, SweepError
 from iclgd_dist.protocol import Protocol
-from iclgd_dist.tasks import Draw, Example, Query, Task, draw, draw_demonstrations, draw_queries, encode, fits_context, load_task
+from iclgd_dist.tasks import Example, Task, draw, draw_demonstrations, draw_queries, load_task
 
 CLEAN = Protocol()
 
@@ -557,167 +555,89 @@ def test_a_draw_holds_what_its_parts_are():
     assert (made.task, made.label_words) == ("made", ("word0", "word1"))
 
 
-# --- token ids
+# --- draws of the reference
+
+REFERENCE = Protocol(preset="reference")
 
 
-def byte_tokenizer(*, merges: tuple[tuple[str, str], ...] = (), drop_newlines: bool = False, **special: str) -> Any:
-    """One token per byte, unless `merges` says more."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *(left + right for left, right in merges)])}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    if drop_newlines:
-        inner.normalizer = normalizers.Replace("\n", " ")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **(special or {"bos_token": "<s>", "eos_token": "</s>"}))
+def filed_task(num_train: int = 40, num_queries: int = 30) -> Task:
+    """A task whose files repeat texts, within a split and across both."""
+    own = OwnTask(name="filed", file="x.csv", template="Text: {text} Label:", labels={"a": "word0", "b": "word1"})
+    train = [({"text": f"train {i % (num_train - 4)}"}, "ab"[i % 2]) for i in range(num_train)]
+    queries = [({"text": f"query {i % (num_queries - 3)}"}, "ab"[i % 2]) for i in range(num_queries - 2)] + [({"text": f"TRAIN {i}"}, "a") for i in (1, 5)]
+    return tasks._task("filed", own.template, own.labels, train, queries, "made here")
 
 
-def small_draw(words: tuple[str, ...] = ("No", "Yes"), num_demonstrations: int = 3) -> Draw:
-    demonstrations = tuple(Example(f"d{i}", f"Q: demo {i} A:", i % 2) for i in range(num_demonstrations))
-    queries = (Query("q0", "Q: first A:", 0, "A"), Query("q1", "Q: and a second one A:", 1, "B"))
-    return Draw("made", "Q: {text} A:", words, demonstrations, queries, 0)
+def hub_order(num: int, seed: int) -> list[int]:
+    import datasets
+
+    return datasets.Dataset.from_dict({"i": list(range(num))}).shuffle(seed=seed)["i"][:]
 
 
-def test_sequences_are_put_together_from_prompts_labels_sink_and_separator():
-    tokenizer = byte_tokenizer()
-    encoded = encode(small_draw(), tokenizer, protocol=CLEAN, max_positions=None)
-    bos = tokenizer.bos_token_id
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    newline = ids("\n")
-    assert encoded.prefix_ids == (bos, *newline)
-    assert encoded.label_ids == (ids(" No"), ids(" Yes"))
-    assert encoded.queries == (ids("Q: first A:"), ids("Q: and a second one A:"))
-    assert encoded.training_sequences[1] == (bos, *newline, *ids("Q: demo 1 A: Yes"))
-    assert encoded.context_ids == (bos, *newline, *ids("Q: demo 0 A: No\nQ: demo 1 A: Yes\nQ: demo 2 A: No\n"))
+@pytest.mark.parametrize("seed", [0, 1, 2, 5, 12345])
+def test_shuffled_demonstrations_are_the_first_rows_of_the_shuffled_file(seed):
+    task = filed_task()
+    wanted = [f"Text: train {i % 36} Label:" for i in hub_order(40, seed)]
+    for k in (1, 8, 40):
+        assert [e.prompt for e in draw_demonstrations(task, num_demonstrations=k, seed=seed, protocol=REFERENCE)] == wanted[:k]
+    with pytest.raises(SweepError, match="num_demonstrations must be at most 40, the size of its train pool, got 41"):
+        draw_demonstrations(task, num_demonstrations=41, seed=seed, protocol=REFERENCE)
 
 
-def test_the_protocol_chooses_sink_and_separator():
-    tokenizer = byte_tokenizer()
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encoded = encode(small_draw(), tokenizer, protocol=Protocol(sink="eos", separator="eos"), max_positions=None)
-    assert encoded.prefix_ids == (eos, eos)
-    assert encoded.context_ids.count(eos) == 5
-    assert encode(small_draw(), tokenizer, protocol=Protocol(separator="none"), max_positions=None).prefix_ids == (bos,)
-    only_eos = byte_tokenizer(eos_token="</s>")
-    assert encode(small_draw(), only_eos, protocol=CLEAN, max_positions=None).sink_ids == (only_eos.eos_token_id,)
+def test_shuffled_queries_are_the_first_rows_of_the_shuffled_file_without_texts_of_the_train_split():
+    task = filed_task()
+    rows = [*(f"Text: query {i % 27} Label:" for i in range(28)), "Text: TRAIN 1 Label:", "Text: TRAIN 5 Label:"]
+    wanted = [rows[i] for i in hub_order(30, 1) if "TRAIN" not in rows[i]]
+    for num in (5, 28, 2000):
+        queries, num_left_out = draw_queries(task, num_queries=num, query_seed=1, protocol=REFERENCE)
+        assert [q.prompt for q in queries] == wanted[:num]
+        assert num_left_out == 0
+    assert all(q.fold == tasks.fold_of(q.prompt) for q in queries)
 
 
-def test_a_tokenizer_without_the_wanted_special_token_is_refused():
-    bare = byte_tokenizer(pad_token="<pad>")
-    for protocol in (CLEAN, Protocol(sink="bos"), Protocol(sink="eos")):
-        with pytest.raises(SweepError, match=f"sink = '{protocol.sink}' is required, it has bos None and eos None"):
-            encode(small_draw(), bare, protocol=protocol, max_positions=None)
-    with pytest.raises(SweepError, match="an end-of-sequence token is required"):
-        encode(small_draw(), byte_tokenizer(bos_token="<s>"), protocol=Protocol(separator="eos"), max_positions=None)
+def test_shuffled_queries_that_do_not_fit_are_left_out_and_counted():
+    task = filed_task()
+    everything, _ = draw_queries(task, num_queries=2000, query_seed=3, protocol=REFERENCE)
+    unfit = {everything[0].prompt, everything[7].prompt}
+    queries, num_left_out = draw_queries(task, num_queries=2000, query_seed=3, fits=lambda e: e.prompt not in unfit, protocol=REFERENCE)
+    assert [q.prompt for q in queries] == [q.prompt for q in everything if q.prompt not in unfit]
+    assert num_left_out == sum(q.prompt in unfit for q in everything) >= 2
+    with pytest.raises(SweepError, match="num_queries must be at most 0"):
+        draw_queries(task, num_queries=4, query_seed=3, fits=lambda e: False, protocol=REFERENCE)
 
 
-def test_a_tokenizer_that_loses_newlines_is_refused_unless_the_separator_is_another():
-    tokenizer = byte_tokenizer(drop_newlines=True)
-    with pytest.raises(SweepError, match=r'loses the newline .* set \[protocol\] separator = "eos"'):
-        encode(small_draw(), tokenizer, protocol=CLEAN, max_positions=None)
-    assert encode(small_draw(), tokenizer, protocol=Protocol(separator="eos"), max_positions=None).queries
+@pytest.mark.parametrize("order", range(5))
+@pytest.mark.parametrize("seed", [3, 4])
+def test_orders_of_the_reference_are_those_of_numpys_global_generator(seed, order):
+    import numpy as np
+
+    state = np.random.get_state()
+    np.random.seed(seed)
+    for_context = [np.random.permutation(8) for _ in range(5)]
+    for_training = [np.random.permutation(8) for _ in range(5)]
+    np.random.set_state(state)
+    task = make_task()
+    made = draw(task, num_demonstrations=8, seed=seed, order=order, num_queries=4, query_seed=1, protocol=Protocol(order_rule="separate"))
+    base = draw_demonstrations(task, num_demonstrations=8, seed=seed)
+    assert made.demonstrations == (tuple(base[i] for i in for_context[order]) if order else base)
+    assert made.training == (tuple(base[i] for i in for_training[order]) if order else base)
+    assert draw_demonstrations(task, num_demonstrations=8, seed=seed, order=order, protocol=Protocol(order_rule="separate")) == made.demonstrations
 
 
-def test_a_tokenizer_that_merges_the_label_with_the_prompt_is_refused():
-    tokenizer = byte_tokenizer(merges=((":", "\u0120"),))  # U+0120 stands for the space
-    with pytest.raises(SweepError, match=r"label 'No': tokenizer '?.*merges it with the end of the prompt .*A:'"):
-        encode(small_draw(), tokenizer, protocol=CLEAN, max_positions=None)
+def test_a_shared_order_is_that_of_the_context_and_of_training():
+    made = draw(make_task(), num_demonstrations=8, seed=1, order=3, num_queries=4, query_seed=1)
+    assert made.training == made.demonstrations
+    assert made.reordered == ()
 
 
-def test_merges_within_a_label_are_fine_and_two_labels_with_the_same_ids_are_refused():
-    tokenizer = byte_tokenizer(merges=(("\u0120", "N"), ("\u0120N", "o")))
-    assert len(encode(small_draw(), tokenizer, protocol=CLEAN, max_positions=None).label_ids[0]) == 1
-    lower = byte_tokenizer()
-    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(SweepError, match="labels 'Yes' and 'YES' must differ, got the same token ids"):
-        encode(small_draw(("Yes", "YES")), lower, protocol=CLEAN, max_positions=None)
-
-
-class Characters:
-    """One token per character, changed by `rewrite(text, ids)`."""
-
-    bos_token_id, eos_token_id, name_or_path = 1, 2, "characters"
-
-    def __init__(self, rewrite):
-        self.rewrite = rewrite
-
-    def __call__(self, texts, **options):
-        return {"input_ids": [self.rewrite(text, [ord(c) for c in text]) for text in texts]}
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-
-def test_a_label_whose_ids_depend_on_the_prompt_or_are_none_is_refused():
-    depends = Characters(lambda text, ids: [*ids[:-1], ids[-1] + 1000] if "second" in text and text.endswith("Yes") else ids)
-    with pytest.raises(SweepError, match=r"label 'Yes': its token ids must be the same after every prompt, .* from tokenizer 'characters'"):
-        encode(small_draw(), depends, protocol=CLEAN, max_positions=None)
-    vanishes = Characters(lambda text, ids: ids[: text.rindex(":") + 1] if ":" in text else ids)
-    with pytest.raises(SweepError, match=r"label 'No': .* at least one, got \[\] after"):
-        encode(small_draw(), vanishes, protocol=CLEAN, max_positions=None)
-
-
-def test_demonstrations_that_exceed_the_context_are_refused_with_the_number_that_fit():
-    tokenizer = byte_tokenizer()
-    made = small_draw()
-    whole = encode(made, tokenizer, protocol=CLEAN, max_positions=None)
-    needed = len(whole.context_ids) + len(whole.queries[1]) + len(" Yes")
-    assert encode(made, tokenizer, protocol=CLEAN, max_positions=needed) == whole
-    with pytest.raises(SweepError, match=f"3 demonstrations and the longest query need {needed} positions, the model takes {needed - 1}; 2 would fit"):
-        encode(made, tokenizer, protocol=CLEAN, max_positions=needed - 1)
-    with pytest.raises(SweepError, match="the longest query needs 28 positions with its label, the model takes 27"):
-        encode(made, tokenizer, protocol=CLEAN, max_positions=27)
-
-
-def test_a_special_token_inside_a_text_is_text():
-    tokenizer = byte_tokenizer()
-    made = small_draw()
-    made = Draw(made.task, made.template, made.label_words, (Example("d", "Q: evil </s> <s> A:", 0),), made.queries, 0)
-    (demonstration,) = encode(made, tokenizer, protocol=CLEAN, max_positions=None).demonstrations
-    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(demonstration)
-
-
-def test_an_encoded_draw_without_demonstrations_is_zero_shot():
-    encoded = encode(small_draw(num_demonstrations=0), byte_tokenizer(), protocol=CLEAN, max_positions=64)
-    assert encoded.context_ids == encoded.prefix_ids
-    assert encoded.training_sequences == ()
-
-
-@pytest.mark.parametrize("text", ["plain", "\u00e9\U0001f600", ""])
-def test_fits_context_is_exact_at_the_edge(text):
-    tokenizer, task = byte_tokenizer(), make_task()
-    example = Example("x", f"Text: {text} Label:", 0)
-    needed = 2 + len(example.prompt.encode()) + len(" word0")
-    assert fits_context(tokenizer, task, protocol=CLEAN, max_positions=needed)(example)
-    assert not fits_context(tokenizer, task, protocol=CLEAN, max_positions=needed - 1)(example)
-    assert fits_context(tokenizer, task, protocol=CLEAN, max_positions=None)(example)
-
-
-def test_fits_context_does_not_tokenise_where_bytes_prove_it():
-    tokenizer = Characters(lambda text, ids: ids)
-    fits = fits_context(tokenizer, make_task(), protocol=CLEAN, max_positions=100)
-    tokenizer.rewrite = None  # a call would raise
-    assert fits(Example("x", "Text: short Label:", 0))
-    with pytest.raises(TypeError):
-        fits(Example("x", "Text: " + "long " * 40 + " Label:", 0))
-
-
-def test_fits_context_knows_that_normalisation_can_lengthen_a_text():
-    tokenizer, task = byte_tokenizer(), make_task()
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert not fits_context(tokenizer, task, protocol=CLEAN, max_positions=60)(Example("x", "Text: \ufdfa\ufdfa Label:", 0))
-
-
-def test_encoding_two_hundred_queries_with_six_labels_is_fast():
-    task = make_task((60,) * 6)
-    made = draw(task, num_demonstrations=16, seed=1, order=0, num_queries=200, query_seed=1)
-    tokenizer = byte_tokenizer()
-    start = time.monotonic()
-    encode(made, tokenizer, protocol=CLEAN, max_positions=4096)
-    assert time.monotonic() - start < 2
+def test_rows_stay_as_they_stand_in_the_files_and_clean_draws_know_nothing_of_them():
+    task = filed_task()
+    assert [e.texts for e in task.train_rows] == [(f"train {i % 36}",) for i in range(40)]
+    assert (len(task.train_rows), len(task.query_rows)) == (40, 30)
+    assert task.num_duplicates == 70 - len(task.train) - len(task.queries)
+    without = Task(task.name, task.template, task.label_words, task.train, task.queries, task.origin, task.num_duplicates)
+    options = {"num_demonstrations": 5, "seed": 1, "order": 1, "num_queries": 6, "query_seed": 1}
+    assert draw(task, **options) == draw(without, **options)
 
 
 def test_a_template_is_filled_once_and_trimmed():

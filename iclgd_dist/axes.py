@@ -1,0 +1,101 @@
+"""The axes of a sweep file: what a seed, a run or a list of learning rates is, what one task may have of its own, and the controls.
+
+Knows types, ranges and messages. Knows nothing of tasks, models or files.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, field_validator
+
+from iclgd_dist.protocol import Frozen
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")]
+Count = Annotated[StrictInt, Field(ge=1)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # strict: true is no number, nor is "1e-3"
+Context = Literal["other_draw", "random_labels", "flipped_labels", "other_task", "shuffled_words", "separator", "shifted"]
+TrainOn = Literal["true", "random_labels", "other_task", "shuffled_words"]
+
+
+class SweepError(ValueError):
+    """A sweep, or something it names, cannot be used as it stands. The command line prints it and exits with 2."""
+
+
+class At(ValueError):
+    """A problem of a field, with the keys inside it that lead to the place."""
+
+    def __init__(self, message: str, *keys: str | int) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+def listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _pairs(value: Any) -> Any:
+    if not (isinstance(value, list | tuple) and all(isinstance(run, list | tuple) and len(run) == 2 for run in value)):
+        raise ValueError(f"must be pairs of a seed and an order, such as [[2, 0], [3, 1]], got {value!r:.80}")
+    return value
+
+
+def _all_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        number = next(n for n, value in enumerate(values) if value in values[:n])
+        raise At(f"must be distinct, got {json.dumps(values[number])} more than once", number)
+    return values
+
+
+def by_method(value: Any) -> Any:
+    """Return learning rates as lists by method; "*" stands for every method."""
+    return {method: listed(rates) for method, rates in (value if isinstance(value, dict) else {"*": value}).items()}
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(listed), AfterValidator(_all_distinct)]
+Runs = Annotated[tuple[tuple[Seed, Annotated[StrictInt, Field(ge=0)]], ...], Field(min_length=1), BeforeValidator(_pairs), AfterValidator(_all_distinct)]
+Rates = dict[str, Annotated[tuple[Number, ...], Field(min_length=1)]]
+
+
+class TaskAxes(Frozen):
+    """What one task has instead of the sweep's own."""
+
+    runs: Runs | None = None
+    learning_rates: Annotated[Rates, BeforeValidator(by_method)] | None = None  # methods that are not named keep the sweep's
+
+
+class Controls(Frozen):
+    """What a similarity is held against. Only `train_on` makes cells; the others add figures to rows."""
+
+    zero_learning_rate: StrictBool = False  # allow learning rate 0: the control that must change nothing
+    contexts: tuple[Context, ...] = ()  # true = all of them, or a list of names
+    control_task: str = "trec"  # of other_task; for that task itself trec, or mr_snippets
+    train_on: tuple[TrainOn, ...] = ("true",)  # what finetuning sees: a grid axis; ICL keeps the true demonstrations
+    random_delta: StrictBool = False  # random updates of the same effect, for the cells that a report cites
+
+    @field_validator("contexts", mode="before")
+    @classmethod
+    def _all_or_named(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return get_args(Context) if value else ()
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"must be true, false or a list of names, got {value!r:.80}")
+        return listed(value)
+
+    @field_validator("train_on", mode="before")
+    @classmethod
+    def _at_least_one(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("must name at least 1, got none")
+        return listed(value)
+
+    @field_validator("contexts", "train_on")
+    @classmethod
+    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def need_other_task(self) -> bool:
+        return "other_task" in (*self.contexts, *self.train_on)

@@ -1,0 +1,167 @@
+"""Blocks: what one Tune trial computes, as plain data that travels to actors. Knows cells, draws and costs; knows nothing of sweeps or stores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from iclgd_dist.axes import Controls
+from iclgd_dist.config import ModelSpec, Resources
+from iclgd_dist.cost import Cost, Pass, cost_of
+from iclgd_dist.encoding import Encoded
+from iclgd_dist.extensions import MethodSpec, MetricSpec
+from iclgd_dist.protocol import Protocol
+from iclgd_dist.sources import ModelIdentity
+from iclgd_dist.tasks import Draw
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One grid point of a block."""
+
+    key: str
+    kind: str  # zero_shot, icl or finetuned
+    method: str | None = None
+    learning_rate: float | None = None
+    step: int | None = None
+    train_on: str = "true"  # what finetuning saw
+    is_kept: bool = False  # whether its capture stays beside the store
+
+
+@dataclass(frozen=True)
+class RandomTarget:
+    """A trained cell that random weights of the same effect are made for."""
+
+    key: str
+    update_ratio: float  # R
+    norms: Mapping[str, tuple[float | None, ...]]  # part (q, k, v, o, mlp) -> norm of what training added, per layer
+
+
+@dataclass(frozen=True)
+class Block:
+    """One model, task, k, seed and order with the cells that are still missing. A Tune trial is a block. Plain data; travels to actors."""
+
+    name: str
+    model: ModelIdentity
+    spec: ModelSpec
+    storage_dtype: str
+    protocol: Protocol
+    controls: Controls
+    resources: Resources
+    methods: tuple[MethodSpec, ...]
+    metrics: tuple[MetricSpec, ...]
+    draw: Draw
+    num_demonstrations: int
+    seed: int
+    order: int
+    query_seed: int
+    sweep: str
+    cells: tuple[Cell, ...]
+    cost: Cost
+    is_measuring: bool = False  # its cells are there; what is missing are measures of them
+    random_targets: tuple[RandomTarget, ...] = ()  # instead of training: random weights of the same effect
+
+    def trained(self) -> list[tuple[str, str]]:
+        """Return (method, train_on) of the missing cells: each is a pass of its own over the same baselines."""
+        return list(dict.fromkeys((cell.method, cell.train_on) for cell in self.cells if cell.method is not None))
+
+    def method(self, name: str) -> MethodSpec:
+        return next(method for method in self.methods if method.name == name)
+
+    def learning_rates(self, method: str, train_on: str = "true") -> list[float]:
+        """Return the learning rates of a method's missing cells, ascending: the lanes of one pass."""
+        return sorted({cell.learning_rate for cell in self._trained(method, train_on) if cell.learning_rate is not None})
+
+    def steps(self, method: str, train_on: str = "true") -> list[int]:
+        return sorted({cell.step for cell in self._trained(method, train_on) if cell.step is not None})
+
+    def _trained(self, method: str, train_on: str) -> Iterator[Cell]:
+        return (cell for cell in self.cells if (cell.method, cell.train_on) == (method, train_on))
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """Return the IDENTITY columns of one of its cells."""
+        drawn, spec = cell.kind != "zero_shot", self.spec
+        is_untrained = spec.init != "trained"
+        options = {} if cell.method is None else self.method(cell.method).described()
+        return {
+            "key": cell.key,
+            "kind": cell.kind,
+            "model": self.model.name,
+            "model_source": self.model.source,
+            "model_hash": self.model.content_hash,
+            "model_notes": [*self.model.notes, *([f"random weights ({spec.init}, {spec.init_scheme}, seed {spec.init_seed})"] if is_untrained else [])],
+            "family": self.model.model_type,
+            "storage_dtype": self.storage_dtype,
+            "compute_dtype": spec.compute_dtype,
+            "init": spec.init,
+            "init_scheme": spec.init_scheme if is_untrained else None,
+            "init_seed": spec.init_seed,
+            "task": self.draw.task,
+            "num_demonstrations": self.num_demonstrations if drawn else None,
+            "seed": self.seed if drawn else None,
+            "order": self.order if drawn else None,
+            "num_queries": len(self.draw.queries),
+            "query_seed": self.query_seed,
+            "train_on": cell.train_on if cell.kind == "finetuned" else None,
+            "method": cell.method,
+            "method_options": json.dumps(options, sort_keys=True) if options else None,
+            "learning_rate": cell.learning_rate,
+            "step": cell.step,
+            "origin": "grid",
+            "sweep": self.sweep,
+        }
+
+
+def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block:
+    """Return the block with other cells, named and costed anew."""
+    named = hashlib.sha256("\n".join(sorted(cell.key for cell in cells)).encode()).hexdigest()[:8]
+    name = f"{block.draw.task}-k{block.num_demonstrations}-s{block.seed}-o{block.order}-{named}"
+    block = replace(block, cells=cells, name=name)
+    passes = []
+    for name, train_on in block.trained():
+        method = block.method(name)
+        passes.append(Pass(train_on, method.is_bottom_up, method.weights, len(block.learning_rates(name, train_on)), block.steps(name, train_on)))
+    return replace(block, cost=cost_of(encoded, config=block.model.config, compute_dtype=block.spec.compute_dtype, passes=passes))
+
+
+def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
+    """Split the lanes of the largest blocks until there is one for each actor; a learning rate of both methods stays together.
+
+    Each part repeats its block's baselines: that is what splitting costs.
+    """
+    parts = list(blocks)
+    while 0 < len(parts) < num_actors:
+        wide = [number for number, part in enumerate(parts) if len(halve(part)) == 2]
+        if not wide:
+            break
+        largest = max(wide, key=lambda number: (parts[number].cost.flops, -number))
+        parts[largest : largest + 1] = halve(parts[largest])
+    return tuple(parts)
+
+
+def halve(block: Block) -> tuple[Block, ...]:
+    """Return two blocks with half of the learning rates each, counted once for each thing trained on, or the block itself where there is only one."""
+    rates = sorted({_lane(cell) for cell in block.cells if cell.kind == "finetuned"})
+    if len(rates) < 2:
+        return (block,)
+    middle = rates[len(rates) // 2]
+    halves = []
+    for number, lower in enumerate((True, False), 1):
+        cells = tuple(cell for cell in block.cells if (lower if cell.kind != "finetuned" else (_lane(cell) < middle) == lower))
+        trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
+        base = block.cost.baseline_flops
+        cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
+        targets = tuple(target for target in block.random_targets if target.key in {cell.key for cell in cells})
+        halves.append(replace(block, cells=cells, name=f"{block.name}.{number}", cost=cost, random_targets=targets))
+    return tuple(halves)
+
+
+def _lane(cell: Cell) -> tuple[str, float]:
+    return cell.train_on, cell.learning_rate or 0.0
+
+
+def max_positions(config: dict[str, Any]) -> int | None:
+    return config.get("max_position_embeddings") or config.get("n_positions")

@@ -1,0 +1,142 @@
+"""Rows of a block into the store, with what is the same for all its cells, and with the figures that compare cells with one another.
+
+Knows blocks, captures, rows and the store. Knows nothing of how captures are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from iclgd_dist import captures, measured
+from iclgd_dist import store as stores
+from iclgd_dist.baselines import Baselines
+from iclgd_dist.blocks import Block, Cell
+from iclgd_dist.encoding import Encoded
+from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
+from iclgd_dist.metrics import Capture
+from iclgd_dist.model import LanguageModel
+from iclgd_dist.provenance import peak_gib, provenance
+from iclgd_dist.rows import Baseline, Row, diverged_row, finetuned_row, icl_row, zero_shot_row
+from iclgd_dist.store import Store
+from iclgd_dist.trajectory import Trajectory
+
+Point = tuple[str, float, int]  # train_on, learning rate, step: cells of two methods are compared where they agree in it
+
+
+class Committer:
+    """Commits the cells of one block. A finetuned capture is held as long as another method's cell of the same point is to come."""
+
+    def __init__(self, lm: LanguageModel, block: Block, store: Store, encoded: Encoded) -> None:
+        self.block, self.store = block, store
+        sink = "".join(lm.tokenizer.convert_ids_to_tokens(list(encoded.sink_ids)))
+        protocol = json.dumps(block.protocol.model_dump() | {"sink_token": sink}, sort_keys=True)
+        self.shared = provenance(lm) | {"model_revision": block.model.revision, "protocol": protocol}
+        self.num_context_demonstrations = encoded.num_context_demonstrations
+        self.cells = {(cell.train_on, cell.method, cell.learning_rate, cell.step, cell.kind): cell for cell in block.cells}
+        finetuned = [cell for cell in block.cells if cell.kind == "finetuned"]
+        self.to_come = Counter[Point]((cell.train_on, cell.learning_rate, cell.step) for cell in finetuned)  # type: ignore[misc]
+        self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
+        self.since = time.perf_counter()
+
+    def measures(self, rows: Sequence[Row]) -> None:
+        """Commit measures of cells that are there; each row holds the key of its cell."""
+        measured.commit(self.store.root, list(rows), reach=stores.fault_point)
+
+    def baselines(self, baselines: Baselines, baseline: Baseline) -> int:
+        """Commit zero-shot and ICL, where they are missing; return how many cells were."""
+        rows = []
+        for cell in self.block.cells:
+            if cell.kind == "zero_shot":
+                rows.append((cell, zero_shot_row(baseline) | self._kept(cell, baseline.zero_shot)))
+            elif cell.kind == "icl":
+                measures = context_measures(baseline, baselines.controls)
+                rows.append((cell, icl_row(baseline) | {"measures": measures} | self._kept(cell, baseline.in_context.capture)))
+        return self._commit(rows, num_lanes=1)
+
+    def finetuned(self, baselines: Baselines, baseline: Baseline, trajectory: Trajectory, step: int, states: Sequence[Capture]) -> int:
+        """Commit one step of all lanes; return how many cells were committed. What diverged is a row too."""
+        lanes: list[tuple[int, Cell, Capture]] = []
+        rows: list[tuple[Cell, Row]] = []
+        for lane, (rate, capture) in enumerate(zip(trajectory.learning_rates, states, strict=True)):
+            if not capture.is_finite():
+                trajectory.bad_capture.setdefault(lane, step)
+            cell = self.cells.get((trajectory.train_on, trajectory.method, rate, step, "finetuned"))
+            if cell is None:
+                continue
+            diverged = trajectory.diverged_step(lane)
+            if diverged is None or diverged > step:
+                lanes.append((lane, cell, capture))
+                continue
+            self.to_come[self._point(cell)] -= 1
+            row = diverged_row(
+                num_queries=len(self.block.draw.queries),
+                label_words=self.block.draw.label_words,
+                step=diverged,
+                last_finite_loss=trajectory.last_finite_loss(lane, diverged),
+                num_queries_left_out=self.block.draw.num_queries_left_out,
+            )
+            rows.append((cell, row))
+        with _one_thread():
+            prefix = baselines.prefix(trajectory.train_on, step)
+            controls = control_measures(baseline, baselines.controls, [capture for _, _, capture in lanes]) if baselines.controls else [[] for _ in lanes]
+            for (lane, cell, capture), of_controls in zip(lanes, controls, strict=True):
+                row = finetuned_row(baseline, capture, training=trajectory.record(lane, step), random_seed=int(cell.key[:15], 16), prefix=prefix)
+                measures = of_controls + self._pairs(baseline, cell, capture) + metric_measures(baseline, self.block.metrics, capture)
+                rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
+        return self._commit(rows, num_lanes=len(trajectory.learning_rates))
+
+    @staticmethod
+    def _point(cell: Cell) -> Point:
+        assert cell.learning_rate is not None and cell.step is not None
+        return cell.train_on, cell.learning_rate, cell.step
+
+    def _pairs(self, baseline: Baseline, cell: Cell, capture: Capture) -> list[Row]:
+        """Compare a cell with those of other methods at the same point, and keep its capture if more are to come."""
+        point = self._point(cell)
+        others = self.held.setdefault(point, [])
+        rows = [row for other, captured in others for row in pair_measures(baseline, other.key, captured, capture)]
+        others.append((cell, capture))
+        self.to_come[point] -= 1
+        if not self.to_come[point]:
+            del self.held[point]
+        return rows
+
+    def _kept(self, cell: Cell, capture: Capture) -> Row:
+        """Keep the capture of a cell beside the store where the sweep asks for it; return the columns that name it."""
+        if not cell.is_kept or self.block.is_measuring:
+            return {}
+        file, sha256 = captures.keep(self.store, cell.key, capture)
+        return {"capture_file": file, "capture_sha256": sha256}
+
+    def _commit(self, rows: Sequence[tuple[Cell, Row]], *, num_lanes: int) -> int:
+        if self.block.is_measuring:
+            self.measures([{"key": cell.key, **measure} for cell, row in rows for measure in row["measures"]])
+            return len(rows)
+        seconds, num_committed = time.perf_counter() - self.since, 0
+        for cell, row in rows:
+            made: dict[str, Any] = {"lanes": num_lanes, "wall_seconds": seconds / len(rows), "peak_gib": peak_gib()}
+            made |= {"created_at": datetime.datetime.now(datetime.UTC)}
+            made |= {} if cell.kind == "zero_shot" else {"num_context_demonstrations": self.num_context_demonstrations}
+            num_committed += self.store.commit(self.block.identity(cell) | row | self.shared | made)
+        if rows:
+            self.since = time.perf_counter()
+        return num_committed
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compare captures on one thread: thousands of small products, each of which would wait for the slowest thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,60 @@
+"""Manifests: which files of many cells count, and which cells they hold. Knows their format; knows nothing of cells or of how files appear."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from iclgd_dist import files
+from iclgd_dist.cells import UPDATE
+from iclgd_dist.files import StoreError, naming
+
+VERSION = 1
+PART_NAME = re.compile(r"part-\d{8}-[0-9a-f]{16}\.parquet")
+NAME = re.compile(r"manifest-(\d{8})\.json")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of many cells."""
+
+    file: str
+    sha256: str
+    commits: dict[str, str]  # key -> 16 hex digits of the sha256 of the loose file it came from
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files that count, as of one compaction. Never changed once written."""
+
+    number: int = 0
+    parts: tuple[Part, ...] = ()
+
+    @cached_property
+    def commits(self) -> dict[str, str]:
+        return {key: commit for part in self.parts for key, commit in part.commits.items()}
+
+
+def read(path: Path, number: int) -> Manifest:
+    """Read a manifest. Errors: StoreError when it is damaged or of a newer version; Vanished when it is gone."""
+    with naming(path, "read"):
+        try:
+            content = json.loads(files.read(path))
+            if content["version"] > VERSION:
+                raise StoreError("is of a newer version", path, way_out=UPDATE)
+            parts = tuple(Part(file=part["file"], sha256=part["sha256"], commits=dict(part["commits"])) for part in content["parts"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a manifest: {error!r}") from error
+        if strange := [part.file for part in parts if not PART_NAME.fullmatch(part.file)]:
+            raise ValueError(f"names the file {strange[0]!r}, which is not a part")
+    return Manifest(number, parts)
+
+
+def following(folder: Path, number: int, parts: Sequence[Part]) -> tuple[Path, bytes]:
+    """Return name and content of the manifest that follows manifest `number`."""
+    content = {"version": VERSION, "parts": [vars(part) for part in parts]}
+    return folder / f"manifest-{number + 1:08d}.json", json.dumps(content).encode()

@@ -1,0 +1,63 @@
+"""Measures that were made after their cells: `measures/<hash>.parquet` in the store, many rows to a file, each file written once.
+
+Knows the columns of a measure and how files appear whole. Knows nothing of cells beyond their keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from iclgd_dist import files
+from iclgd_dist.cells import UPDATE, table_of
+from iclgd_dist.files import StoreError, naming
+from iclgd_dist.schema import MEASURE
+
+SCHEMA = pa.schema([("key", pa.string()), *((name, kind) for name, kind, _ in MEASURE)])
+_NAMED = ["key", "kind", "name", "metric", "layer", "fold"]  # what a figure is called; the first of two that are called the same counts
+
+
+def commit(root: Path, rows: list[dict[str, Any]], *, reach: Callable[[str], None]) -> bool:
+    """Store measures of any cells, on disk on return. The same figures are stored once; returns whether this call stored them.
+
+    Errors: ValueError, as `cells.table_of`; StoreError when they cannot be written.
+    """
+    if not rows:
+        return False
+    said = "\n".join(sorted("\t".join(str(row[name]) for name in _NAMED) for row in rows))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table_of(rows, SCHEMA), buffer, write_page_checksum=True)
+    folder = root / "measures"
+    with naming(folder, "made a directory"):
+        os.makedirs(folder, exist_ok=True)
+        files.sync_folder(root)
+    return files.publish(folder / f"{hashlib.sha256(said.encode()).hexdigest()}.parquet", buffer.getvalue().to_pybytes(), reach=reach)
+
+
+def read(root: Path) -> pa.Table:
+    """Return all figures, files in the order of their names.
+
+    Errors: StoreError naming a file that is damaged or of a newer version.
+    """
+    tables = [SCHEMA.empty_table()]
+    for name in sorted(name for name in files.names_in(root / "measures") if name.endswith(".parquet") and not name.startswith(".")):
+        path = root / "measures" / name
+        with naming(path, "read"), pq.ParquetFile(pa.BufferReader(files.read(path)), page_checksum_verification=True) as file:
+            table = file.read()
+        if strange := sorted(set(table.column_names) - set(SCHEMA.names)):
+            raise StoreError(f"holds columns this version does not know: {', '.join(strange)}", path, way_out=UPDATE)
+        tables.append(table.select(SCHEMA.names).cast(SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def first_of_each(measures: pa.Table) -> pa.Table:
+    """Return the figures without those that were made again."""
+    numbered = measures.append_column("row", pa.array(range(len(measures)), pa.int64()))
+    kept = numbered.group_by(_NAMED, use_threads=False).aggregate([("row", "min")])["row_min"]
+    return measures.take(kept.combine_chunks().sort())

@@ -1,0 +1,165 @@
+"""Figures that compare a cell with a control or with another cell, or that a sweep file adds: rows of the nested `measures` column.
+
+Knows captures, folds and the columns of a measure. Knows nothing of how captures are made, or of files.
+"""
+
+# L layers  Q queries  H query heads  T positions  D width
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from iclgd_dist import metrics, own_code
+from iclgd_dist.config import SweepError
+from iclgd_dist.extensions import MetricSpec
+from iclgd_dist.metrics import AttentionChange, Capture, ScoreChange, Vectors
+from iclgd_dist.rows import Baseline, Row
+
+Figures = Mapping[str, Tensor]  # metric -> (L, Q), or (Q,) for a figure of the whole model; NaN = undefined
+
+
+class Metric(Protocol):
+    """A figure of the user's own. `needs` names the fields of Capture that it reads; means, folds and NULLs are the caller's."""
+
+    name: str
+    needs: frozenset[str]
+
+    def __call__(self, zero_shot: Capture, in_context: Capture, finetuned: Capture) -> Tensor: ...  # (L, Q) or (Q,), NaN = undefined
+
+
+def measure_rows(kind: str, name: str, figures: Figures, fold_masks: Mapping[str, Tensor]) -> list[Row]:
+    """Return one row per figure, layer and fold: how many queries are defined, their mean and standard deviation."""
+    rows: list[Row] = []
+    for metric, values in figures.items():
+        for layer, values_Q in enumerate(values) if values.dim() == 2 else [(None, values)]:
+            for fold, mask_Q in fold_masks.items():
+                defined = values_Q[mask_Q]
+                defined = defined[defined.isfinite()].double()
+                mean, sd = (float(defined.mean()) if len(defined) else None), (float(defined.std()) if len(defined) > 1 else None)
+                rows.append({"kind": kind, "name": name, "metric": metric, "layer": layer, "fold": fold, "n": len(defined), "mean": mean, "sd": sd})
+    return rows
+
+
+def _similarities(baseline: Baseline, layer: int, a: tuple[AttentionChange, ScoreChange], b: tuple[AttentionChange, ScoreChange]) -> dict[str, Tensor]:
+    """Return what is compared of two states at a layer, per query (Q,)."""
+    floor, floor_H = baseline.floors(layer)
+    delta_Q = metrics.sim_am_delta(a[1], b[1], floor_LH=floor_H)
+    if baseline.is_first_layer_still and layer == 0:
+        delta_Q = torch.full_like(delta_Q, math.nan)
+    found = {"sim_aou": metrics.sim_aou(a[0], b[0], floor_L=floor), "sim_aou_norm": metrics.sim_aou_norm(a[0], b[0], floor_L=floor), "sim_am_delta": delta_Q}
+    return {name: baseline.settle(values) for name, values in found.items()}
+
+
+def _changes(baseline: Baseline, capture: Capture, layer: int) -> tuple[AttentionChange, ScoreChange]:
+    zero_shot = baseline.zero_shot
+    attention = metrics.attention_change(metrics.vectors(zero_shot.attention_LQD[layer]), capture.attention_LQD[layer])
+    return attention, metrics.score_change(zero_shot.scores_LQHT[layer], capture.scores_LQHT[layer])
+
+
+def context_measures(baseline: Baseline, contexts: Mapping[str, Capture]) -> list[Row]:
+    """Return the controls of an ICL cell: the cosines of ICL's changes with those that each control context makes."""
+    figures = {name: similarities_of(baseline, capture) for name, capture in contexts.items()}
+    return [row for name, of_control in figures.items() for row in measure_rows("control", name, of_control, baseline.fold_masks)]
+
+
+def similarities_of(baseline: Baseline, capture: Capture) -> dict[str, Tensor]:
+    """Return the similarities (L, Q) of a state's changes with ICL's."""
+    icl = baseline.in_context
+    return _stacked([_similarities(baseline, n, (icl.attention[n], icl.scores[n]), _changes(baseline, capture, n)) for n in range(len(icl.attention))])
+
+
+def control_measures(baseline: Baseline, contexts: Mapping[str, Capture], finetuned: Sequence[Capture]) -> list[list[Row]]:
+    """Return, for each finetuned capture, its similarities with the contexts that teach nothing or something else.
+
+    Two controls need no context: `other_query`, the change of ICL on one query with finetuning's on the next of its fold; and `centred`, each change
+    minus its mean over the fold.
+    """
+    num_layers = len(baseline.noise.attention_L)
+    by_name: list[dict[str, dict[str, list[Tensor]]]] = [{} for _ in finetuned]
+    for layer in range(num_layers):
+        changes = {name: _changes(baseline, capture, layer) for name, capture in contexts.items()}  # once for all lanes
+        for found, capture in zip(by_name, finetuned, strict=True):
+            own = _changes(baseline, capture, layer)
+            for name, change in changes.items():
+                for metric, values in _similarities(baseline, layer, change, own).items():
+                    found.setdefault(name, {}).setdefault(metric, []).append(values)
+    rows = []
+    for capture, found in zip(finetuned, by_name, strict=True):
+        mine = [
+            row
+            for name, of_control in found.items()
+            for row in measure_rows("control", name, {metric: torch.stack(layers) for metric, layers in of_control.items()}, baseline.fold_masks)
+        ]
+        for name, shift in (("other_query", _next_query), ("centred", _centred)):
+            for fold, mask_Q in baseline.fold_masks.items():
+                shifted_LQ = torch.stack([_shifted_cosine(baseline, layer, capture, mask_Q, shift) for layer in range(num_layers)])
+                mine += measure_rows("control", name, {"sim_aou": shifted_LQ}, {fold: torch.ones(int(mask_Q.sum()), dtype=torch.bool)})
+        rows.append(mine)
+    return rows
+
+
+def _next_query(icl_QD: Tensor, finetuned_QD: Tensor) -> tuple[Tensor, Tensor]:
+    return icl_QD, finetuned_QD.roll(-1, 0)
+
+
+def _centred(icl_QD: Tensor, finetuned_QD: Tensor) -> tuple[Tensor, Tensor]:
+    return icl_QD - icl_QD.mean(0), finetuned_QD - finetuned_QD.mean(0)
+
+
+def _shifted_cosine(baseline: Baseline, layer: int, capture: Capture, mask_Q: Tensor, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the cosines of the two changes of a fold's queries after `change`, NaN where either is at or below 10 x the noise floor."""
+    zero_shot_QD = baseline.zero_shot.attention_LQD[layer].double()[mask_Q]
+    states = (baseline.in_context.capture.attention_LQD[layer], capture.attention_LQD[layer])
+    pair: list[Vectors] = [metrics.vectors(values) for values in change(*(state.double()[mask_Q] - zero_shot_QD for state in states))]
+    floor, _ = baseline.floors(layer)
+    moved_Q = metrics.is_above_floor(pair[0].norm, floor) & metrics.is_above_floor(pair[1].norm, floor)
+    if len(moved_Q) < 2:  # one query has no other, and is its own mean
+        return torch.full_like(moved_Q, math.nan, dtype=torch.float64)
+    return baseline.settle(metrics.defined_where(moved_Q, metrics.cosine(*pair)))
+
+
+def pair_measures(baseline: Baseline, other_key: str, other: Capture, finetuned: Capture) -> list[Row]:
+    """Return the similarities of two finetuned cells; `alpha` is the cosine of the changes of their attention scores."""
+    num_layers = len(baseline.noise.attention_L)
+    compared = _stacked([_similarities(baseline, n, _changes(baseline, other, n), _changes(baseline, finetuned, n)) for n in range(num_layers)])
+    compared["alpha"] = compared.pop("sim_am_delta")
+    return measure_rows("pair", other_key, compared, baseline.fold_masks)
+
+
+def _stacked(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def make_metric(spec: MetricSpec) -> Metric:
+    """Return the metric that a sweep file adds. Errors: SweepError for code that cannot be imported or called."""
+    metric = own_code.made(spec)
+    if not callable(metric):
+        raise SweepError(f"{spec.name}: {spec.code} must be callable as metric(zero_shot, in_context, finetuned), got {type(metric).__name__}")
+    known = frozenset(Capture.__dataclass_fields__)
+    if strange := sorted(frozenset(getattr(metric, "needs", ())) - known):
+        raise SweepError(f"{spec.name}: needs must name fields of Capture ({', '.join(sorted(known))}), got {', '.join(strange)}")
+    return metric  # type: ignore[no-any-return]
+
+
+def metric_measures(baseline: Baseline, specs: Sequence[MetricSpec], finetuned: Capture) -> list[Row]:
+    """Return the figures of the metrics that the sweep file adds.
+
+    Errors: SweepError for a metric that raises or returns something else than (L, Q) or (Q,).
+    """
+    num_layers, num_queries = finetuned.attention_LQD.shape[:2]
+    rows = []
+    for spec in specs:
+        metric: Any = make_metric(spec)
+        try:
+            values = torch.as_tensor(metric(baseline.zero_shot, baseline.in_context.capture, finetuned)).detach().cpu().double()
+        except Exception as error:
+            raise SweepError(f"metric {spec.name!r}: {type(error).__name__}: {error}") from error
+        if tuple(values.shape) not in ((num_layers, num_queries), (num_queries,)):
+            raise SweepError(f"metric {spec.name!r} must return ({num_layers}, {num_queries}) or ({num_queries},), got {tuple(values.shape)}")
+        rows += measure_rows("metric", spec.version, {spec.name: values}, baseline.fold_masks)
+    return rows

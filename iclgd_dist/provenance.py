@@ -1,0 +1,53 @@
+"""What made a row, none of it part of a key: versions, code, device, memory. Knows the machine; knows nothing of results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iclgd_dist.model import LanguageModel
+
+
+def provenance(lm: LanguageModel) -> dict[str, Any]:
+    """Return what made a row: library versions, code, device. None of it is part of a key."""
+    device = lm.input_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": _versions(),
+        "git_commit": git_commit(),
+        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+        "host": platform.node(),
+    }
+
+
+@cache
+def _versions() -> str:
+    names = ("iclgd-dist", "torch", "transformers", "accelerate", "ray", "pyarrow")
+    return json.dumps({name: version(name) for name in names} | {"python": platform.python_version()}, sort_keys=True)
+
+
+@cache
+def git_commit() -> str | None:
+    """Return the commit of this project's code, with `+` when files were changed since; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        said = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None
+
+
+def peak_gib() -> float:
+    """Return the largest memory this process has held: of the GPU where there is one, else resident [GiB]."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
