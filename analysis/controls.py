@@ -11,7 +11,7 @@ import pandas as pd
 
 from .chosen import Choice, choices
 from .intervals import descriptive, estimate, geometric_mean
-from .load import SETTING, Frames, Setting, like, load
+from .load import SETTING, Frames, Setting, each, like, load
 from .text import Grid, entry, number, rate, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
@@ -34,53 +34,52 @@ MEANING = {
     "trained on shuffled_words": "trained on shuffled words; ICL keeps the true ones",
     TASK_SPECIFIC: "in-context minus the largest of other_task, shuffled_words and separator, taken in each seed",
 }
-TITLE = "Controls"
+TITLE, EDGE = "Controls", " (edge of the grid: extend the grid)"
 NOTE = (
     "Cosine (sim_aou) of a change with the change that each context makes, mean over layers, mean over draws at the largest step. In-context: ICL's own "
-    "change. Selected: the learning rate with the smallest nll_label on fold A, on fold B; nearest R*: all queries. Brackets: 95 % interval over seeds, "
-    "without the queries' share. n/N: draws used of draws planned. The other similarities stand in figures/controls.csv."
+    "change. Selected: the learning rate with the smallest nll_label on fold A, on fold B; nearest R*: all queries. Brackets: 95 % interval over seeds, with "
+    "the queries' share where a figure has a value per query (in-context, trained on). n/N: draws used of draws planned. The other similarities stand in figures/controls.csv."
 )
 
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     """Return one row per metric, method (icl: ICL's own change) and what its change is compared with; nothing if the store has no controls of the setting."""
-    if setting.train_on != "true":  # the variants stand beside the true one
+    of_setting = frames.controls[frames.controls["cell"].isin([*setting.icl["key"], *setting.finetuned["key"]])]
+    variants = like(frames.finetuned, setting.first, SETTING)
+    if setting.train_on != "true" or (of_setting.empty and (variants["train_on"] == "true").all()):  # the variants stand beside the true one
         return pd.DataFrame()
     rows: list[dict[str, Any]] = []
     for metric in METRICS:
-        for name, values in _by_name(frames, setting.icl, metric, "all").items():
+        for name, values in _by_name(frames, of_setting, setting.icl, metric, "all").items():
             rows.append({"method": "icl", "fold": "all", "metric": metric, "against": name} | frames.estimate(setting.icl, metric, values=values).columns)
-        for choice in choices(frames, setting):
-            named = {"choice": choice.name, "method": choice.method, "learning_rate": choice.learning_rate, "fold": choice.fold, "metric": metric}
-            rows += [named | row for row in _finetuned(frames, setting, choice, metric)]
-    has_controls = {row["against"] for row in rows} - {ICL}
-    return pd.DataFrame([setting.named | row | {"num_planned": setting.num_draws} for row in rows] if has_controls else [])
+    for choice in choices(frames, setting):
+        named = {"choice": choice.name, "method": choice.method, "learning_rate": choice.learning_rate, "is_edge": choice.is_edge, "fold": choice.fold}
+        same = variants[(variants["method"] == choice.method) & (variants["learning_rate"] == choice.learning_rate) & (variants["step"] == setting.last_step)]
+        for metric in METRICS:
+            rows += [named | {"metric": metric} | row for row in _finetuned(frames, of_setting, choice, same, metric)]
+    return pd.DataFrame([setting.named | row | {"num_planned": setting.num_draws} for row in rows])
 
 
-def _finetuned(frames: Frames, setting: Setting, choice: Choice, metric: str) -> list[dict[str, Any]]:
-    cells, controls = choice.cells, _by_name(frames, choice.cells, metric, choice.fold)
+def _finetuned(frames: Frames, of_setting: pd.DataFrame, choice: Choice, variants: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+    cells, by_name = choice.cells, _by_name(frames, of_setting, choice.cells, metric, choice.fold)
     found = {ICL: frames.estimate(cells, metric, fold=choice.fold)}
-    found |= {name: frames.estimate(cells, metric, values=values) for name, values in controls.items()}
-    variants = like(frames.finetuned, setting.first, SETTING)
-    variants = variants[(variants["method"] == choice.method) & (variants["learning_rate"] == choice.learning_rate) & (variants["step"] == setting.last_step)]
+    found |= {name: frames.estimate(cells, metric, values=values) for name, values in by_name.items()}
     for train_on, part in variants[variants["train_on"] != "true"].groupby("train_on"):
         found[f"{TRAINED_ON}{train_on}"] = frames.estimate(part, metric, fold=choice.fold)
-    if set(EMPTY) <= controls.keys():
-        terms = cells.assign(weight=1.0)
-        empty = pd.DataFrame({name: frames.by_replicate(terms, controls[name])["mean"] for name in EMPTY}).max(axis=1, skipna=False)
-        own = frames.by_replicate(terms, frames.figures(cells["key"], metric, choice.fold))
-        found[TASK_SPECIFIC] = estimate(own["mean"] - empty, used=int(own["count"][empty.notna()].sum()))
-    random_R = geometric_mean(_by_name(frames, cells, "update_ratio", choice.fold).get(RANDOM_DELTA, pd.Series(dtype=float)))
+    if set(EMPTY) <= by_name.keys():
+        empty = pd.DataFrame({name: frames.by_replicate(each(cells), by_name[name])["mean"] for name in EMPTY}).max(axis=1, skipna=False)
+        own = frames.by_replicate(each(cells), frames.figures(cells["key"], metric, choice.fold))
+        found[TASK_SPECIFIC] = estimate(own["mean"] - empty, used=int(own["count"].reindex(empty.dropna().index).sum()))
+    random_R = geometric_mean(_by_name(frames, of_setting, cells, "update_ratio", choice.fold).get(RANDOM_DELTA, pd.Series(dtype=float)))
     return [{"against": name, "R": random_R if name == RANDOM_DELTA else choice.R} | value.columns for name, value in found.items()]
 
 
-def _by_name(frames: Frames, cells: pd.DataFrame, metric: str, fold: str) -> dict[str, pd.Series]:
+def _by_name(frames: Frames, of_setting: pd.DataFrame, cells: pd.DataFrame, metric: str, fold: str) -> dict[str, pd.Series]:
     """Return the cells' figures of each control, by key, in the order of MEANING; the draws of random weights as one."""
-    rows = frames.controls[frames.controls["cell"].isin(cells["key"])]
-    table = frames.measured(rows, metric, fold).rename("value").reset_index()
-    table["control"] = table["control"].str.replace(rf"^{RANDOM_DELTA}_\d+$", RANDOM_DELTA, regex=True)
-    found = dict(iter(table.groupby(["control", "cell"])["value"].mean().groupby(level="control")))
-    return {name: found[name].droplevel("control") for name in sorted(found, key=_rank)}
+    values = frames.measured(of_setting[of_setting["cell"].isin(cells["key"])], metric, fold)
+    names = values.index.get_level_values("control").astype(str).str.replace(rf"^{RANDOM_DELTA}_\d+$", RANDOM_DELTA, regex=True)
+    means = values.groupby([names, values.index.get_level_values("cell").astype(str)]).mean()
+    return {name: means[name] for name in sorted(set(names), key=_rank)}
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -92,8 +91,8 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
     """Return the table of a setting: what is compared, ICL's own change, each method at its two learning rates."""
     if rows.empty:
         return []
-    shown = rows[rows["metric"] == METRICS[0]].fillna({"choice": "", "learning_rate": 0.0})
-    columns = shown[["method", "choice", "learning_rate"]].drop_duplicates().to_dict("records")
+    shown = rows[rows["metric"] == METRICS[0]].fillna({"choice": "", "learning_rate": 0.0, "is_edge": False})
+    columns = shown[["method", "choice", "learning_rate", "is_edge"]].drop_duplicates().to_dict("records")
     at = {(row["method"], row["choice"], row["against"]): row for row in shown.to_dict("records")}
     body = []
     for name in ("R", *sorted(shown["against"].unique(), key=_rank)):
@@ -103,7 +102,7 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
             body.append([name, *(number(row.get("R"), 2) for row in found), what])
         if name != "R":
             body.append([name, *map(entry, found), MEANING.get(name, "")])
-    headers = [f"{c['method']} {c['choice']} {rate(c['learning_rate'])}" if c["choice"] else "in-context" for c in columns]
+    headers = ["in-context" if not c["choice"] else f"{c['method']} {c['choice']} {rate(c['learning_rate'])}{EDGE if c['is_edge'] else ''}" for c in columns]
     note = f"{setting.caption} {NOTE}{descriptive(shown)}"
     return [Grid(f"{TITLE}: {setting.title}", ("compared with", *headers, "what it is"), body, note)]
 

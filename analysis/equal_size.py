@@ -14,7 +14,8 @@ TITLE = "Equal size of update: trained and random weights"
 NOTE = (
     "sim_aou of each method where its R crosses R* along the learning rates (linear in log R in each draw, largest step, no extrapolation); difference: method "
     "minus vanilla, paired by draw. On random weights the replicate is the seed of the weights. Brackets: 95 % interval; n/N: draws used of draws planned. "
-    f"The last column counts, over both methods, the draws that never come up to R*: {'; '.join(f'{name}: {why}' for name, why in REASONS.items())}."
+    f"The last column counts, over both methods, the draws that never come up to R*: {'; '.join(f'{name}: {why}' for name, why in REASONS.items())}. "
+    "Model, position, sink, separator, queries and seeds stand under each task's own tables."
 )
 
 
@@ -49,7 +50,7 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
             body.append(
                 [weights, row["protocol"], row["task"], row["method"], number(row["vanilla"]), number(row["value"]), entry(row), row["signs"] or row["reasons"]]
             )
-        headers = ("weights", "protocol", "task", "method", "vanilla", "method's", "difference", "why not all")
+        headers = ("weights", "protocol", "task", "method", "vanilla", "method's", "difference", "signs, or draws without")
         found.append(Grid(f"{TITLE}: {model}, k = {k}", headers, body, f"R* = {part['matched_ratio'].iloc[0]:g}. {NOTE}{descriptive(part)}"))
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -84,7 +85,7 @@ class Frames:
     def figures(self, keys: pd.Series, metric: str, fold: str = "all") -> pd.Series:
         """Return a figure of each cell on a fold, by key: the row's own, or the mean over its layers where the row has none for the fold."""
         if fold == "all":
-            return self.cells.set_index("key")[metric].reindex(keys)
+            return pd.Series(self.cells[metric].to_numpy(), index=self.cells["key"]).reindex(keys)
         table = self.folds if metric in self.folds else self.layers
         rows = table[(table["fold"] == fold) & table["key"].isin(keys)]
         found = rows.set_index("key")[metric] if table is self.folds else self._over_layers(rows, ["key"], metric, metric)
@@ -107,20 +108,17 @@ class Frames:
         column = "accuracy" if metric in ACCURACIES else metric
         values, folds, gold, queries = (self.examples[name].to_numpy() for name in (column, "fold", "gold", "query_number"))
         size, nothing = queries.max(initial=-1) + 1, np.array([], dtype=int)
-        labels, of_replicate = np.full(size, -1), []
-        for _, replicate in terms.groupby("replicate", dropna=False):
-            draws = []
-            for _, draw in replicate.groupby("draw"):
-                total = np.zeros(size)
-                for key, weight in zip(draw["key"], draw["weight"], strict=True):
-                    at = self._rows.get(key, nothing)
-                    at = at[(folds[at] == fold) | (fold == "all")]
-                    line = np.full(size, math.nan)
-                    line[queries[at]], labels[queries[at]] = values[at], gold[at]
-                    total += weight * line
-                draws.append(total)
-            of_replicate.append(pd.DataFrame(draws).mean())
-        found = pd.DataFrame(of_replicate).mean()
+        labels, totals = np.full(size, -1), defaultdict[tuple[str, str], np.ndarray](lambda: np.zeros(size))
+        for key, weight, replicate, draw in terms[["key", "weight", "replicate", "draw"]].itertuples(index=False):
+            at = self._rows.get(key, nothing)
+            at = at[(folds[at] == fold) | (fold == "all")]
+            line = np.full(size, math.nan)
+            line[queries[at]], labels[queries[at]] = values[at], gold[at]
+            totals[str(replicate), draw] += weight * line
+        of_replicate = defaultdict[str, list[np.ndarray]](list)
+        for (replicate, _), total in totals.items():
+            of_replicate[replicate].append(total)
+        found = pd.DataFrame([pd.DataFrame(draws).mean() for draws in of_replicate.values()]).mean()
         return found.set_axis(labels[: len(found)]).dropna()
 
     def contrast(self, terms: pd.DataFrame, metric: str, *, fold: str = "all", values: pd.Series | None = None) -> Estimate:
@@ -140,13 +138,15 @@ class Frames:
     @staticmethod
     def by_replicate(terms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
         """Return per replicate the mean of sum(weight x value) over its draws, and how many have one."""
-        weighted = terms["weight"].to_numpy() * terms["key"].map(values)
-        draws = weighted.groupby([terms["replicate"], terms["draw"]], dropna=False).agg(["sum", "count", "size"])
-        return draws.loc[draws["count"] == draws["size"], "sum"].groupby(level=0, dropna=False).agg(["mean", "count"])
+        totals = defaultdict[tuple[float, str], float](float)
+        for weight, value, replicate, draw in zip(terms["weight"], terms["key"].map(values), terms["replicate"], terms["draw"], strict=True):
+            totals[replicate, draw] += weight * value  # NaN where a figure is missing
+        found = pd.DataFrame([(replicate, value) for (replicate, _), value in totals.items()], columns=["replicate", "value"]).dropna(subset=["value"])
+        return found.groupby("replicate", dropna=False)["value"].agg(["mean", "count"])
 
     def estimate(self, cells: pd.DataFrame, metric: str, *, fold: str = "all", values: pd.Series | None = None) -> Estimate:
         """Return the mean of a figure over `cells` (one setting, method, learning rate and step) with its interval."""
-        return self.contrast(cells.assign(weight=1.0), metric, fold=fold, values=values)
+        return self.contrast(each(cells), metric, fold=fold, values=values)
 
 
 @dataclass(frozen=True)
@@ -281,9 +281,9 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
         folds=results.folds.to_pandas(),
         layers=results.layers.to_pandas(),
         examples=examples,
-        controls=_plain(results.controls),
-        pairs=_plain(results.pairs),
-        metrics=_plain(results.metrics),
+        controls=_coded(results.controls),
+        pairs=_coded(results.pairs),
+        metrics=_coded(results.metrics),
         attempts=results.attempts.to_pandas(),
         num_cells=len(cells),
         num_planned=len(planned),
@@ -300,8 +300,12 @@ def _resolved(protocol: str) -> str:
     return json.dumps(Protocol().model_dump() | json.loads(protocol), sort_keys=True)
 
 
-def _plain(table: pa.Table) -> pd.DataFrame:
-    return table.set_column(0, table.column_names[0], table[0].cast(pa.string())).to_pandas()
+def _coded(table: pa.Table) -> pd.DataFrame:
+    """Return a long table whose texts are categories: a text is held once."""
+    texts = [name for name in table.column_names if pa.types.is_string(table[name].type)]
+    for name in texts:
+        table = table.set_column(table.column_names.index(name), name, table[name].dictionary_encode())
+    return table.to_pandas()
 
 
 def _labels(cells: pd.DataFrame) -> pd.Series:
@@ -333,9 +337,14 @@ def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:
     if not has_all or cell["query_seed"] != sweep["query_seed"] or cell["num_demonstrations"] not in np.atleast_1d(sweep["num_demonstrations"]):
         return set()
     models = [model for model in sweep["models"] if (model["source"], model.get("init", "trained")) == (cell["model_source"], cell["init"])]
-    models = [model for model in models if cell["init_scheme"] in (None, model.get("init_scheme"))]
+    models = [model for model in models if pd.isna(cell["init_scheme"]) or cell["init_scheme"] == model.get("init_scheme")]
     runs = sweep.get("per_task", {}).get(task, {}).get("runs") or sweep.get("runs") or list(product(sweep["seeds"], range(sweep["orders"])))
     return {draw_of(init_seed, *run) for model in models for init_seed in model.get("init_seeds") or (None,) for run in runs}
+
+
+def each(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return cells as terms of a contrast, each with weight 1."""
+    return cells[["key", "draw", "replicate"]].assign(weight=1.0)
 
 
 def spelled(options: str) -> str:

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 import pandas as pd
 
 from .chosen import difference
-from .intervals import descriptive, with_all_tasks
-from .load import CLEAN, SETTING, Frames, Setting, load
+from .intervals import ALL_TASKS, descriptive, with_all_tasks
+from .load import CLEAN, SETTING, Frames, Setting, each, load
 from .text import Grid, entry, number, rate, show, stores
 
 PLACE = ["method", "learning_rate", "step"]
 METRICS = ("sim_aou_norm", "sim_am_delta", "sim_aou")
 TITLE = "What the protocol moves"
 NOTE = (
-    "Per metric: its mean under clean, then the other protocol minus clean, at the largest step, paired by seed, method, learning rate and step. Brackets: 95 % "
-    "interval. n/N: pairs of cells used of draws planned. Mean over layers as each protocol defines it: with first_layer = count, layer 0 is in sim_am_delta."
+    "Clean: the mean under clean; difference: the other protocol minus clean, at the largest step, paired by seed, method, learning rate and step. Brackets: 95 % "
+    "interval. n/N: pairs of cells used of draws planned. Mean over layers as each protocol defines it: with first_layer = count, layer 0 is in sim_am_delta. "
+    "Model, position, sink, queries and seeds stand under each task's own tables."
 )
 
 
@@ -32,8 +33,8 @@ def data(frames: Frames) -> pd.DataFrame:
         for place, cells in setting.finetuned.groupby(PLACE):
             if place not in theirs:
                 continue
-            base = theirs[place].assign(weight=1.0)
-            gap = difference(cells.assign(weight=1.0), base)
+            base = each(theirs[place])
+            gap = difference(each(cells), base)
             named = setting.named | dict(zip(PLACE, place, strict=True)) | {"is_last_step": place[2] == setting.last_step}
             for metric in METRICS:
                 group = (*_group(setting, but=("task", "num_queries")), setting.named["protocol"], place, metric)
@@ -49,11 +50,10 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
     found = []
     for (model, init, k, train_on, task), part in rows[rows["is_last_step"]].groupby(["model", "init", "k", "train_on", "task"], sort=False):
         body = []
-        for (protocol, method, learning_rate), line in part.groupby(["protocol", "method", "learning_rate"], sort=False):
-            by_metric = {row["metric"]: row for row in line.to_dict("records")}
-            values = [text for metric in METRICS for text in (number(by_metric[metric][CLEAN]), entry(by_metric[metric]))]
-            body.append([protocol, method, rate(learning_rate), *values, by_metric[METRICS[0]]["signs"]])
-        headers = ("protocol", "method", "lr", *(header for metric in METRICS for header in (f"{metric}, clean", "difference")), "signs of the first")
+        for row in part.sort_values(["protocol", "method", "learning_rate"], kind="stable").to_dict("records"):
+            named = [row["protocol"], row["method"], rate(row["learning_rate"]), row["metric"]]
+            body.append([*named, number(row[CLEAN]), entry(row), row["signs"]])
+        headers = ("protocol", "method", "lr", "metric", CLEAN, "difference", "signs" if task == ALL_TASKS else "")
         title = f"{TITLE}: {task}, {model}, k = {k}" + ("" if init == "trained" else f", random weights: {init}")
         title += "" if train_on == "true" else f", trained on {train_on}"
         found.append(Grid(title, headers, body, NOTE + descriptive(part)))

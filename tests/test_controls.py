@@ -1,0 +1,427 @@
+"""Controls, equal size, protocols, own metrics and pairs: tables of hand-made stores, every number recomputed here with plain loops."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from iclgd_analysis import controls, equal_size, load, measures, protocol_effects
+from iclgd_analysis.chosen import crossing, matched
+from iclgd_analysis.intervals import Estimate, over_tasks
+from iclgd_analysis.load import Frames, Setting, planned_draws, protocol_name
+from iclgd_analysis.report import write_report
+from scipy import stats
+
+from tests.test_analysis import STEPS, diverged, make_cell, make_rows, make_store
+
+Row = dict[str, Any]
+SEEDS = (1, 2, 3)
+LAST = STEPS[-1]
+T2 = 4.302652730  # 97.5 % point of t with 2 degrees of freedom
+
+
+def changed(row: Row, **columns: Any) -> Row:
+    """Another cell that differs in these columns."""
+    return row | columns | {"key": hashlib.sha256(json.dumps([row["key"], columns], sort_keys=True, default=str).encode()).hexdigest()}
+
+
+def measure(kind: str, name: str, metric: str, mean: float | None, *, layer: int | None = None, fold: str = "all") -> Row:
+    return {"kind": kind, "name": name, "metric": metric, "layer": layer, "fold": fold, "n": 24, "mean": mean, "sd": 0.1}
+
+
+def t_interval(values: list[float], query_variance: float = 0.0) -> tuple[float, float, float]:
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    half = {2: 12.706204736, 3: T2}[len(values)] * math.sqrt(variance / len(values) + query_variance)
+    return mean, mean - half, mean + half
+
+
+def estimate_of(line: pd.Series) -> tuple[float, float, float]:
+    return line["mean"], line["lower"], line["upper"]
+
+
+def only(table: pd.DataFrame, **named: Any) -> pd.Series:
+    for name, value in named.items():
+        table = table[table[name] == value]
+    assert len(table) == 1, f"{len(table)} rows of {named}"
+    return table.iloc[0]
+
+
+def setting_of(frames: Frames, **named: Any) -> Setting:
+    (found,) = [setting for setting in frames.settings() if all(setting.named[name] == value for name, value in named.items())]
+    return found
+
+
+# --- At R*
+
+
+def test_a_crossing_lies_between_neighbours_in_the_logarithm_and_nowhere_else() -> None:
+    assert crossing([0.25, 1.0], 0.5) == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
+    assert crossing([0.1, 0.5, 2.0], 0.5) == {1: 1.0}
+    assert crossing([0.6, 0.2, 0.8, 0.3, 0.9], 0.5).keys() == {1, 2}  # the first upward one
+    ladder, figures = [0.07, 0.21, 0.44, 0.9, 3.0], np.array([0.1, 0.5, -0.3, 0.2, 0.9])
+    for at in (0.125, 0.25, 0.5, 1.0, 2.9):
+        found = sum(weight * figures[position] for position, weight in crossing(ladder, at).items())
+        assert found == pytest.approx(np.interp(math.log(at), np.log(ladder), figures))
+    for ratios in ([0.6, 0.8], [0.1, 0.4], [0.1, math.nan, 0.9], [0.0, 0.9], [0.9, 0.1], [], [math.nan]):
+        assert crossing(ratios, 0.5) == {}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "reason"),
+    [
+        ([0.6, 0.8, 0.9], "below_range"),
+        ([0.1, 0.2, 0.4], "above_range"),
+        ([0.1, 0.2, "diverged"], "diverged"),
+        ([0.1, "diverged", 0.9], "diverged"),
+        (["diverged"] * 3, "diverged"),
+        ([0.1, None, 0.9], "missing"),
+    ],
+)
+def test_a_draw_without_a_value_at_equal_size_says_why(tmp_path: Path, ratios: list[Any], reason: str) -> None:
+    rows = make_rows(seeds=(1, 2), rates={"vanilla": (1e-3, 1e-2, 1e-1)})
+    kept = []
+    for row in rows:
+        if row["kind"] == "finetuned" and row["step"] == LAST:
+            size: Any = ratios[(1e-3, 1e-2, 1e-1).index(row["learning_rate"])] if row["seed"] == 1 else 0.25 * row["learning_rate"] / 1e-3
+            row = make_cell("finetuned", task="trec", seed=row["seed"], skill=0.5, method="vanilla", learning_rate=row["learning_rate"], step=LAST, size=0.3)
+            if size is None:
+                continue
+            row = diverged(row) if size == "diverged" else row | {"update_ratio": size}
+        kept.append(row)
+    found = matched(load(make_store(tmp_path, kept)).settings()[0], "vanilla")
+    assert dict(found.reasons) == {reason: 1}
+    assert set(found.terms["draw"]) == {"/2/0"}
+
+
+def at_half(rows: list[Row], method: str, seed: int, **same: Any) -> tuple[float, np.ndarray]:
+    """Interpolate sim_aou of a seed, and of each of its queries, at R = 1/2 by hand: the two sizes around it are .3 and .6."""
+    share = math.log(0.5 / 0.3) / math.log(2)
+    low, high = (
+        next(
+            r for r in rows if (r["method"], r["seed"], r["step"], r["update_ratio"]) == (method, seed, LAST, size) and all(r[n] == v for n, v in same.items())
+        )
+        for size in (0.3, 0.6)
+    )
+    queries = [(1 - share) * a["sim_aou"] + share * b["sim_aou"] for a, b in zip(low["examples"], high["examples"], strict=True)]
+    return (1 - share) * low["sim_aou"] + share * high["sim_aou"], np.array(queries)
+
+
+def untrained(rows: list[Row], *, init_seed: int, init: str = "embeddings_norms") -> list[Row]:
+    """The same cells on random weights, with figures of their own."""
+    found = []
+    for row in rows:
+        other = changed(row, init=init, init_scheme="fairseq", init_seed=init_seed, model_notes=[f"random weights ({init}, fairseq, seed {init_seed})"])
+        if row["kind"] == "finetuned" and row["sim_aou"] is not None:
+            other["sim_aou"] = row["sim_aou"] + (0.01 * init_seed if row["method"] == "vanilla" else 0.02 * init_seed**2)
+        found.append(other)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], Frames, Path]:
+    rows = make_rows(seeds=SEEDS, tasks=("trec", "subj"))
+    for row in rows:
+        row["update_ratio"] = round(row["update_ratio"], 6) if row["update_ratio"] is not None else None
+    of_one_seed = [row for row in rows if row["seed"] in (None, 1)]
+    rows += [other for init_seed in (0, 1, 2) for other in untrained(of_one_seed, init_seed=init_seed)]
+    root = make_store(tmp_path_factory.mktemp("sized"), rows)
+    return rows, load(root), root
+
+
+def test_the_difference_at_equal_size_is_paired_by_seed_with_the_queries_share(sized: tuple[list[Row], Frames, Path]) -> None:
+    rows, frames, _ = sized
+    table = equal_size.data(frames)
+    here = [row for row in rows if row["task"] == "trec" and row["init"] is None]
+    pairs = [(at_half(here, "layer_causal", seed), at_half(here, "vanilla", seed)) for seed in SEEDS]
+    queries = np.mean([left[1] - right[1] for left, right in pairs], axis=0)
+    expected = t_interval([left[0] - right[0] for left, right in pairs], float(np.var(queries, ddof=1)) / len(queries))
+    line = only(table, task="trec", init="trained", metric="sim_aou")
+    assert estimate_of(line) == pytest.approx(expected)
+    assert (line["num_used"], line["num_planned"], line["method"]) == (3, 3, "layer_causal")
+    assert line["value"] - line["vanilla"] == pytest.approx(line["mean"])
+
+
+def test_on_random_weights_the_seed_of_the_weights_is_the_replicate(sized: tuple[list[Row], Frames, Path]) -> None:
+    rows, frames, _ = sized
+    table = equal_size.data(frames)
+    here = [row for row in rows if row["task"] == "subj" and row["init"] is not None]
+    pairs = [(at_half(here, "layer_causal", 1, init_seed=seed), at_half(here, "vanilla", 1, init_seed=seed)) for seed in (0, 1, 2)]
+    queries = np.mean([left[1] - right[1] for left, right in pairs], axis=0)
+    expected = t_interval([left[0] - right[0] for left, right in pairs], float(np.var(queries, ddof=1)) / len(queries))
+    line = only(table, task="subj", init="embeddings_norms (fairseq)", metric="sim_aou")
+    assert estimate_of(line) == pytest.approx(expected)
+    assert (line["num_used"], line["num_replicates"]) == (3, 3)
+    setting = setting_of(frames, task="subj", init="embeddings_norms (fairseq)")
+    assert len(setting.zero_shot) == 3
+    assert set(setting.finetuned["init_seed"]) == {0, 1, 2}
+    assert set(setting_of(frames, task="subj", init="trained").finetuned["init_seed"].dropna()) == set()
+    assert setting.title == "subj, Tiny-135M-Instruct.Q4_1, k = 4, random weights: embeddings_norms (fairseq)"
+    assert "random weights (embeddings_norms (fairseq): embeddings, norms and output head as trained" in setting.caption
+    assert "3 seeds of the weights (0, 1, 2)" in setting.caption
+    assert "seed 0)" not in setting.caption
+
+
+def test_over_tasks_the_errors_add_up_and_the_freedom_is_welch_and_satterthwaites(sized: tuple[list[Row], Frames, Path]) -> None:
+    table = equal_size.data(sized[1])
+    line = only(table, task="all tasks", init="trained", metric="sim_aou")
+    tasks = [only(table, task=task, init="trained", metric="sim_aou") for task in ("trec", "subj")]
+    errors = [(task["upper"] - task["mean"]) / T2 for task in tasks]
+    error = math.sqrt(sum(e**2 for e in errors)) / 2
+    freedom = sum(e**2 for e in errors) ** 2 / sum(e**4 / 2 for e in errors)
+    assert line["mean"] == pytest.approx(sum(task["mean"] for task in tasks) / 2)
+    assert line["upper"] - line["mean"] == pytest.approx(stats.t.ppf(0.975, freedom) * error)
+    assert line["signs"] == f"above 0 in {sum(task['mean'] > 0 for task in tasks)} of 2 tasks"
+    assert 2 <= freedom <= 4
+
+
+def test_a_task_without_an_interval_leaves_the_mean_over_tasks_without_one() -> None:
+    whole = Estimate(0.2, 0.1, 0.3, 3, 3, 0.02, 2.0)
+    assert over_tasks([whole, Estimate(0.4, used=1, replicates=1)]).mean == pytest.approx(0.3)
+    assert math.isnan(over_tasks([whole, Estimate(0.4, used=1, replicates=1)]).lower)
+    assert over_tasks([whole, Estimate()]).mean == pytest.approx(0.2)
+    assert math.isnan(over_tasks([Estimate()]).mean)
+
+
+# --- Controls
+
+CONTROLS = {"other_draw": 0.9, "other_task": 0.5, "shuffled_words": 0.45, "separator": 0.2, "centred": 0.1}
+
+
+def controlled(rows: list[Row]) -> list[Row]:
+    """Add controls: layer 0 and 1 with a mean that depends on cell and control, one undefined layer, other folds elsewhere."""
+    for row in rows:
+        if row["kind"] == "zero_shot" or row["status"] == "diverged":
+            continue
+        row["measures"] = []
+        for name, level in CONTROLS.items():
+            # in seed 1 other_task is the largest of the empty contexts, in the others shuffled_words
+            value = level + 0.01 * row["seed"] + (0.1 * (row["seed"] - 1) if name == "shuffled_words" else 0.0)
+            value *= 1.0 if row["kind"] == "icl" else 0.1
+            for fold, shift in (("all", 0.0), ("A", 0.5), ("B", 0.03)):
+                for layer, wave in ((0, 0.04), (1, -0.04), (2, None)):
+                    row["measures"].append(measure("control", name, "sim_aou", None if wave is None else value + wave + shift, layer=layer, fold=fold))
+        if row["kind"] == "finetuned":
+            row["measures"] += [
+                measure("control", f"random_delta_{draw}", metric, value, layer=0, fold=fold)
+                for draw in range(3)
+                for metric, value in (("sim_aou", 0.02 * draw + 0.01 * row["seed"]), ("update_ratio", row["update_ratio"] * 1.02))
+                for fold in ("A", "B", "all")
+            ]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], Frames, Path]:
+    rows = controlled(make_rows(seeds=SEEDS))
+    rows += [changed(row, train_on="random_labels", sim_aou=row["sim_aou"] / 2, measures=[]) for row in rows if row["kind"] == "finetuned" and row["layers"]]
+    root = make_store(tmp_path_factory.mktemp("held"), rows)
+    return rows, load(root), root
+
+
+def test_a_context_is_compared_with_icl_over_layers_then_seeds(held: tuple[list[Row], Frames, Path]) -> None:
+    _, frames, _ = held
+    table = controls.data(frames, setting_of(frames, train_on="true"))
+    for name in ("other_draw", "separator"):
+        line = only(table, method="icl", metric="sim_aou", against=name)
+        assert estimate_of(line) == pytest.approx(t_interval([CONTROLS[name] + 0.01 * seed for seed in SEEDS]))
+        assert (line["num_used"], line["num_planned"]) == (3, 3)
+
+
+def test_a_finetuned_cell_is_compared_with_each_control_on_its_own_fold(held: tuple[list[Row], Frames, Path]) -> None:
+    rows, frames, _ = held
+    table = controls.data(frames, setting_of(frames, train_on="true"))
+    near = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="other_task")
+    assert (near["learning_rate"], near["fold"]) == (1e-3, "all")
+    assert estimate_of(near) == pytest.approx(t_interval([0.1 * (0.5 + 0.01 * seed) for seed in SEEDS]))
+    selected = only(table, method="layer_causal", choice="selected", metric="sim_aou", against="other_task")
+    assert selected["mean"] == pytest.approx(near["mean"] + 0.03)  # fold B
+    same = {r["seed"]: r for r in rows if (r["method"], r["learning_rate"], r["step"], r["train_on"]) == ("layer_causal", 1e-3, LAST, "true")}
+    icl = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="in-context")
+    assert icl["mean"] == pytest.approx(sum(r["sim_aou"] for r in same.values()) / 3)
+    assert icl["R"] == pytest.approx(math.prod(r["update_ratio"] for r in same.values()) ** (1 / 3))
+    variant = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="trained on random_labels")
+    assert variant["mean"] == pytest.approx(icl["mean"] / 2)
+    random = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="random_delta")
+    assert estimate_of(random) == pytest.approx(t_interval([0.02 + 0.01 * seed for seed in SEEDS]))
+    assert random["R"] == pytest.approx(icl["R"] * 1.02)
+
+
+def test_what_is_specific_to_the_task_is_above_the_largest_empty_context_of_each_seed(held: tuple[list[Row], Frames, Path]) -> None:
+    rows, frames, _ = held
+    line = only(controls.data(frames, setting_of(frames, train_on="true")), method="vanilla", choice="nearest R*", metric="sim_aou", against="task_specific")
+    gaps = []
+    for seed in SEEDS:
+        cell = next(r for r in rows if (r["method"], r["learning_rate"], r["step"], r["seed"], r["train_on"]) == ("vanilla", 1e-2, LAST, seed, "true"))
+        largest = 0.1 * max(0.5 + 0.01 * seed, 0.45 + 0.01 * seed + 0.1 * (seed - 1))
+        gaps.append(cell["sim_aou"] - largest)
+    assert line["learning_rate"] == 1e-2
+    assert estimate_of(line) == pytest.approx(t_interval(gaps))
+    assert 0.1 * (0.5 + 0.01) > 0.1 * (0.45 + 0.01)  # seed 1: other_task; the others: shuffled_words
+
+
+def test_without_one_of_the_empty_contexts_nothing_is_said_of_the_task(tmp_path: Path) -> None:
+    rows = controlled(make_rows(seeds=SEEDS))
+    for row in rows:
+        row["measures"] = [m for m in row["measures"] or [] if m["name"] != "separator" or row["seed"] == 2]
+    frames = load(make_store(tmp_path, rows))
+    table = controls.data(frames, frames.settings()[0])
+    line = only(table, method="vanilla", choice="nearest R*", metric="sim_aou", against="task_specific")
+    assert (line["num_used"], line["num_planned"]) == (1, 3)
+    assert math.isnan(line["lower"])
+
+
+# --- Layers of measures
+
+
+@pytest.mark.parametrize(("first_layer", "expected"), [("skip", 0.3), ("count", 0.2)])
+def test_layer_0_of_a_score_change_counts_only_where_the_protocol_says_so(tmp_path: Path, first_layer: str, expected: float) -> None:
+    row = make_cell("finetuned", task="trec", seed=1, skill=0.5, method="vanilla", learning_rate=1e-2, step=4)
+    row["protocol"] = json.dumps({"preset": "clean", "sink": "auto", "separator": "newline", "record_position": "last_prompt", "first_layer": first_layer})
+    row["measures"] = [measure("control", "separator", "sim_am_delta", value, layer=layer) for layer, value in ((0, 0.0), (1, 0.2), (2, 0.4))]
+    row["measures"] += [measure("pair", "f" * 64, "alpha", value, layer=layer) for layer, value in ((0, 0.0), (1, 0.2), (2, 0.4))]
+    row["measures"] += [measure("control", "separator", "sim_aou", value, layer=layer) for layer, value in ((0, 0.0), (1, 0.2), (2, 0.4))]
+    row["measures"] += [measure("metric", "1", "overlap", 0.7), measure("control", "separator", "update_ratio", 4.0, layer=0)]
+    row["measures"] += [measure("control", "separator", "update_ratio", 1.0, layer=1)]
+    frames = load(make_store(tmp_path, [row]))
+    assert frames.measured(frames.controls, "sim_am_delta").tolist() == [pytest.approx(expected)]
+    assert frames.measured(frames.pairs, "alpha").tolist() == [pytest.approx(expected)]
+    assert frames.measured(frames.controls, "sim_aou").tolist() == [pytest.approx(0.2)]
+    assert frames.measured(frames.metrics, "overlap").to_dict() == {(row["key"], "1"): 0.7}
+    assert frames.measured(frames.controls, "update_ratio").tolist() == [pytest.approx(2.0)]  # geometric
+
+
+# --- Own metrics and pairs
+
+
+def test_own_metrics_and_pairs_are_means_over_draws_at_the_largest_step(tmp_path: Path) -> None:
+    rows = make_rows(seeds=SEEDS)
+    done = {(r["method"], r["learning_rate"], r["step"], r["seed"]): r for r in rows if r["kind"] == "finetuned" and r["status"] == "done"}
+    for (method, learning_rate, step, seed), row in done.items():
+        row["measures"] = [measure("metric", "2", "overlap", learning_rate + seed + step, layer=layer) for layer in (0, 1)]
+        other = done.get(("layer_causal", learning_rate, step, seed))
+        if method == "vanilla" and other:
+            row["measures"].append(measure("pair", other["key"], "alpha", learning_rate * 10 + seed, layer=1))
+            row["measures"].append(measure("pair", other["key"], "alpha", 1.0, layer=0))
+    frames = load(make_store(tmp_path, rows))
+    setting = frames.settings()[0]
+    table = measures.data(frames, setting)
+    line = only(table, metric="overlap", method="layer_causal", learning_rate=1e-3)
+    assert estimate_of(line) == pytest.approx(t_interval([1e-3 + seed + LAST for seed in SEEDS]))
+    pair = only(table, metric="alpha", learning_rate=1e-3)
+    assert (pair["method"], pair["learning_rates"], pair["num_used"], pair["num_planned"]) == ("vanilla and layer_causal", "1e-3", 3, 3)
+    assert estimate_of(pair) == pytest.approx(t_interval([1e-2 + seed for seed in SEEDS]))
+    titles = [grid.title.split(":")[0] for grid in measures.grids(setting, table)]
+    assert titles == ["overlap, version 2", "alpha of two methods"]
+    page = write_report(tmp_path).read_text()
+    assert "alpha of two methods: trec" in page
+
+
+def test_one_name_with_two_sets_of_options_is_two_methods(tmp_path: Path) -> None:
+    rows = [row for row in make_rows(seeds=SEEDS) if row["method"] != "layer_causal"]
+    cell = next(row for row in rows if row["kind"] == "finetuned" and row["status"] == "done")
+    rows += [changed(cell, method="mine", method_options=json.dumps({"base": "vanilla", "weights": weights})) for weights in ("attn_v", "mlp")]
+    rows.append(changed(cell, method="other", method_options=json.dumps({"base": "vanilla", "rank": 4})))
+    setting = load(make_store(tmp_path, rows)).settings()[0]
+    assert setting.methods == ["vanilla", "mine (base vanilla, weights attn_v)", "mine (base vanilla, weights mlp)", "other"]
+    assert "other: base vanilla, rank 4." in setting.caption
+
+
+# --- Protocols
+
+
+def protocol(**switches: Any) -> str:
+    return json.dumps({"preset": "clean", "sink": "auto", "separator": "newline", "record_position": "last_prompt", "sink_token": "<s>"} | switches)
+
+
+def test_a_protocol_is_named_by_its_preset_or_by_what_differs_from_clean() -> None:
+    assert protocol_name(protocol()) == "clean"
+    assert protocol_name(protocol(sink_token="</s>")) == "clean"
+    assert protocol_name(protocol(separator="eos")) == "separator = eos"
+    assert protocol_name(protocol(preset="reference", separator="eos", first_layer="count")) == "reference"
+
+
+def test_a_protocol_moves_what_it_moves_in_the_cells_of_the_same_seed(tmp_path: Path) -> None:
+    rows = make_rows(seeds=SEEDS, tasks=("trec", "subj"))
+    other = []
+    for row in rows:
+        moved = changed(row, protocol=protocol(separator="eos"))
+        if row["kind"] == "finetuned" and row["status"] == "done" and row["step"] == LAST:
+            moved["sim_aou_norm"] = row["sim_aou_norm"] + 0.05 + 0.01 * row["seed"]
+            shift = 0.03 if row["task"] == "trec" else -0.01
+            moved["examples"] = [query | {"sim_aou_norm": query["sim_aou_norm"] + shift * (i % 2)} for i, query in enumerate(row["examples"])]
+            if row["learning_rate"] == 1e-3 and row["method"] == "vanilla" and row["seed"] == 3:
+                moved = diverged(moved)
+        other.append(moved)
+    make_store(tmp_path / "clean", rows)
+    make_store(tmp_path / "eos", [*other, rows[0], rows[1]])
+    together = load(tmp_path / "clean", tmp_path / "eos")
+    assert len(together.cells) == len(rows) + len(other)  # the two cells that both stores hold count once
+    assert len(together.layers) == sum(len(row["layers"]) for row in rows + other)
+    table = protocol_effects.data(together)
+    place = {"method": "layer_causal", "learning_rate": 1e-3, "step": LAST, "metric": "sim_aou_norm"}
+    line = only(table, task="trec", **place)
+    queries = np.array([0.03 * (i % 2) for i in range(24)])
+    expected = t_interval([0.05 + 0.01 * seed for seed in SEEDS], float(np.var(queries, ddof=1)) / 24)
+    assert estimate_of(line) == pytest.approx(expected)
+    assert line["protocol"] == "separator = eos"
+    same = [r["sim_aou_norm"] for r in rows if (r["task"], r["method"], r["learning_rate"], r["step"]) == ("trec", "layer_causal", 1e-3, LAST)]
+    assert line["clean"] == pytest.approx(sum(same) / 3)
+    partial = only(table, task="trec", **place | {"method": "vanilla"})
+    assert (partial["num_used"], partial["num_planned"]) == (2, 3)
+    assert partial["mean"] == pytest.approx(0.065)
+    assert only(table, task="all tasks", **place)["signs"] == "above 0 in 2 of 2 tasks"
+    assert set(table.loc[table["metric"] == "sim_am_delta", "mean"].dropna().round(9)) == {0.0}
+    done = subprocess.run(
+        [sys.executable, "-m", "iclgd_analysis.protocol_effects", str(tmp_path / "clean"), str(tmp_path / "eos")], capture_output=True, text=True, check=True
+    )
+    assert "separator = eos" in done.stdout
+    assert "What the protocol moves: all tasks" in done.stdout
+
+
+# --- What is planned, and the page
+
+
+def test_planned_draws_are_those_of_the_sweeps_that_plan_the_setting() -> None:
+    cell = pd.Series({"task": "trec", "model_source": "m", "protocol": protocol(), "num_demonstrations": 4, "num_queries": 24, "query_seed": 1})
+    cell = pd.concat([cell, pd.Series({"init": "trained", "init_scheme": None, "sweep": "s"})])
+    sweep: Row = {"name": "s", "tasks": ["trec"], "models": [{"source": "m"}], "num_demonstrations": [4, 8], "num_queries": 24, "query_seed": 1}
+    sweep |= {"seeds": [1, 2], "orders": 2, "protocol": {"preset": "clean", "separator": "newline"}}
+    assert planned_draws(sweep, cell) == {"/1/0", "/1/1", "/2/0", "/2/1"}
+    runs = sweep | {"runs": [[5, 0], [6, 1]], "seeds": [], "per_task": {"subj": {"runs": [[1, 0]]}}}
+    assert planned_draws(runs, cell) == {"/5/0", "/6/1"}
+    assert planned_draws(runs | {"per_task": {"trec": {"runs": [[9, 2]]}}}, cell) == {"/9/2"}
+    assert planned_draws(runs | {"per_task": {"trec": {"runs": None}}}, cell) == {"/5/0", "/6/1"}
+    anew = {"source": "m", "init": "norms", "init_scheme": "model", "init_seeds": [7, 8]}
+    assert planned_draws(runs | {"models": [{"source": "m"}, anew]}, cell) == {"/5/0", "/6/1"}
+    random = cell.copy()
+    random["init"], random["init_scheme"] = "norms", "model"
+    assert planned_draws(runs | {"models": [{"source": "m"}, anew]}, random) == {"7/5/0", "7/6/1", "8/5/0", "8/6/1"}
+    assert planned_draws(runs | {"models": [anew | {"init_scheme": "fairseq"}]}, random) == set()
+    for other in ({"tasks": ["subj"]}, {"num_queries": 12}, {"query_seed": 2}, {"num_demonstrations": [8]}, {"protocol": {"separator": "eos"}}):
+        assert planned_draws(sweep | other, cell) == set()
+    assert planned_draws(sweep | {"num_queries": 99}, cell) == planned_draws(sweep, cell)  # the task has no more
+    assert planned_draws(sweep | {"num_queries": 99, "name": "another"}, cell) == set()
+
+
+def test_the_page_has_tables_of_what_the_store_holds_and_no_others(held: tuple[list[Row], Frames, Path], sized: tuple[list[Row], Frames, Path]) -> None:
+    page = write_report(held[2]).read_text()
+    assert page.count("<h3>Controls: trec, Tiny-135M-Instruct.Q4_1, k = 4</h3>") == 1
+    assert "no control context" not in page
+    assert "Descriptive: some means are over 3 seeds, fewer than 5" in page
+    assert 'id="across"' not in page
+    assert (held[2] / "figures" / "controls.csv").exists()
+    assert not (held[2] / "figures" / "equal_size.csv").exists()
+    page = write_report(sized[2]).read_text()
+    assert "Equal size of update: trained and random weights: Tiny-135M-Instruct.Q4_1, k = 4" in page
+    assert "<h3>Controls" not in page
+    assert "no control context" in page
+    assert (sized[2] / "figures" / "equal_size.csv").exists()
