@@ -150,7 +150,9 @@ def test_the_rows_of_a_lane_do_not_depend_on_which_other_lanes_ran_beside_it(swe
     for alone, beside in zip(*rows, strict=True):
         assert alone["key"] == beside["key"]
         for name in (*SIMILARITIES, *POOLED, "nll_label", "nll_raw", "update_ratio", "delta_norm", "loss", "gradient_norm"):
-            assert alone[name] == beside[name] or math.isclose(alone[name], beside[name], rel_tol=1e-9, abs_tol=1e-12), name
+            # Ranks jump: two tokens whose attention is equal but for the last bit may change places.
+            tolerance = 1e-3 if name.startswith("kendall") else 1e-12
+            assert alone[name] == beside[name] or math.isclose(alone[name], beside[name], rel_tol=1e-9, abs_tol=tolerance), name
 
 
 def test_the_golden_block_has_the_numbers_it_had(sweep_file: Path, tmp_path: Path) -> None:
