@@ -331,7 +331,8 @@ def protocol_name(resolved: str) -> str:
 def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:
     """Return the draws that a resolved sweep plans for the setting of a cell; none if it plans other settings."""
     protocol, task = json.loads(cell["protocol"]), cell["task"]
-    if task not in sweep.get("tasks", ()) or any(protocol.get(name, value) != value for name, value in sweep.get("protocol", {}).items()):
+    planned = sweep.get("protocols") or [sweep.get("protocol", {})]
+    if task not in sweep.get("tasks", ()) or not any(all(protocol.get(name, value) == value for name, value in each.items()) for each in planned):
         return set()
     has_all = cell["num_queries"] == sweep["num_queries"] or (cell["num_queries"] < sweep["num_queries"] and cell["sweep"] == sweep["name"])  # a small pool
     if not has_all or cell["query_seed"] != sweep["query_seed"] or cell["num_demonstrations"] not in np.atleast_1d(sweep["num_demonstrations"]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 import tomllib
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ from iclgd_dist.axes import At, Controls, Count, Name, Number, Rates, Runs, Seed
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
+from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import line_of, not_toml, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
@@ -52,34 +52,6 @@ class Resources(Frozen):
     tokens_per_batch: Count | None = None  # padded tokens of one micro-batch, over all lanes; None = by device
 
 
-class OwnTask(Frozen):
-    """A labelled file of the user's: one row per example, a template, one word per label."""
-
-    name: Name
-    file: str  # .csv, .tsv, .jsonl or .parquet; relative to the sweep file
-    query_file: str | None = None  # None = the rows of `file` are split by the hash of their text
-    template: str  # e.g. "Review: {text} Sentiment:"; fields in braces are columns
-    label_field: str = "label"
-    labels: dict[str, str]  # value in the data -> word the model predicts
-
-    @field_validator("template")
-    @classmethod
-    def _has_a_field(cls, template: str) -> str:
-        if not re.search(r"\{[^{}]+\}", template):
-            raise ValueError("must hold at least one {column}")
-        return template
-
-    @field_validator("labels")
-    @classmethod
-    def _two_words(cls, labels: dict[str, str]) -> dict[str, str]:
-        words = [word.strip() for word in labels.values()]
-        if len(words) < 2:
-            raise ValueError(f"must name at least 2 labels, got {len(words)}")
-        if "" in words or len(set(words)) < len(words):
-            raise ValueError(f"must map each label to its own non-empty word, got {list(labels.values())}")
-        return labels
-
-
 class Sweep(Frozen):
     """One question: every combination of the axes is a cell."""
 
@@ -103,6 +75,7 @@ class Sweep(Frozen):
     learning_rates: Rates  # one list in the file holds for every method
     per_task: dict[str, TaskAxes] = Field(default_factory=dict)  # [per_task.sst2] holds for that task alone
     protocol: Protocol = Protocol()
+    protocols: tuple[Protocol, ...] = ()  # [[protocols]] instead of [protocol]: every cell under each of them
     analysis: Analysis = Analysis()
     resources: Resources = Resources()
     capture: Capture = Capture()
@@ -206,18 +179,36 @@ class Sweep(Frozen):
             found[name] = axes.model_copy(update={"learning_rates": rates})
         return found
 
+    @field_validator("protocols")
+    @classmethod
+    def _one_axis(cls, protocols: tuple[Protocol, ...], info: ValidationInfo) -> tuple[Protocol, ...]:
+        if protocols and info.data.get("protocol", Protocol()) != Protocol():
+            raise ValueError("are instead of [protocol]: write each protocol as a [[protocols]] of its own")
+        for number, protocol in enumerate(protocols):
+            cls._enough_permutations(protocol, info, number)
+        return tuple(dict.fromkeys(protocols))
+
     @field_validator("protocol")
     @classmethod
-    def _enough_permutations(cls, protocol: Protocol, info: ValidationInfo) -> Protocol:
+    def _permutations(cls, protocol: Protocol, info: ValidationInfo) -> Protocol:
+        return cls._enough_permutations(protocol, info)
+
+    @classmethod
+    def _enough_permutations(cls, protocol: Protocol, info: ValidationInfo, *keys: int) -> Protocol:
         runs = [*info.data.get("runs", ()), *(run for axes in info.data.get("per_task", {}).values() for run in axes.runs or ())]
         seed = max((*info.data.get("seeds", ()), *(seed for seed, _ in runs)), default=0)
         order = max((info.data.get("orders", 1) - 1, *(order for _, order in runs)))
         if protocol.order_rule == "separate" and (order >= NUM_SEPARATE_ORDERS or seed >= 2**32):
             raise At(
                 f'protocol.order_rule = "separate" has orders 0 to {NUM_SEPARATE_ORDERS - 1} and seeds below 2**32, got order {order}, seed {seed}',
+                *keys,
                 "order_rule",
             )
         return protocol
+
+    def of_each_protocol(self) -> tuple[Sweep, ...]:
+        """Return a sweep of one protocol for each of them."""
+        return tuple(self.model_copy(update={"protocol": protocol, "protocols": ()}) for protocol in self.protocols) or (self,)
 
     def num_runs(self, task: str) -> int:
         runs = self._own(task).runs or self.runs
@@ -335,7 +326,14 @@ def _check_positive(lists: dict[str, tuple[float, ...]], info: ValidationInfo, n
                 raise At(f"{of_method} must be greater than 0, got {rate:g}{way_out}", *keys, method, number)
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"models": ModelSpec, "task": OwnTask, "per_task": TaskAxes, "method": MethodSpec, "metric": MetricSpec}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "models": ModelSpec,
+    "task": OwnTask,
+    "protocols": Protocol,
+    "per_task": TaskAxes,
+    "method": MethodSpec,
+    "metric": MetricSpec,
+}
 _SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
 _KEYS = tuple(name for name in Sweep.model_fields if name not in ("folder", "warnings"))
 

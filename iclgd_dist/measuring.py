@@ -121,7 +121,7 @@ def random_targets(results: Results, keys: Collection[str], missing: Missing) ->
 
 def _of_keys(results: Results, columns: list[str], keys: set[str]) -> Iterator[Mapping[str, Any]]:
     table = results.layers.select(columns)
-    chosen = pc.and_(pc.is_in(table["key"].cast(pa.string()), pa.array(sorted(keys))), pc.equal(table["fold"], "all"))
+    chosen = pc.and_(pc.is_in(table["key"].cast(pa.string()), pa.array(sorted(keys), pa.string())), pc.equal(table["fold"], "all"))
     return iter(table.filter(chosen).sort_by([("layer", "ascending")]).to_pylist())
 
 

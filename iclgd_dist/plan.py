@@ -58,7 +58,8 @@ def count_cells(sweep: Sweep) -> tuple[int, int]:
         trained = len(sweep.controls.train_on) * sum(len(rates) for rates in sweep.rates_of(task).values())
         num_cells += 1 + sum(runs * (1 + trained * sum(step <= k for step in sweep.steps)) for k in sweep.num_demonstrations)
         num_blocks += runs * len(sweep.num_demonstrations)
-    return len(sweep.models) * num_cells, len(sweep.models) * num_blocks
+    times = len(sweep.models) * max(1, len(sweep.protocols))
+    return times * num_cells, times * num_blocks
 
 
 def make_plan(
@@ -79,12 +80,32 @@ def make_plan(
     if num_cells > MAX_CELLS:
         raise SweepError(f"a sweep has at most {MAX_CELLS:,} cells, got {num_cells:,}; ask for fewer seeds, orders or learning rates")
     said = _Said(list(sweep.warnings))
+    tasks: dict[str, Task | None] = {}
+    parts = [_planned(each, finished, said, tasks, tolerate_unreachable, progress, choose) for each in sweep.of_each_protocol()]
+    keys = tuple(dict.fromkeys(key for of_part, _ in parts for key in of_part))
+    blocks = tuple(block for _, of_part in parts for block in of_part)
+    if not said.unreachable and len(keys) < num_cells:
+        said.warnings.append(f"models or protocols with the same content: {num_cells - len(keys)} cells are others' and count once")
+        num_cells = len(keys)
+    unreachable, warned, notes = (tuple(dict.fromkeys(lines)) for lines in (said.unreachable, said.warnings, said.notes))
+    return Plan(num_cells, sum(key in finished for key in keys), keys, blocks, num_blocks, unreachable, warned, notes)
+
+
+def _planned(
+    sweep: Sweep,
+    finished: Collection[str],
+    said: _Said,
+    tasks: dict[str, Task | None],
+    tolerate_unreachable: bool,
+    progress: Callable[[str], None],
+    choose: Callable[[Block, Encoded], Block | None] | None,
+) -> tuple[dict[str, None], list[Block]]:
+    """Return the keys of all cells under one protocol, and the blocks to run."""
     for k in sweep.num_demonstrations:
         if too_far := [step for step in sweep.steps if step > k]:
             said.warnings.append(f"num_demonstrations {k}: steps {', '.join(map(str, too_far))} exceed its {k} updates and are left out")
     keys: dict[str, None] = {}
     blocks: list[Block] = []
-    tasks: dict[str, Task | None] = {}
     orders: dict[tuple[int, str], list[int]] = {}
     for name in sweep.tasks:
         for seed, order in sweep.runs_of(name):
@@ -120,11 +141,7 @@ def make_plan(
                 elif any(cell.key not in keys for cell in missing):  # else another block does all of it
                     blocks.append(with_cells(block, missing, encoded))
                 keys |= dict.fromkeys(cell.key for cell in block.cells)
-    if not said.unreachable and len(keys) < num_cells:
-        said.warnings.append(f"models with the same content: {num_cells - len(keys)} cells are others' and count once")
-        num_cells = len(keys)
-    unreachable, warned, notes = (tuple(dict.fromkeys(lines)) for lines in (said.unreachable, said.warnings, said.notes))
-    return Plan(num_cells, sum(key in finished for key in keys), tuple(keys), tuple(blocks), num_blocks, unreachable, warned, notes)
+    return keys, blocks
 
 
 @dataclass

@@ -31,7 +31,7 @@ FLOORS = {
     0.5: ("embedded", "cells", "own_code"),  # what tasks reads, what the store encodes
     0.2: ("files",),
     0.1: ("config",),
-    0.06: ("extensions", "model_spec"),
+    0.06: ("extensions", "model_spec", "task_spec"),
     0.05: ("axes",),
     0: ("protocol", "schema", "toml_text"),
 }

@@ -373,3 +373,15 @@ def test_what_to_train_on_twice_is_one_axis_value_with_a_warning(tmp_path: Path)
 def test_the_nearest_name_is_suggested_whatever_its_dashes_and_case() -> None:
     assert unknown("task", "SST-2", ["sst2", "mr"]) == "unknown task 'SST-2'; did you mean 'sst2'?; known: mr, sst2"
     assert unknown("task", "zebra", ["sst2", "mr"]) == "unknown task 'zebra'; known: mr, sst2"
+
+
+def test_protocols_are_an_axis(tmp_path: Path) -> None:
+    two = '[[protocols]]\n[[protocols]]\npreset = "reference"\nseparator = "none"\n'
+    sweep = load(tmp_path, ('[[task]]\nname = "fruit"', f'{two}\n[[task]]\nname = "fruit"'))
+    assert [each.protocol.separator for each in sweep.of_each_protocol()] == ["newline", "none"]
+    assert all(each.protocols == () for each in sweep.of_each_protocol())
+    assert load(tmp_path).of_each_protocol() == (load(tmp_path),)
+    with pytest.raises(SweepError, match=r"protocols are instead of \[protocol\]"):
+        load(tmp_path, ('[[task]]\nname = "fruit"', f'[protocol]\nseparator = "eos"\n{two}\n[[task]]\nname = "fruit"'))
+    with pytest.raises(SweepError, match=r"unknown key 'seperator' in \[\[protocols\]\]; did you mean 'separator'"):
+        load(tmp_path, ('[[task]]\nname = "fruit"', '[[protocols]]\nseperator = "eos"\n\n[[task]]\nname = "fruit"'))

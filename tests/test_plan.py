@@ -434,7 +434,7 @@ def test_models_with_the_same_content_count_once(folder: Path, models: Models) -
     once = planned(folder)
     assert once.num_cells == once.num_to_run == plan.num_cells // 2
     assert {block.model.source for block in once.blocks} == {"first"}
-    assert once.warnings[-1] == f"models with the same content: {plan.num_cells // 2} cells are others' and count once"
+    assert once.warnings[-1] == f"models or protocols with the same content: {plan.num_cells // 2} cells are others' and count once"
     assert planned(folder, ('source = "second"', 'source = "second"\ncompute_dtype = "float64"')).num_cells == plan.num_cells
 
 

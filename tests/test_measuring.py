@@ -1,0 +1,178 @@
+"""What a block computes beside its cells, and what is measured of cells that are there: controls, pairs, prefixes, own metrics, random weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from iclgd_dist.block import run_block
+from iclgd_dist.blocks import Block, with_cells
+from iclgd_dist.config import load_sweep
+from iclgd_dist.measuring import Missing, measure_kept, random_targets, with_targets
+from iclgd_dist.plan import make_plan
+from iclgd_dist.store import Store, read_results
+from tests.test_block import lm_for
+
+MORE = """
+[controls]
+contexts = ["other_draw", "separator"]
+train_on = ["true", "shuffled_words"]
+[capture]
+keep = "{keep}"
+[[metric]]
+name = "moved"
+code = "mine.py:moved"
+[[method]]
+name = "top"
+base = "layer_causal"
+layers = [-1]
+"""
+MINE = """
+def moved(zero_shot, in_context, finetuned):
+    return (finetuned.attention_LQD.double() - zero_shot.attention_LQD.double()).norm(dim=-1)
+"""
+
+
+def changed(path: Path, keep: str = "none", *, methods: str = '["vanilla", "layer_causal", "top"]', more: str = MORE) -> Path:
+    (path.parent / "mine.py").write_text(MINE)
+    text = path.read_text().replace("seeds = [1, 2]", f"seeds = [1]\nmethods = {methods}") + more.format(keep=keep)
+    path.write_text(
+        text.replace("layer_causal = [0.003, 0.05]", "layer_causal = [0.003, 0.05]\ntop = 0.05").replace(
+            'source = "model"', 'source = "model"\ncompute_dtype = "float64"'
+        )
+    )
+    return path
+
+
+def ran(path: Path, store: Store) -> Block:
+    store.prepare()
+    (block,) = make_plan(load_sweep(path)).blocks
+    run_block(lm_for(block), block, store)
+    return block
+
+
+def test_a_block_holds_controls_pairs_prefixes_and_own_metrics(sweep_file: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    block = ran(changed(sweep_file), store)
+    results = read_results(store)
+    cells = {row["key"]: row for row in results.cells.to_pylist()}
+    assert len(cells) == len(block.cells) == 2 + 2 * 2 * (2 + 2 + 1)  # train_on x steps x learning rates of three methods
+    finetuned = {key: row for key, row in cells.items() if row["kind"] == "finetuned"}
+    controls = results.controls.to_pandas()
+    assert set(controls[controls["cell"].isin(finetuned)]["control"]) == {"other_draw", "separator", "other_query", "centred"}
+    assert set(controls[~controls["cell"].isin(finetuned)]["control"]) == {"other_draw", "separator"}  # of ICL's own change
+    pairs = results.pairs.to_pandas()
+    alike = {(a, b) for a, b in zip(pairs["cell_a"], pairs["cell_b"], strict=True)}
+    for a, b in alike:
+        assert all(cells[a][name] == cells[b][name] for name in ("learning_rate", "step", "train_on")) and cells[a]["method"] != cells[b]["method"]
+    assert len(alike) == 2 * 2 * (1 + 3)  # at 0.003 one pair, at 0.05 three
+    assert set(results.metrics.to_pandas()["cell"]) == set(finetuned)
+    for row in finetuned.values():
+        assert row["sim_aou_prefix"] is not None
+        if row["step"] == 4 and row["train_on"] == "true":
+            assert math.isclose(row["sim_aou_prefix"], row["sim_aou"], rel_tol=1e-9)
+        else:
+            assert not math.isclose(row["sim_aou_prefix"], row["sim_aou"], rel_tol=1e-3)
+        assert (row["method_options"] is not None) == (row["method"] == "top")
+
+
+def test_finetuning_on_something_else_keeps_icl_and_changes_the_training(sweep_file: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    ran(changed(sweep_file, methods='["vanilla"]'), store)
+    rows = read_results(store).cells.to_pylist()
+    assert sum(row["kind"] == "icl" for row in rows) == 1
+    at = {row["train_on"]: row for row in rows if row["learning_rate"] == 0.05 and row["step"] == 4}
+    assert at.keys() == {"true", "shuffled_words"}
+    assert at["true"]["loss"] != at["shuffled_words"]["loss"]
+
+
+def test_what_committed_cells_lack_is_measured_from_kept_captures_without_a_model(sweep_file: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    path = changed(sweep_file, keep="all")
+    block = ran(path, store)
+    before = read_results(store)
+    (path.parent / "mine.py").write_text(MINE.replace(".norm(", ".mul(2).norm("))
+    missing, counts = Missing(before), []
+
+    def lacking(block: Block, encoded) -> Block | None:
+        counts.append(measure_kept(store, block, missing, encoded))
+        return replace(with_cells(block, cells, encoded), is_measuring=True) if (cells := missing.to_train(block, encoded)) else None
+
+    assert make_plan(load_sweep(path), choose=lacking).blocks == ()
+    assert counts == [sum(cell.kind == "finetuned" for cell in block.cells)]
+    after = read_results(store)
+    assert after.cells.equals(before.cells)
+    values = {(row["cell"], row["layer"], row["fold"]): row["mean"] for row in before.metrics.to_pylist()}
+    new = [row for row in after.metrics.to_pylist() if row["version"] not in set(before.metrics["version"].to_pylist())]
+    assert len(new) == len(values)
+    assert all(row["mean"] == pytest.approx(2 * values[row["cell"], row["layer"], row["fold"]], rel=1e-9) for row in new)
+    assert make_plan(load_sweep(path), choose=lacking).blocks == () and counts[-1] == 0  # nothing is left to do
+
+
+def test_without_captures_just_the_cells_that_lack_something_are_trained_again(sweep_file: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    path = changed(sweep_file)
+    ran(path, store)
+    before = read_results(store)
+    path.write_text(path.read_text().replace('contexts = ["other_draw", "separator"]', 'contexts = ["other_draw", "separator", "flipped_labels"]'))
+    missing = Missing(before)
+
+    def lacking(block: Block, encoded) -> Block | None:
+        return replace(with_cells(block, cells, encoded), is_measuring=True) if (cells := missing.to_train(block, encoded)) else None
+
+    (block,) = make_plan(load_sweep(path), choose=lacking).blocks
+    assert {cell.kind for cell in block.cells} == {"icl", "finetuned"}
+    run_block(lm_for(block), block, store)
+    after = read_results(store)
+    assert after.cells.equals(before.cells) and len(after.pairs) == len(before.pairs) and len(after.metrics) == len(before.metrics)
+    old, new = before.controls.to_pandas(), after.controls.to_pandas()
+    assert set(new["control"]) - set(old["control"]) == {"flipped_labels"}
+    assert len(new) == len(old) + (new["control"] == "flipped_labels").sum()
+    missing = Missing(after)
+    assert make_plan(load_sweep(path), choose=lacking).blocks == ()
+
+
+def test_random_weights_move_the_states_as_far_as_the_trained_ones(sweep_file: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    path = changed(sweep_file)
+    ran(path, store)
+    results = read_results(store)
+    cells = [row for row in results.cells.to_pylist() if row["step"] == 4 and row["train_on"] == "true" and row["method"] != "top"]
+    targets = random_targets(results, [row["key"] for row in cells], Missing(results))
+    assert targets.keys() == {row["key"] for row in cells}
+    plan = make_plan(load_sweep(path), choose=lambda block, encoded: with_targets(block, targets, lambda chosen: with_cells(block, chosen, encoded)))
+    (block,) = plan.blocks
+    run_block(lm_for(block), block, store)
+    after = read_results(store)
+    controls = after.controls.to_pandas()
+    for row in cells:
+        mine = controls[(controls["cell"] == row["key"]) & controls["control"].str.startswith("random_delta") & (controls["fold"] == "all")]
+        assert set(mine["control"]) == {"random_delta_0", "random_delta_1", "random_delta_2"}
+        for _, draw in mine.groupby("control"):
+            ratios = draw[draw["metric"] == "update_ratio"]["mean"]
+            assert math.exp(ratios.map(math.log).mean()) == pytest.approx(row["update_ratio"], rel=0.05)
+            assert draw[draw["metric"] == "sim_aou"]["n"].min() > 0
+    assert mine[mine["metric"] == "sim_aou"].groupby("control")["mean"].mean().nunique() == 3
+    assert random_targets(after, [row["key"] for row in cells], Missing(after)) == {}
+
+
+def test_random_weights_keep_the_trained_ratios_of_the_matrices() -> None:
+    from iclgd_dist.blocks import RandomTarget
+    from iclgd_dist.deltas import norms
+    from iclgd_dist.random_deltas import _deltas, _Lane
+    from tests.tiny import tiny
+
+    lm = tiny("gpt2")
+    target = RandomTarget("k" * 64, 0.5, {"k": (0.1, 0.0, 0.3), "v": (0.2, 0.4, None)})
+    lanes = [_Lane(target, 0, factor=2.0), _Lane(target, 1, factor=3.0)]
+    for index, (k, v) in enumerate([(0.1, 0.2), (0.0, 0.4), (0.3, 0.0)]):
+        got = norms(lm, index, _deltas(lm, index, lanes))
+        for part, norm in (("k", k), ("v", v)):
+            if norm:
+                assert got[part].tolist() == pytest.approx([2 * norm, 3 * norm], rel=1e-5)
+    one, other = _deltas(lm, 0, lanes)["transformer.h.0.attn.c_attn.v"].weight_NIO
+    assert abs(float(torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))) < 0.2
