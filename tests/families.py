@@ -1,6 +1,6 @@
-"""What has to hold for every family, against a plain loop: `python -m tests.families [MODEL DIRECTORY]` prints the table. Not a test.
+"""What has to hold for every family, against a plain loop: `python -m tests.families [MODEL DIRECTORY [float64]]` prints the table. Not a test.
 
-Without an argument: tiny random models of every family, float64 and float32. With one: that model, float32. Exits 0 only where all of it holds.
+Without an argument: tiny random models of every family, float64 and float32. With one: that model, float32 unless told otherwise. Exits 0 only where all of it holds.
 """
 
 from __future__ import annotations
@@ -215,10 +215,10 @@ def _tiny_rows() -> Iterator[Row]:
         yield Row(config(name).model_type, name, variant.special, errors)
 
 
-def _real_row(directory: Path) -> Row:
+def _real_row(directory: Path, dtype: str) -> Row:
     from transformers import AutoTokenizer
 
-    lm = load(directory, ModelSpec(source=str(directory), compute_dtype="float32"), Resources(device_map="cpu"), storage_dtype="float32")
+    lm = load(directory, ModelSpec(source=str(directory), compute_dtype=dtype), Resources(device_map="cpu"), storage_dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def encoded(text: str) -> list[int]:
@@ -231,16 +231,16 @@ def _real_row(directory: Path) -> Row:
         [encoded(" positive")[:1], encoded(" negative, mostly")],
         [0.001],
     )
-    return Row(lm.family.model_type, lm.family.model_type, f"{lm.num_layers} layers, {lm.width} wide", {"float32": errors_of(lm, prompts)})
+    return Row(lm.family.model_type, lm.family.model_type, f"{lm.num_layers} layers, {lm.width} wide", {dtype: errors_of(lm, prompts)})
 
 
 def main(arguments: list[str]) -> int:
     """Print the table and the line of JSON; return the exit code."""
-    dtypes = ["float32"] if arguments else list(DTYPES)
+    dtypes = [*arguments[1:], "float32"][:1] if arguments else list(DTYPES)
     print("| family | special | " + " | ".join(f"{check}, {dtype}" for dtype in dtypes for check in CHECKS) + " |")
     print("|---|---|" + "---|" * len(CHECKS) * len(dtypes))
     rows = []
-    for row in [_real_row(Path(arguments[0]))] if arguments else _tiny_rows():
+    for row in [_real_row(Path(arguments[0]), dtypes[0])] if arguments else _tiny_rows():
         print(f"| {row.name} | {row.special} | " + " | ".join(f"{row.errors[dtype][check]:.0e}" for dtype in dtypes for check in CHECKS) + " |", flush=True)
         rows.append(row)
     found = [(dtype, value) for row in rows for dtype, errors in row.errors.items() for value in errors.values()]
