@@ -11,7 +11,7 @@ from typing import Any
 
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.families import FAMILIES, num_key_heads
-from iclgd_dist.schema import NUM_NOISE_QUERIES
+from iclgd_dist.schema import NUM_KENDALL_QUERIES, NUM_NOISE_QUERIES
 
 FRAMEWORK_GIB = 0.7  # torch, transformers and Ray in one process, before any model (measured)
 
@@ -25,7 +25,7 @@ class Cost:
     flops: float  # matrix products, without padding
     baseline_flops: float  # the part that does not shrink when lanes are split over actors
     peak_gib: float  # of the actor's process: framework, weights, deltas, graph, captures
-    capture_bytes: int = 0  # of one cell's capture, where it is kept
+    capture_bytes: int = 0  # of one cell's capture at most, where it is kept
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,14 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
 
 
 def capture_bytes(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str) -> int:
-    """Return the bytes of one cell's kept capture: attention outputs and scores as captured, label scores in float64; the file's header (under 1 kB) apart."""
+    """Return the bytes of one in-context cell's kept capture, apart from the file's header (under 1 kB). That of zero-shot and of early steps is smaller.
+
+    Attention outputs, scores and the attention to the demonstrations are as captured, label scores in float64.
+    """
     sizes, num_queries = _Sizes.of(config), len(encoded.queries)
-    per_query = sizes.layers * (sizes.width + sizes.heads * _widest(encoded))
-    return num_queries * (per_query * (8 if compute_dtype == "float64" else 4) + 8 * len(encoded.label_ids))
+    ranked = min(NUM_KENDALL_QUERIES, num_queries) * sum(len(ids) for ids in encoded.demonstrations)
+    numbers = sizes.layers * (num_queries * (sizes.width + sizes.heads * _widest(encoded)) + ranked)
+    return numbers * (8 if compute_dtype == "float64" else 4) + num_queries * 8 * len(encoded.label_ids)
 
 
 def _widest(encoded: Encoded) -> int:

@@ -6,6 +6,7 @@ Knows the parts of a model and two initialisations. Knows nothing of devices: a 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.integrations.accelerate import offload_weight
 from transformers.pytorch_utils import Conv1D
 
 from iclgd_dist.config import ModelSpec, SweepError
-from iclgd_dist.families import Family
+from iclgd_dist.families import Family, num_key_heads
 
 KEPT: dict[str, frozenset[str]] = {
     "random": frozenset(),
@@ -94,6 +95,7 @@ def _draw_as_fairseq(skeleton: Any, family: Family, name: str, module: Any, part
     """Draw as fairseq's dense models: embeddings and head normal(0, 1 / sqrt(width)), projections Xavier-uniform, biases 0.
 
     The gain of query, key and value projections is 1 / sqrt(2); in a fused one each of the three has its own fan.
+    Xavier's bound is gain x sqrt(6 / (inputs + outputs)).
     Source: fairseq, modules/multihead_attention.py (reset_parameters) and models/transformer (Embedding, Linear).
     """
     if getattr(module, "bias", None) is not None:
@@ -103,18 +105,19 @@ def _draw_as_fairseq(skeleton: Any, family: Family, name: str, module: Any, part
         if getattr(module, "padding_idx", None) is not None:
             module.weight[module.padding_idx].zero_()
         return
-    query = family.query or family.key.replace("k_proj", "q_proj")
-    is_trained_part = name.endswith(tuple(f".{path}" for path in (query, family.key, family.value)))
+    is_qkv = name.endswith(tuple(f".{path}" for path in (family.query, family.key, family.value)))
     weight_OI = module.weight.T if isinstance(module, Conv1D) else module.weight
-    sizes = [weight_OI.shape[0]]
-    if is_trained_part and family.fused != "separate":
-        heads = skeleton.config.num_attention_heads
-        grouped = getattr(skeleton.config, "num_key_value_heads", None) or heads
-        head_width = weight_OI.shape[0] // (heads + 2 * grouped)
-        assert grouped == heads or family.fused == "blocks", "rows of q, k and v that interleave are drawn alike only if there are as many of each"
-        sizes = [head_width * heads, head_width * grouped, head_width * grouped]
-    for rows_OI in weight_OI.split(sizes):
-        nn.init.xavier_uniform_(rows_OI, gain=2**-0.5 if is_trained_part else 1.0)
+    for rows in _separated(skeleton.config, family, weight_OI) if is_qkv and family.fused != "separate" else (weight_OI,):
+        fans = rows.numel() // weight_OI.shape[1] + weight_OI.shape[1]
+        rows.uniform_(-1, 1).mul_(math.sqrt((3 if is_qkv else 6) / fans))
+
+
+def _separated(config: Any, family: Family, weight_OI: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows of a fused projection that make queries, keys and values, as three views (groups, heads, channels, inputs)."""
+    key_heads = num_key_heads(config.to_dict(), config.num_attention_heads)
+    groups = 1 if family.fused == "blocks" else key_heads
+    queries, keys = config.num_attention_heads // groups, key_heads // groups
+    return weight_OI.unflatten(0, (groups, queries + 2 * keys, -1)).split([queries, keys, keys], dim=1)
 
 
 def _put(model: Any, name: str, tensor: Tensor, offloaded: OffloadedWeightsLoader | None) -> None:

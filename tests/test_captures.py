@@ -20,9 +20,10 @@ from iclgd_dist.config import load_sweep
 from iclgd_dist.cost import capture_bytes
 from iclgd_dist.encoding import encode
 from iclgd_dist.files import StoreError
+from iclgd_dist.layerwise import Prefix
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import load
-from iclgd_dist.probes import QueryPass
+from iclgd_dist.probes import Context, QueryPass
 from iclgd_dist.store import Store
 
 KEY = "ab" * 32
@@ -125,9 +126,13 @@ def test_the_plan_says_the_bytes_that_a_kept_capture_takes(sweep_file: Path, tmp
     tokenizer = sources.load_tokenizer(block.model)
     lm = load(sources.fetch(block.model), block.spec, block.resources, storage_dtype=block.storage_dtype)
     encoded = encode(block.draw, tokenizer, protocol=block.protocol, max_positions=512)
-    query_pass = QueryPass(lm, encoded.queries, encoded.label_ids, lead=encoded.prefix_ids)
-    for index, layer in enumerate(lm.layers):
-        query_pass.climb(layer, index)
+    columns = torch.cat([torch.arange(*item) for item in encoded.context_items])
+    prefix = Prefix(lm, torch.tensor(encoded.context_ids))
+    query_pass = QueryPass(lm, encoded.queries, encoded.label_ids, context=Context(prefix, len(encoded.context_ids), columns))
+    with torch.no_grad():
+        for index, layer in enumerate(lm.layers):
+            prefix.replay.climb(layer, index)
+            query_pass.climb(layer, index)
     store = Store(tmp_path / "store")
     store.prepare()
     size = (store.root / keep(store, KEY, query_pass.captures()[0])[0]).stat().st_size

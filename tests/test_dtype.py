@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,12 @@ from torch import Tensor
 from iclgd_dist import metrics
 from iclgd_dist.block import run_block
 from iclgd_dist.config import ModelSpec, Resources
-from iclgd_dist.deltas import Deltas, sites
-from iclgd_dist.families import FAMILIES
+from iclgd_dist.deltas import Deltas
 from iclgd_dist.layerwise import Prefix
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel, default_dtype, load
-from iclgd_dist.probes import QueryPass
+from iclgd_dist.probes import Context, QueryPass
+from iclgd_dist.sites import sites
 from iclgd_dist.store import Store, read_results
 from iclgd_dist.updates import METHODS, TrainingSequence
 from tests import plain
@@ -28,6 +27,7 @@ LEAD = [1, 5]  # sink and separator
 DEMONSTRATIONS = [ids(n, seed=n) for n in (9, 4, 14, 6)]
 QUERIES = [ids(n, seed=50 + n) for n in range(3, 15)]
 LABELS = [[17], [23]]
+FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "xglm", "gemma2", "falcon_grouped"]
 every_method = pytest.mark.parametrize("method", ["vanilla", "layer_causal"])
 
 
@@ -59,7 +59,8 @@ def captured(lm: LanguageModel, deltas: Deltas | None = None, *, in_context: boo
     with default_dtype(lm.delta_dtype), torch.no_grad():
         context = LEAD + [token for demonstration in DEMONSTRATIONS for token in [*demonstration, 5]]
         prefix = Prefix(lm, torch.tensor(context)) if in_context else None
-        query_pass = QueryPass(lm, QUERIES, LABELS, lead=LEAD, prefix=prefix, tokens_per_batch=tokens_per_batch)
+        shown = Context(prefix, len(context)) if prefix else None
+        query_pass = QueryPass(lm, QUERIES, LABELS, lead=LEAD, context=shown, tokens_per_batch=tokens_per_batch)
         for index, layer in enumerate(lm.layers):
             if prefix:
                 prefix.replay.climb(layer, index)
@@ -73,11 +74,10 @@ def close_in_direction_and_size(got: Tensor, expected: Tensor) -> bool:
 
 
 @every_method
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_update_that_no_bfloat16_weight_would_show_moves_the_activations_as_it_does_in_float64(family: str, method: str, tmp_path: Path) -> None:
     lm = loaded(saved(family, tmp_path, offset=0.25), storage="bfloat16")
-    exact = copy.deepcopy(lm.model).double()
-    exact.set_attn_implementation("eager")
+    exact = plain.copied(lm.model)
     # Between .25 and .5 bfloat16 numbers lie 2^-9 apart; half of that is the smallest update that changes one. The offset keeps weights out of finer grids.
     largest = max(float(delta.weight_NIO.abs().max()) for delta in trained(lm, method, 1e-4).values())
     rate = 0.5 * 2**-10 / largest * 1e-4
@@ -109,7 +109,7 @@ def test_bfloat16_weights_computed_in_float32_are_the_float32_model_with_rounded
 
 
 @every_method
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_deltas_are_summed_in_float32_also_where_all_else_is_bfloat16(family: str, method: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path, rounded=True)
     low, exact = (trained(loaded(folder, compute=compute), method, 1e-3) for compute in ("bfloat16", "float64"))
@@ -119,13 +119,14 @@ def test_deltas_are_summed_in_float32_also_where_all_else_is_bfloat16(family: st
 
 
 @every_method
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_similarity_is_near_that_of_float64_or_undefined(family: str, method: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path, rounded=True)
     exact, single, half = (similarities(loaded(folder, compute=compute), method) for compute in ("float64", "float32", "bfloat16"))
+    assert half[1e-4].isnan().all(), "bfloat16 cannot tell such an update from rounding"
     for rate in (1e-4, 1e-3):
-        assert half[rate].isnan().all(), "bfloat16 cannot tell such an update from rounding"
-        assert (single[rate] - exact[rate]).abs().max() < 0.02  # nothing is undefined: the largest of NaN is NaN
+        torch.testing.assert_close(single[rate], exact[rate], atol=0.02, rtol=0, equal_nan=True)  # undefined: what a sliding window does not see
+        assert single[rate].isfinite().double().mean() > 0.5
     assert half[0.06].isfinite().any()
     assert (half[0.06] - exact[0.06])[half[0.06].isfinite()].abs().mean() < 0.1
 

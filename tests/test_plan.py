@@ -539,8 +539,8 @@ def test_captures_are_kept_of_the_cells_that_the_file_asks_for(folder: Path, kee
     (block,) = planned(folder, *changes, text=SWEEP + f'[capture]\nkeep = "{keep}"\n' + FRUIT).blocks
     assert {(cell.kind, cell.step) for cell in block.cells if cell.is_kept} == kept
     assert all(cell.is_kept == ((cell.kind, cell.step) in kept) for cell in block.cells)
-    # 3 layers, width 8, 2 heads, 8 queries, 2 labels.
-    assert block.cost.capture_bytes == 8 * (4 * 3 * (8 + 2 * max_tokens(block)) + 8 * 2)
+    # 3 layers, width 8, 2 heads, 8 queries, 2 labels; 4 demonstrations of 7 tokens, "Is train fruit number N sweet? Yes".
+    assert block.cost.capture_bytes == 4 * 3 * 8 * (8 + 2 * max_tokens(block) + 4 * 7) + 8 * 8 * 2
 
 
 def max_tokens(block: Block) -> int:

@@ -14,21 +14,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from iclgd_dist.config import ModelSpec, Resources, SweepError
-from iclgd_dist.families import FAMILIES
 from iclgd_dist.model import LanguageModel, load
 from iclgd_dist.untrained import part_of
 from tests.test_model import exits
-from tests.tiny import WIDTH, config, tiny
+from tests.tiny import VARIANTS, WIDTH, config, tiny
 
 PLACES = {"cpu": {"device_map": "cpu"}, "disk": {"device_map": "disk"}, "cpu limit": {"device_map": "auto", "max_memory": {"cpu": "60kB"}}}
-every_family = pytest.mark.parametrize("family", list(FAMILIES))
-every_init = pytest.mark.parametrize("init", ["random", "embeddings_norms", "norms"])
+every_variant = pytest.mark.parametrize("variant", list(VARIANTS))
 every_scheme = pytest.mark.parametrize("scheme", ["model", "fairseq"])
 
 
 @pytest.fixture
-def folder(family: str, tmp_path: Path) -> Path:
-    tiny(family, torch.float32).model.save_pretrained(tmp_path)
+def folder(variant: str, tmp_path: Path) -> Path:
+    tiny(variant, torch.float32).model.save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -41,21 +39,17 @@ def weights(lm: LanguageModel) -> dict[str, Tensor]:
     return dict(lm.model.named_parameters())
 
 
+PARTS = {"head": r"^(lm_head|embed_out)\.", "norm": r"norm|\bln_", "embedding": r"embed|\bwte\b|\bwpe\b", "linear": ""}
+
+
 def by_name(name: str) -> str:
     """Say what a weight is from its name alone; the package asks for its module's class."""
-    for part, pattern in (
-        ("head", r"^(lm_head|embed_out)\."),
-        ("embedding", r"embed_tokens|embed_positions|embed_in|\bwte\b|\bwpe\b"),
-        ("norm", r"norm|\bln_"),
-    ):
-        if re.search(pattern, name):
-            return part
-    return "linear"
+    return next(part for part, pattern in PARTS.items() if re.search(pattern, name))
 
 
-@every_family
-def test_every_weight_of_every_family_is_of_a_known_part(family: str) -> None:
-    model = tiny(family).model
+@every_variant
+def test_every_weight_of_every_family_is_of_a_known_part(variant: str) -> None:
+    model = tiny(variant).model
     found = {name: part_of(model, model.get_submodule(name.rpartition(".")[0])) for name, _ in model.named_parameters(remove_duplicate=False)}
     assert found == {name: by_name(name) for name in found}
     assert set(found.values()) >= {"embedding", "norm", "linear"}
@@ -69,21 +63,20 @@ def test_a_weight_of_no_known_part_is_refused_by_its_class() -> None:
         part_of(tiny("llama").model, Gate())
 
 
-@every_family
-@every_init
-@every_scheme
-def test_kept_weights_are_the_trained_bits_and_no_other_weight_is(family: str, init: str, scheme: str, folder: Path) -> None:
-    kept = {"random": set(), "embeddings_norms": {"embedding", "norm", "head"}, "norms": {"norm"}}[init]
-    trained, drawn = (weights(untrained(folder, which, scheme)) for which in ("trained", init))
-    assert trained.keys() == drawn.keys()
-    for name, weight in drawn.items():
-        assert torch.equal(weight, trained[name]) == (by_name(name) in kept), name
+@every_variant
+def test_kept_weights_are_the_trained_bits_and_no_other_weight_is(variant: str, folder: Path) -> None:
+    trained = weights(untrained(folder, "trained"))
+    for init, kept in {"random": set(), "embeddings_norms": {"embedding", "norm", "head"}, "norms": {"norm"}}.items():
+        drawn = weights(untrained(folder, init, "fairseq"))
+        assert trained.keys() == drawn.keys()
+        for name, weight in drawn.items():
+            assert torch.equal(weight, trained[name]) == (by_name(name) in kept), f"{init}: {name}"
 
 
-@every_family
-def test_a_scheme_of_the_models_own_has_the_spread_that_transformers_gives_it(family: str, folder: Path) -> None:
+@every_variant
+def test_a_scheme_of_the_models_own_has_the_spread_that_transformers_gives_it(variant: str, folder: Path) -> None:
     torch.manual_seed(5)
-    own = dict(AutoModelForCausalLM.from_config(config(family), dtype=torch.float32).named_parameters())
+    own = dict(AutoModelForCausalLM.from_config(config(variant), dtype=torch.float32).named_parameters())
     for name, weight in weights(untrained(folder, "random")).items():
         same_spread(weight, own[name], name)
 
@@ -99,30 +92,40 @@ def same_spread(weight: Tensor, other: Tensor, name: str) -> None:
     assert not torch.equal(weight, other)
 
 
-@every_family
-def test_fairseqs_scheme_is_xavier_with_the_fans_of_separate_projections(family: str, folder: Path) -> None:
-    heads = {"llama": (32, 16, 16), "qwen3": (64, 32, 32)}.get(family, (WIDTH, WIDTH, WIDTH))  # outputs of q, k, v in tests/tiny.py
-    for name, weight in weights(untrained(folder, "random", "fairseq")).items():
+@every_variant
+def test_fairseqs_scheme_is_xavier_with_the_fans_of_separate_projections(variant: str, folder: Path) -> None:
+    drawn, own = weights(untrained(folder, "random", "fairseq")), weights(untrained(folder, "random"))
+    for name, weight in drawn.items():
         part = by_name(name)
         if part == "norm" or name.endswith("bias"):
-            assert torch.equal(weight, torch.full_like(weight, float(part == "norm" and name.endswith("weight")))), name
+            assert torch.equal(weight, own[name] if part == "norm" else torch.zeros_like(weight)), name
             continue
         if part in ("embedding", "head"):
-            assert abs(float(weight.std()) * WIDTH**0.5 - 1) < 5 / math.sqrt(weight.numel()), name
+            assert abs(float(weight.std()) * weight.shape[1] ** 0.5 - 1) < 5 / math.sqrt(weight.numel()), name
             continue
-        found = re.search(r"\.([qkv])_proj|c_attn|query_key_value", name)
-        outputs = heads["qkv".index(found[1] or "q")] if found else max(weight.shape) + min(weight.shape) - WIDTH
-        if family == "qwen3" and "o_proj" in name:
-            outputs = 64
-        bound = (2**-0.5 if found else 1.0) * math.sqrt(6 / (WIDTH + outputs))
-        assert float(weight.abs().max()) <= bound, name
-        assert float(weight.abs().max()) > 0.98 * bound, name
-        assert abs(float(weight.std()) * math.sqrt(3) / bound - 1) < 5 / math.sqrt(weight.numel()), name
+        is_qkv = re.search(r"[qkv]_proj|c_attn|query_key_value|Wqkv|qkv_proj", name)
+        for rows in fused_rows(variant, weight) if re.search(r"c_attn|query_key_value|Wqkv|qkv_proj", name) else [weight]:
+            bound = (2**-0.5 if is_qkv else 1.0) * math.sqrt(6 / sum(rows.shape))
+            assert 0.98 * bound < float(rows.abs().max()) <= bound, name
+            assert abs(float(rows.std()) * math.sqrt(3) / bound - 1) < 5 / math.sqrt(rows.numel()), name
 
 
-@every_family
-@every_init
-def test_weights_that_rest_elsewhere_are_the_same_weights(family: str, init: str, folder: Path) -> None:
+def fused_rows(variant: str, weight: Tensor) -> list[Tensor]:
+    """Return the matrices of q, k and v, head by head as the modules of transformers read them: 4 heads of 8 channels, as many key heads as listed."""
+    if variant == "gpt2":
+        return list(weight.T.reshape(3, 32, 32))
+    key_heads = {"phi3": 2, "falcon": 1, "falcon_grouped": 2}.get(variant, 4)
+    rows = {"q": range(32), "k": range(32, 32 + 8 * key_heads), "v": range(32 + 8 * key_heads, 32 + 16 * key_heads)}
+    if variant == "falcon_grouped":  # two query heads, a key head, a value head; again
+        rows = {"q": [*range(16), *range(32, 48)], "k": [*range(16, 24), *range(48, 56)], "v": [*range(24, 32), *range(56, 64)]}
+    elif key_heads == 4 and not variant.startswith("mpt"):
+        rows = {part: [24 * head + 8 * n + d for head in range(4) for d in range(8)] for n, part in enumerate("qkv")}
+    return [weight[list(numbers)] for numbers in rows.values()]
+
+
+@every_variant
+@pytest.mark.parametrize("init", ["norms"])
+def test_weights_that_rest_elsewhere_are_the_same_weights(variant: str, init: str, folder: Path) -> None:
     files = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     here = exits(untrained(folder, init))
     for place in ("disk", "cpu limit"):
@@ -133,11 +136,11 @@ def test_weights_that_rest_elsewhere_are_the_same_weights(family: str, init: str
     assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()} == files, "the model's own files were written"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
 @every_scheme
-def test_only_the_seed_and_the_name_of_a_weight_decide_it(family: str, scheme: str, tmp_path: Path) -> None:
+def test_only_the_seed_and_the_name_of_a_weight_decide_it(variant: str, scheme: str, tmp_path: Path) -> None:
     for layers in (2, 3):
-        tiny(family, torch.float32, layers=layers).model.save_pretrained(tmp_path / str(layers))
+        tiny(variant, torch.float32, layers=layers).model.save_pretrained(tmp_path / str(layers))
     torch.manual_seed(8)
     state = torch.get_rng_state()
     small = weights(untrained(tmp_path / "2", "random", scheme))
@@ -157,8 +160,8 @@ def matrices(named: dict[str, Tensor]) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("place", list(PLACES))
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "xglm"])
-def test_an_output_head_that_is_tied_to_the_embedding_stays_tied(family: str, place: str, folder: Path) -> None:
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "opt", "xglm"])
+def test_an_output_head_that_is_tied_to_the_embedding_stays_tied(variant: str, place: str, folder: Path) -> None:
     for init in ("random", "norms"):
         lm = untrained(folder, init, "fairseq", place=place)
         embedding, head = lm.model.get_input_embeddings(), lm.model.get_output_embeddings()
@@ -169,8 +172,8 @@ def test_an_output_head_that_is_tied_to_the_embedding_stays_tied(family: str, pl
 
 
 @pytest.mark.parametrize("place", list(PLACES))
-@pytest.mark.parametrize("family", ["gpt2"])
-def test_what_is_drawn_is_rounded_to_the_storage_dtype(family: str, place: str, folder: Path) -> None:
+@pytest.mark.parametrize("variant", ["gpt2"])
+def test_what_is_drawn_is_rounded_to_the_storage_dtype(variant: str, place: str, folder: Path) -> None:
     exact, low = untrained(folder, "random"), untrained(folder, "random", place=place, storage="bfloat16")
     with low.resident(1):
         rounded = low.layers[1].attn.c_attn.weight
