@@ -325,6 +325,17 @@ def test_own_metrics_and_pairs_are_means_over_draws_at_the_largest_step(tmp_path
     assert "alpha of two methods: trec" in page
 
 
+def test_names_of_metrics_and_controls_are_escaped(tmp_path: Path) -> None:
+    bad = "<img src=x onerror=alert(1)>"
+    rows = make_rows()
+    for row in rows:
+        if row["kind"] == "finetuned" and row["status"] == "done":
+            row["measures"] = [measure("metric", bad, bad, 0.5), *(measure("control", bad, "sim_aou", 0.5, layer=0, fold=fold) for fold in ("B", "all"))]
+    page = write_report(make_store(tmp_path, rows)).read_text()
+    assert page.count("&lt;img src=x onerror") > 3
+    assert "<img src=x" not in page
+
+
 def test_one_name_with_two_sets_of_options_is_two_methods(tmp_path: Path) -> None:
     rows = [row for row in make_rows(seeds=SEEDS) if row["method"] != "layer_causal"]
     cell = next(row for row in rows if row["kind"] == "finetuned" and row["status"] == "done")
