@@ -306,11 +306,15 @@ def test_own_metrics_and_pairs_are_means_over_draws_at_the_largest_step(tmp_path
     rows = make_rows(seeds=SEEDS)
     done = {(r["method"], r["learning_rate"], r["step"], r["seed"]): r for r in rows if r["kind"] == "finetuned" and r["status"] == "done"}
     for (method, learning_rate, step, seed), row in done.items():
-        row["measures"] = [measure("metric", "2", "overlap", learning_rate + seed + step, layer=layer) for layer in (0, 1)]
+        row["measures"] = [*(row["measures"] or []), *(measure("metric", "2", "overlap", learning_rate + seed + step, layer=layer) for layer in (0, 1))]
         other = done.get(("layer_causal", learning_rate, step, seed))
         if method == "vanilla" and other:
-            row["measures"].append(measure("pair", other["key"], "alpha", learning_rate * 10 + seed, layer=1))
-            row["measures"].append(measure("pair", other["key"], "alpha", 1.0, layer=0))
+            holder, partner = (other, row) if seed == 2 else (row, other)  # either of the two holds what compares them
+            holder["measures"] = [
+                *(holder["measures"] or []),
+                measure("pair", partner["key"], "alpha", learning_rate * 10 + seed, layer=1),
+                measure("pair", partner["key"], "alpha", 1.0, layer=0),
+            ]
     frames = load(make_store(tmp_path, rows))
     setting = frames.settings()[0]
     table = measures.data(frames, setting)
