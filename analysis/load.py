@@ -38,7 +38,7 @@ KEPT = {
     "norms": "norms as trained, the rest drawn anew",
 }
 CLEAN = "clean"
-_DEFAULTS = Protocol().model_dump(mode="json") | {"sink_token": None}  # clean; sink_token is no switch, but what one came to
+_DEFAULTS = Protocol().model_dump(mode="json")
 _SCORE_CHANGES = ("sim_am_delta", "alpha")  # of layer 0 they hold at most a shift of position
 
 
@@ -212,6 +212,7 @@ class Setting:
         row = self.first
         protocol = json.loads(row["protocol"])
         position = {"last_prompt": "last prompt token", "label": "the first label's token after the prompt"}[protocol["record_position"]]
+        others = "".join(f"; {name}: {value}" for name, value in _altered(protocol).items() if name not in ("record_position", "sink", "separator"))
         orders = pd.concat([self.icl["order"], self.finetuned["order"]]).nunique()
         own = self.finetuned[["method", "method_options"]].dropna().drop_duplicates()
         weights = f"; random weights ({self.named['init']}: {KEPT.get(row['init'], row['init'])}), {listed(self.replicates, 'seed of the weights')}"
@@ -219,8 +220,7 @@ class Setting:
             f"{self.model}{weights if self.is_random else ''}; stored as {row['storage_dtype']}, computed in {row['compute_dtype']}. "
             + f"Task {self.named['task']}, k = {self.named['k']}"
             + ("" if self.train_on == "true" else f", finetuned on {self.train_on}")
-            + f". Recorded position: {position}; sink: {protocol.get('sink_token', protocol['sink'])}; separator: {protocol['separator']}. "
-            + ("" if self.named["protocol"] == CLEAN else f"Protocol: {self.named['protocol']}. ")
+            + f". Recorded position: {position}; sink: {protocol.get('sink_token', protocol['sink'])}; separator: {protocol['separator']}{others}. "
             + f"{int(row['num_queries'])} queries (query seed {int(row['query_seed'])}); {listed(self.seeds, 'seed')}"
             + (f", {orders} orders each." if orders > 1 else ".")
             + "".join(f" {method}: {spelled(options)}." for method, options in own.itertuples(index=False))
@@ -297,7 +297,7 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
 
 def _resolved(protocol: str) -> str:
     """Return the protocol with the switches that the version which wrote it did not know: they had their defaults."""
-    return json.dumps(Protocol().model_dump() | json.loads(protocol), sort_keys=True)
+    return json.dumps(_DEFAULTS | json.loads(protocol), sort_keys=True)
 
 
 def _coded(table: pa.Table) -> pd.DataFrame:
@@ -322,10 +322,14 @@ def draw_of(init_seed: float | None, seed: float | None, order: float | None) ->
 
 def protocol_name(resolved: str) -> str:
     """Return the preset of a resolved protocol, or the switches in which it differs from clean: separator = eos."""
-    found: dict[str, Any] = json.loads(resolved) | {"sink_token": None}
-    if found["preset"] != CLEAN:
-        return str(found["preset"])
-    return ", ".join(f"{name} = {value}" for name, value in sorted(found.items()) if value != _DEFAULTS.get(name)) or CLEAN
+    return ", ".join(f"{name} = {value}" for name, value in _altered(json.loads(resolved)).items()).removeprefix("preset = ") or CLEAN
+
+
+def _altered(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preset if it is not clean, else the switches that are not clean's."""
+    if protocol["preset"] != CLEAN:
+        return {"preset": protocol["preset"]}
+    return {name: value for name, value in sorted(protocol.items()) if name != "sink_token" and value != _DEFAULTS.get(name)}
 
 
 def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:

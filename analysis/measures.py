@@ -28,12 +28,15 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
                 values["learning_rates"] = values["learning_rate"].map(rate)
             else:
                 values = values.join(places, on=other, rsuffix="_b", how="inner").assign(version="")
-                is_same = values["learning_rate"] == values["learning_rate_b"]
-                values["method"] += " and " + values["method_b"]
-                values["learning_rates"] = values["learning_rate"].map(rate) + (", " + values["learning_rate_b"].map(rate)).where(~is_same, "")
+                columns = zip(values["method"], values["learning_rate"], values["method_b"], values["learning_rate_b"], strict=True)
+                both = [sorted([(a, rate_a), (b, rate_b)], key=lambda one: (one[0] != "vanilla", *one)) for a, rate_a, b, rate_b in columns]
+                values["method"] = [f"{one[0]} and {second[0]}" for one, second in both]  # whichever of the two holds the row
+                values["learning_rate"] = [one[1] for one, _ in both]
+                values["learning_rates"] = [", ".join(dict.fromkeys((rate(one[1]), rate(second[1])))) for one, second in both]
             by = ["version", *AT, "learning_rates"]
-            for at, part in values.groupby(by):
-                found = frames.estimate(cells[cells["key"].isin(part[cell])], metric, values=part.set_index(cell)["value"])
+            for at, part in values.groupby(by, observed=True):
+                once = cells[cells["key"].isin(part[cell])].drop_duplicates("draw")
+                found = frames.estimate(once, metric, values=part.set_index(cell)["value"])
                 rows.append(setting.named | {"metric": metric} | dict(zip(by, at, strict=True)) | found.columns | {"num_planned": setting.num_draws})
     return pd.DataFrame(rows)
 

@@ -306,11 +306,15 @@ def test_own_metrics_and_pairs_are_means_over_draws_at_the_largest_step(tmp_path
     rows = make_rows(seeds=SEEDS)
     done = {(r["method"], r["learning_rate"], r["step"], r["seed"]): r for r in rows if r["kind"] == "finetuned" and r["status"] == "done"}
     for (method, learning_rate, step, seed), row in done.items():
-        row["measures"] = [measure("metric", "2", "overlap", learning_rate + seed + step, layer=layer) for layer in (0, 1)]
+        row["measures"] = [*(row["measures"] or []), *(measure("metric", "2", "overlap", learning_rate + seed + step, layer=layer) for layer in (0, 1))]
         other = done.get(("layer_causal", learning_rate, step, seed))
         if method == "vanilla" and other:
-            row["measures"].append(measure("pair", other["key"], "alpha", learning_rate * 10 + seed, layer=1))
-            row["measures"].append(measure("pair", other["key"], "alpha", 1.0, layer=0))
+            holder, partner = (other, row) if seed == 2 else (row, other)  # either of the two holds what compares them
+            holder["measures"] = [
+                *(holder["measures"] or []),
+                measure("pair", partner["key"], "alpha", learning_rate * 10 + seed, layer=1),
+                measure("pair", partner["key"], "alpha", 1.0, layer=0),
+            ]
     frames = load(make_store(tmp_path, rows))
     setting = frames.settings()[0]
     table = measures.data(frames, setting)
@@ -323,6 +327,17 @@ def test_own_metrics_and_pairs_are_means_over_draws_at_the_largest_step(tmp_path
     assert titles == ["overlap, version 2", "alpha of two methods"]
     page = write_report(tmp_path).read_text()
     assert "alpha of two methods: trec" in page
+
+
+def test_names_of_metrics_and_controls_are_escaped(tmp_path: Path) -> None:
+    bad = "<img src=x onerror=alert(1)>"
+    rows = make_rows()
+    for row in rows:
+        if row["kind"] == "finetuned" and row["status"] == "done":
+            row["measures"] = [measure("metric", bad, bad, 0.5), *(measure("control", bad, "sim_aou", 0.5, layer=0, fold=fold) for fold in ("B", "all"))]
+    page = write_report(make_store(tmp_path, rows)).read_text()
+    assert page.count("&lt;img src=x onerror") > 3
+    assert "<img src=x" not in page
 
 
 def test_one_name_with_two_sets_of_options_is_two_methods(tmp_path: Path) -> None:
