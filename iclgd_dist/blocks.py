@@ -164,4 +164,5 @@ def _lane(cell: Cell) -> tuple[str, float]:
 
 
 def max_positions(config: dict[str, Any]) -> int | None:
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    """Return how many positions a model takes; None where its configuration sets no limit (ALiBi)."""
+    return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len") if config.get(name)), None)

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from iclgd_dist.config import ModelSpec, Resources
+from iclgd_dist.config import ModelSpec, Resources, SweepError
 from iclgd_dist.families import Family, family_of, num_key_heads
 from iclgd_dist.untrained import redraw
 
@@ -205,6 +205,10 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     torch.backends.cudnn.allow_tf32 = False
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     family = family_of(config.model_type)
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise SweepError(
+            f"{config.model_type} with slow_but_exact and pretraining_tp > 1 goes around its output projection; set slow_but_exact to false in config.json"
+        )
     compute, storage = getattr(torch, spec.compute_dtype), getattr(torch, storage_dtype)
     has_gpu = resources.gpus_per_actor > 0 and torch.cuda.is_available()  # an actor that asked for none leaves the GPUs to others
     attention = attention_of(family)
