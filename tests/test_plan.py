@@ -303,7 +303,7 @@ def test_keys_stay_what_they_were(folder: Path) -> None:
     found = points(planned(folder))
     assert found["first", "fruit", "zero_shot", None, None, None][:16] == "7281e97413e09e6c"
     assert found["first", "fruit", "icl", 4, 3, 1, None, None, None][:16] == "df3bb8e527289c3c"
-    assert found["first", "fruit", "finetuned", 4, 3, 1, "layer_causal", 0.01, 2][:16] == "b8d23b8c663aab3e"
+    assert found["first", "fruit", "finetuned", 4, 3, 1, "layer_causal", 0.01, 2][:16] == "3cf3b04e22fa0527"
 
 
 # --- Protocols, runs, and what is trained on
@@ -323,6 +323,10 @@ line_breaks = "eos"
 first_layer = "count"
 undefined = "eps"
 """
+
+
+def trained_on(block: Block) -> list[str]:
+    return list(dict.fromkeys(train_on for _, train_on in block.trained()))
 
 
 def with_section(section: str) -> tuple[str, str]:
@@ -383,26 +387,27 @@ def test_what_is_trained_on_is_an_axis_of_finetuned_cells(folder: Path) -> None:
     section = '[controls]\ntrain_on = ["true", "random_labels", "other_task", "shuffled_words"]\ncontrol_task = "stone"'
     plain, plan = planned(folder, *ONE), planned(folder, *ONE, with_section(section))
     (block,) = plan.blocks
-    assert block.train_on() == ["true", "random_labels", "other_task", "shuffled_words"]
-    assert Counter(cell.train_on for cell in block.cells if cell.kind == "finetuned") == dict.fromkeys(block.train_on(), 5 * 3)
+    assert trained_on(block) == ["true", "random_labels", "other_task", "shuffled_words"]
+    assert Counter(cell.train_on for cell in block.cells if cell.kind == "finetuned") == dict.fromkeys(trained_on(block), 5 * 3)
     assert plan.num_cells == len(plan.keys) == len(block.cells) == 2 + 4 * 5 * 3
     assert set(plain.keys) == {cell.key for cell in block.cells if cell.train_on == "true"}
-    assert {block.identity(cell)["train_on"] for cell in block.cells if cell.kind == "finetuned"} == set(block.train_on())
+    assert {block.identity(cell)["train_on"] for cell in block.cells if cell.kind == "finetuned"} == set(trained_on(block))
     assert {block.identity(cell)["train_on"] for cell in block.cells if cell.kind != "finetuned"} == {None}
-    for train_on in block.train_on():
+    for train_on in trained_on(block):
         assert (block.learning_rates("vanilla", train_on), block.steps("vanilla", train_on)) == ([1e-3, 1e-2, 1e-1], [1, 2, 4])
     (alone,) = planned(folder, *ONE, with_section(section), finished=plain.keys).blocks
-    assert alone.train_on() == ["random_labels", "other_task", "shuffled_words"]
+    assert trained_on(alone) == ["random_labels", "other_task", "shuffled_words"]
     assert alone.learning_rates("vanilla") == []
     assert block.cost.training_tokens == pytest.approx(4 * plain.blocks[0].cost.training_tokens, rel=0.1)
-    assert block.cost.baseline_flops == plain.blocks[0].cost.baseline_flops
+    # Baselines are shared; what is added are the contexts of exactly what was trained on.
+    assert plain.blocks[0].cost.baseline_flops < block.cost.baseline_flops < 3 * plain.blocks[0].cost.baseline_flops
 
 
 def test_the_control_task_is_part_of_the_keys_of_what_is_trained_on_it_and_of_no_others(folder: Path) -> None:
     def found(task: str) -> dict[str, set[str]]:
         section = with_section(f'[controls]\ntrain_on = ["true", "random_labels", "other_task"]\ncontexts = true\ncontrol_task = "{task}"')
         (block,) = planned(folder, *ONE, section, ("[[models]]", STONE.replace('"stone"', '"sand"').replace("hard", "soft") + "\n[[models]]")).blocks
-        return {train_on: {cell.key for cell in block.cells if cell.train_on == train_on} for train_on in block.train_on()}
+        return {train_on: {cell.key for cell in block.cells if cell.train_on == train_on} for train_on in trained_on(block)}
 
     stone, sand = found("stone"), found("sand")
     assert [stone[train_on] == sand[train_on] for train_on in ("true", "random_labels", "other_task")] == [True, True, False]
@@ -418,12 +423,12 @@ def test_control_contexts_change_no_key_and_travel_with_the_block(folder: Path, 
     assert [each.name for each in block.draw.contexts] == [name for name in block.controls.contexts if name != "shifted"]
     encoded = encode(block.draw, models.tokenizers[-2], protocol=block.protocol, max_positions=512)
     assert list(encoded.control_contexts) == [name for name in block.controls.contexts if name != "shifted"]
-    assert block.cost.baseline_flops > 3 * bare.cost.baseline_flops
+    assert block.cost.baseline_flops > 2 * bare.cost.baseline_flops
 
 
 def test_a_raised_method_version_gives_its_cells_new_keys_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = points(planned(folder))
-    monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", 2)
+    monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", extensions.METHOD_VERSIONS["vanilla"] + 1)
     after = points(planned(folder))
     assert {point for point in before if before[point] != after[point]} == {point for point in before if "vanilla" in point}
 
@@ -476,7 +481,7 @@ def test_splitting_also_parts_what_is_trained_on(folder: Path) -> None:
     section = with_section('[controls]\ntrain_on = ["true", "random_labels", "shuffled_words"]')
     (block,) = planned(folder, *ONE, section, ("[1e-3, 1e-2, 1e-1]", "[1e-3]"), ("[1e-3, 1e-2]", "[1e-3]")).blocks
     parts = split([block], 9)
-    assert sorted(part.train_on() for part in parts) == [["random_labels"], ["shuffled_words"], ["true"]]
+    assert sorted(trained_on(part) for part in parts) == [["random_labels"], ["shuffled_words"], ["true"]]
     assert sorted(cell.key for part in parts for cell in part.cells) == sorted(cell.key for cell in block.cells)
 
 
@@ -627,3 +632,12 @@ def test_what_cannot_be_run_is_refused_by_the_plan(folder: Path) -> None:
         planned(folder, ("[1, 4]", "31"))
     with pytest.raises(SweepError, match="a sweep has at most 10,000,000 cells, got "):
         planned(folder, ("orders = 2", "orders = 1_000_000_000_000"))
+
+
+def test_protocols_are_an_axis_of_cells(folder: Path) -> None:
+    section = '[[protocols]]\n[[protocols]]\nseparator = "eos"\n[[protocols]]\nrecord_position = "last_prompt"'
+    plan = planned(folder, with_section(section))
+    clean, eos = planned(folder), planned(folder, with_section('[protocol]\nseparator = "eos"'))
+    assert set(plan.keys) == {*clean.keys, *eos.keys}
+    assert plan.num_cells == clean.num_cells + eos.num_cells  # the third is the first by another name
+    assert {block.protocol.separator for block in plan.blocks} == {"newline", "eos"}
