@@ -80,7 +80,9 @@ class Frames:
                 cells = pd.concat([icl, rows])
                 num_draws = len(set(cells["draw"]).union(*(planned_draws(sweep, cells.iloc[0]) for sweep in self.sweeps)))
                 found.append(Setting(zero_shot, icl, rows, str(train_on), num_draws, ratio))
-        return sorted(found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "init", "protocol", "train_on"))))
+        return sorted(
+            found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "init", "protocol")), setting.train_on != "true", setting.train_on)
+        )
 
     def figures(self, keys: pd.Series, metric: str, fold: str = "all") -> pd.Series:
         """Return a figure of each cell on a fold, by key: the row's own, or the mean over its layers where the row has none for the fold."""

@@ -231,3 +231,38 @@ def test_a_sweep_runs_once_resumes_to_nothing_and_grows(sweep_file: Path) -> Non
     assert (sum(row["num_cells"] for row in later), sum(row["num_training_steps"] for row in later)) == (4, 2 * 4)
     _, out, _, _ = iclgd(folder, "status", "results/tiny")
     assert figures(out)["cells committed"] == "23"
+
+
+def test_own_methods_and_metrics_controls_and_random_weights_run_through_a_sweep_and_appear_in_its_report(sweep_file: Path) -> None:
+    folder, store = sweep_file.parent, Store(sweep_file.parent / "results" / "tiny")
+    (folder / "rules.py").write_text(
+        "from iclgd_dist.updates import Vanilla\n\nclass Signed(Vanilla):\n    def direction(self, gradient, state):\n        return gradient.sign()\n"
+    )
+    (folder / "mine.py").write_text("def margin(zero_shot, in_context, finetuned):\n    return finetuned.label_scores_QC.diff(dim=1)[:, 0]\n")
+    change(sweep_file, "seeds = [1, 2]", 'seeds = [1]\nmethods = ["vanilla", "one_layer", "lora", "everything", "adam", "signed"]')
+    change(sweep_file, "layer_causal = [0.003, 0.05]", "\n".join(f"{name} = [0.0005]" for name in ("one_layer", "lora", "everything", "adam", "signed")))
+    variations = {"one_layer": "layers = [-1]", "lora": "rank = 2", "everything": 'weights = "all_linear"', "adam": 'optimizer = "adam"'}
+    methods = "".join(f'[[method]]\nname = "{name}"\nbase = "vanilla"\n{how}\n\n' for name, how in variations.items())
+    more = '[controls]\ncontexts = ["separator"]\nrandom_delta = true\n\n[capture]\nkeep = "final_step"\n\n[[method]]\nname = "signed"\ncode = "rules.py:Signed"\n\n'
+    change(sweep_file, "[[models]]", methods + more + "[[models]]")
+    code, out, errors, _ = iclgd(folder, "run", "tiny.toml")
+    assert code == 0, errors
+    assert "random weights of the same effect for " in out
+    results = read_results(store)
+    assert len(results.cells) == 2 + 2 * 7
+    assert {"separator", "random_delta_0", "random_delta_2"} <= set(results.controls["control"].to_pylist())
+    code, out, errors, imported = iclgd(folder, "run", "tiny.toml")
+    assert (code, errors, imported & {"ray"}) == (0, "", set()), "random weights that are there are not made again"
+
+    change(sweep_file, "[[models]]", '[[metric]]\nname = "margin"\ncode = "mine.py:margin"\n\n[[models]]')
+    assert "0 cells to run" in iclgd(folder, "run", "tiny.toml")[1]  # a metric changes no key
+    change(sweep_file, "steps = [2, 4]", "steps = 4")  # of step 2 no captures were kept
+    code, out, errors, imported = iclgd(folder, "measure", "tiny.toml")
+    assert (code, errors, imported & {"ray"}) == (0, "", set())
+    assert "7 cells measured from kept captures\nnothing to train again\n" in out
+    assert "0 cells measured from kept captures\nnothing to train again\n" in iclgd(folder, "measure", "tiny.toml")[1]
+    assert len(set(read_results(store).metrics["cell"].to_pylist())) == 7
+    code, out, errors, _ = iclgd(folder, "report", "tiny.toml")
+    assert code == 0, errors
+    page = (store.root / "report.html").read_text()
+    assert all(word in page for word in ("one_layer", "lora", "everything", "adam", "signed", "margin", "random_delta", "separator"))
