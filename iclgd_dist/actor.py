@@ -22,6 +22,7 @@ from iclgd_dist import model as models
 from iclgd_dist import sources
 from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.blocks import Block, halve
+from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
@@ -63,6 +64,7 @@ class ModelHost:
         except Exception as error:
             trace = traceback.format_exc()
             outcome = "oom" if is_out_of_memory(error) else "storage" if isinstance(error, StoreError) else "failed"
+            outcome = "metric" if isinstance(error, MetricError) else outcome
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         else:
             outcome, reason = "done", ""
@@ -75,7 +77,7 @@ class ModelHost:
                 yield self._report(block, counts.at(report["stage"]))
             reason = report["reason"] or reason
             counts.num_cells += report["num_cells"]
-        if not block.is_measuring and all(cell.key in self.store for cell in block.cells):
+        if not block.is_measuring and outcome != "metric" and all(cell.key in self.store for cell in block.cells):
             outcome, reason = "done", ""
         yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
 

@@ -19,6 +19,7 @@ from iclgd_dist.baselines import Baselines, queries_of
 from iclgd_dist.blocks import Block, max_positions
 from iclgd_dist.commits import Committer
 from iclgd_dist.encoding import Encoded, encode
+from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.random_deltas import random_measures
 from iclgd_dist.store import Store
@@ -53,6 +54,7 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
     """Compute and commit every cell of a block, yielding between pieces of work so that the caller can report or stop.
 
     A cell that is there already is kept; a lane that diverges becomes rows with status `diverged` and leaves the others unchanged.
+    Errors: MetricError at the end, when all cells are committed, for a metric of the user's own that gave nothing.
     """
     progress, num_layers = Progress(block.cost.flops), lm.num_layers
     encoded = encode(block.draw, lm.tokenizer, protocol=block.protocol, max_positions=max_positions(block.model.config))
@@ -100,6 +102,8 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
                 yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{num_layers}", share.of(ride) / (2 * len(steps) * num_layers))
             progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
             yield progress.at(f"{ride.name}, step {probe.step} committed")
+    if commit.problems:
+        raise MetricError("; ".join(dict.fromkeys(commit.problems)))
 
 
 class _Ride:

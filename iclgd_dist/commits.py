@@ -44,6 +44,7 @@ class Committer:
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned"]
         self.to_come = Counter[Point]((cell.train_on, cell.learning_rate, cell.step) for cell in finetuned)  # type: ignore[misc]
         self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
+        self.problems: list[str] = []  # of the user's own metrics
         self.since = time.perf_counter()
 
     def measures(self, rows: Sequence[Row]) -> None:
@@ -89,7 +90,9 @@ class Committer:
             controls = control_measures(baseline, baselines.controls, [capture for _, _, capture in lanes]) if baselines.controls else [[] for _ in lanes]
             for (lane, cell, capture), of_controls in zip(lanes, controls, strict=True):
                 row = finetuned_row(baseline, capture, training=trajectory.record(lane, step), random_seed=int(cell.key[:15], 16), prefix=prefix)
-                measures = of_controls + self._pairs(baseline, cell, capture) + metric_measures(baseline, self.block.metrics, capture)
+                of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
+                self.problems += problems
+                measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
                 rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 

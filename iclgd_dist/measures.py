@@ -146,20 +146,28 @@ def make_metric(spec: MetricSpec) -> Metric:
     return metric  # type: ignore[no-any-return]
 
 
-def metric_measures(baseline: Baseline, specs: Sequence[MetricSpec], finetuned: Capture) -> list[Row]:
-    """Return the figures of the metrics that the sweep file adds.
+class MetricError(SweepError):
+    """A metric of the user's own failed; the cells are there without it."""
 
-    Errors: SweepError for a metric that raises or returns something else than (L, Q) or (Q,).
-    """
-    num_layers, num_queries = finetuned.attention_LQD.shape[:2]
-    rows = []
+
+def metric_measures(baseline: Baseline, specs: Sequence[MetricSpec], finetuned: Capture) -> tuple[list[Row], list[str]]:
+    """Return the figures of the metrics that the sweep file adds, and what is wrong with those that give none."""
+    rows, problems = list[Row](), list[str]()
     for spec in specs:
-        metric: Any = make_metric(spec)
         try:
-            values = torch.as_tensor(metric(baseline.zero_shot, baseline.in_context.capture, finetuned)).detach().cpu().double()
-        except Exception as error:
-            raise SweepError(f"metric {spec.name!r}: {type(error).__name__}: {error}") from error
-        if tuple(values.shape) not in ((num_layers, num_queries), (num_queries,)):
-            raise SweepError(f"metric {spec.name!r} must return ({num_layers}, {num_queries}) or ({num_queries},), got {tuple(values.shape)}")
-        rows += measure_rows("metric", spec.version, {spec.name: values}, baseline.fold_masks)
-    return rows
+            rows += measure_rows("metric", spec.version, {spec.name: _measured(baseline, spec, finetuned)}, baseline.fold_masks)
+        except MetricError as error:
+            problems.append(str(error))
+    return rows, problems
+
+
+def _measured(baseline: Baseline, spec: MetricSpec, finetuned: Capture) -> Tensor:
+    num_layers, num_queries = finetuned.attention_LQD.shape[:2]
+    try:
+        metric: Any = make_metric(spec)
+        values = torch.as_tensor(metric(baseline.zero_shot, baseline.in_context.capture, finetuned)).detach().cpu().double()
+    except Exception as error:  # the user's code may raise anything
+        raise MetricError(f"metric {spec.name!r}: {type(error).__name__}: {error}") from error
+    if tuple(values.shape) not in ((num_layers, num_queries), (num_queries,)):
+        raise MetricError(f"metric {spec.name!r} must return ({num_layers}, {num_queries}) or ({num_queries},), got {tuple(values.shape)}")
+    return values

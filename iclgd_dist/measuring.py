@@ -17,7 +17,7 @@ from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
 from iclgd_dist.blocks import Block, Cell, RandomTarget
 from iclgd_dist.encoding import Encoded
-from iclgd_dist.measures import metric_measures
+from iclgd_dist.measures import MetricError, metric_measures
 from iclgd_dist.metrics import Capture, NoiseFloor
 from iclgd_dist.random_deltas import NUM_DRAWS
 from iclgd_dist.rows import make_baseline
@@ -82,7 +82,10 @@ def measure_kept(store: Store, block: Block, missing: Missing, encoded: Encoded)
         capture = captures.recall(store, cell.key, missing.kept[cell.key]) if versions and cell.key in missing.kept else None
         if capture is not None:
             specs = [spec for spec in block.metrics if spec.version in versions]
-            rows += [{"key": cell.key, **row} for row in metric_measures(baseline, specs, capture)]
+            found_rows, problems = metric_measures(baseline, specs, capture)
+            if problems:
+                raise MetricError(problems[0])
+            rows += [{"key": cell.key, **row} for row in found_rows]
             num_measured += 1
     measured.commit(store.root, rows, reach=stores.fault_point)
     missing.known |= {(row["key"], row["kind"], row["name"]) for row in rows}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from iclgd_dist.config import SweepError
 from iclgd_dist.extensions import MetricSpec
 from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
 from iclgd_dist.metrics import NoiseFloor
@@ -139,21 +138,25 @@ def own(tmp_path: Path, name: str, text: str = OWN) -> MetricSpec:
 
 def test_a_metric_of_ones_own_is_averaged_per_layer_and_fold(tmp_path: Path) -> None:
     spec = own(tmp_path, "Moved")
-    rows = metric_measures(baseline(ZS, ICL), [spec], FT)
+    rows, problems = metric_measures(baseline(ZS, ICL), [spec], FT)
+    assert problems == []
     expect(rows, lambda layer, fold: [np.linalg.norm(change(FT, layer, q)) for q in FOLDS[fold]], kind="metric", metric="moved", name=spec.version)
 
 
 def test_a_metric_of_the_whole_model_has_no_layer(tmp_path: Path) -> None:
-    rows = metric_measures(baseline(ZS, ICL), [own(tmp_path, "margin")], FT)
+    rows, _ = metric_measures(baseline(ZS, ICL), [own(tmp_path, "margin")], FT)
     scores = np.sort(FT.label_scores_QC.numpy(), 1)
     assert {row["fold"]: (row["layer"], row["mean"]) for row in rows} == {
         fold: (None, pytest.approx((scores[:, -1] - scores[:, -2])[order].mean())) for fold, order in FOLDS.items()
     }
 
 
-def test_a_metric_that_fails_says_what_was_required(tmp_path: Path) -> None:
-    with pytest.raises(SweepError, match=r"metric 'wrong' must return \(7, 10\) or \(10,\), got \(3,\)"):
-        metric_measures(baseline(ZS, ICL), [own(tmp_path, "wrong")], FT)
+def test_a_metric_that_fails_says_what_was_required_and_leaves_the_others(tmp_path: Path) -> None:
+    rows, problems = metric_measures(baseline(ZS, ICL), [own(tmp_path, "wrong"), own(tmp_path, "margin")], FT)
+    assert problems == ["metric 'wrong' must return (7, 10) or (10,), got (3,)"]
+    assert {row["metric"] for row in rows} == {"margin"}
     needs = OWN.replace('frozenset({"attention_LQD"})', 'frozenset({"hidden"})')
-    with pytest.raises(SweepError, match="needs must name fields of Capture"):
-        metric_measures(baseline(ZS, ICL), [own(tmp_path, "Moved", needs)], FT)
+    _, (problem,) = metric_measures(baseline(ZS, ICL), [own(tmp_path, "Moved", needs)], FT)
+    assert "needs must name fields of Capture" in problem
+    _, (problem,) = metric_measures(baseline(ZS, ICL), [own(tmp_path, "margin", "def margin(*captures):\n    return 1 / 0")], FT)
+    assert problem == "metric 'margin': ZeroDivisionError: division by zero"

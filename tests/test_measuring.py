@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from iclgd_dist.actor import ModelHost
 from iclgd_dist.block import run_block
 from iclgd_dist.blocks import Block, with_cells
 from iclgd_dist.config import load_sweep
@@ -176,3 +177,16 @@ def test_random_weights_keep_the_trained_ratios_of_the_matrices() -> None:
                 assert got[part].tolist() == pytest.approx([2 * norm, 3 * norm], rel=1e-5)
     one, other = _deltas(lm, 0, lanes)["transformer.h.0.attn.c_attn.v"].weight_NIO
     assert abs(float(torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))) < 0.2
+
+
+def test_a_metric_that_fails_costs_no_cell_and_is_told(sweep_file: Path, tmp_path: Path) -> None:
+    store, path = Store(tmp_path / "store"), changed(sweep_file, methods='["vanilla"]')
+    (path.parent / "mine.py").write_text("def moved(zero_shot, in_context, finetuned):\n    raise KeyError('nothing')\n")
+    store.prepare()
+    (block,) = make_plan(load_sweep(path)).blocks
+    host = ModelHost(str(store.root), "run", 1)
+    *_, last = host.steps(block)
+    assert (last["outcome"], last["reason"]) == ("metric", "MetricError: metric 'moved': KeyError: 'nothing'")
+    results = read_results(store)
+    assert len(results.cells) == len(block.cells) and len(results.metrics) == 0
+    assert results.attempts["outcome"].to_pylist() == ["metric"]
