@@ -57,6 +57,7 @@ def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") ->
     Only learning rates with the most defined draws compete: a mean without the diverged draws would flatter. None if none is defined.
     """
     rows = setting.at_last_step(method)
+    rows = rows[rows["learning_rate"] > 0]  # 0 is a control, no candidate
     of_fold = frames.folds[frames.folds["fold"] == fold][["key", "nll_label"]]
     table = rows[["key", "learning_rate", "replicate"]].merge(of_fold, on="key").dropna(subset=["nll_label"])
     if table.empty:

@@ -66,8 +66,9 @@ def _finetuned(frames: Frames, of_setting: pd.DataFrame, choice: Choice, variant
     found |= {name: frames.estimate(cells, metric, values=values) for name, values in by_name.items()}
     for train_on, part in variants[variants["train_on"] != "true"].groupby("train_on"):
         found[f"{TRAINED_ON}{train_on}"] = frames.estimate(part, metric, fold=choice.fold)
-    if set(EMPTY) <= by_name.keys():
-        empty = pd.DataFrame({name: frames.by_replicate(each(cells), by_name[name])["mean"] for name in EMPTY}).max(axis=1, skipna=False)
+    teach_nothing = [name for name in by_name if _kind(name) in EMPTY]
+    if set(EMPTY) <= {_kind(name) for name in teach_nothing}:
+        empty = pd.DataFrame({name: frames.by_replicate(each(cells), by_name[name])["mean"] for name in teach_nothing}).max(axis=1, skipna=False)
         own = frames.by_replicate(each(cells), frames.figures(cells["key"], metric, choice.fold))
         found[TASK_SPECIFIC] = estimate(own["mean"] - empty, used=int(own["count"].reindex(empty.dropna().index).sum()))
     random_R = geometric_mean(_by_name(frames, of_setting, cells, "update_ratio", choice.fold).get(RANDOM_DELTA, pd.Series(dtype=float)))
@@ -82,9 +83,14 @@ def _by_name(frames: Frames, of_setting: pd.DataFrame, cells: pd.DataFrame, metr
     return {name: means[name] for name in sorted(set(names), key=_rank)}
 
 
+def _kind(name: str) -> str:
+    """Return what kind of control it is: other_task:trec is an other_task."""
+    return name.partition(":")[0]
+
+
 def _rank(name: str) -> tuple[int, str]:
     names = list(MEANING)
-    return names.index(name) if name in names else len(names), name
+    return names.index(_kind(name)) if _kind(name) in names else len(names), name
 
 
 def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
@@ -101,7 +107,7 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
             what = "size of the change, to ICL's" if name == "R" else "its R, to be within 5 % of R"
             body.append([name, *(number(row.get("R"), 2) for row in found), what])
         if name != "R":
-            body.append([name, *map(entry, found), MEANING.get(name, "")])
+            body.append([name, *map(entry, found), MEANING.get(_kind(name), "")])
     headers = ["in-context" if not c["choice"] else f"{c['method']} {c['choice']} {rate(c['learning_rate'])}{EDGE if c['is_edge'] else ''}" for c in columns]
     note = f"{setting.caption} {NOTE}{descriptive(shown)}"
     return [Grid(f"{TITLE}: {setting.title}", ("compared with", *headers, "what it is"), body, note)]

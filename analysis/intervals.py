@@ -84,8 +84,9 @@ def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]
     for tasks in groups.values():
         result += tasks
         if len(tasks) > 1:
-            above = sum(found[-1].mean > 0 for _, found in tasks)
-            named = {"task": ALL_TASKS, "num_planned": sum(named["num_planned"] for named, _ in tasks), "signs": f"above 0 in {above} of {len(tasks)} tasks"}
+            finite = [found[-1].mean for _, found in tasks if math.isfinite(found[-1].mean)]
+            above = sum(mean > 0 for mean in finite)
+            named = {"task": ALL_TASKS, "num_planned": sum(named["num_planned"] for named, _ in tasks), "signs": f"above 0 in {above} of {len(finite)} tasks"}
             result.append((tasks[0][0] | named, [over_tasks(part) for part in zip(*(found for _, found in tasks), strict=True)]))
     return result
 

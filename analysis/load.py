@@ -39,7 +39,8 @@ KEPT = {
 }
 CLEAN = "clean"
 _DEFAULTS = Protocol().model_dump(mode="json")
-_SCORE_CHANGES = ("sim_am_delta", "alpha")  # of layer 0 they hold at most a shift of position
+_SCORE_CHANGES = ("sim_am_delta", "sim_am_delta_prefix", "alpha")  # layer 0 holds at most a shift of position
+_MEASURES = ("controls", "pairs", "metrics")
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ class Frames:
         return self._over_layers(rows, list(measures.columns[:2]), metric, "mean")
 
     def _over_layers(self, rows: pd.DataFrame, by: list[str], metric: str, value: str) -> pd.Series:
-        if metric.startswith(_SCORE_CHANGES):
+        if metric in _SCORE_CHANGES:
             counting = self.cells.loc[self.cells["protocol"].str.contains('"first_layer": ?"count"'), "key"]
             rows = rows[rows["layer"].ne(0) | rows[by[0]].isin(counting)]
         grouped = rows.groupby(by, observed=True)[value]
-        return grouped.agg(geometric_mean) if metric == "update_ratio" else grouped.mean()
+        return grouped.agg(geometric_mean) if metric == "update_ratio" else grouped.mean()  # a metric of one's own cannot have that name
 
     def per_query(self, terms: pd.DataFrame, metric: str, fold: str = "all") -> pd.Series:
         """Return the contrast of each query, averaged over the draws of a replicate, then over replicates, under its gold label; undefined ones are left out."""
@@ -133,8 +134,14 @@ class Frames:
             return Estimate()
         has_queries = values is None and (metric in ACCURACIES or metric in self.examples.columns)
         per_query = self.per_query(terms, metric, fold) if has_queries else pd.Series(dtype=float)
-        groups = [part.to_numpy() for _, part in per_query.groupby(level=0)] if metric == "balanced_accuracy" else [per_query.to_numpy()]
-        is_share = metric in ACCURACIES and bool((terms["weight"] > 0).all())
+        by_label = metric == "balanced_accuracy"
+        groups = _groups(per_query, by_label)
+        sides = [terms[terms["weight"] > 0], terms[terms["weight"] < 0]]
+        if has_queries and all(map(len, sides)):
+            of_sides = [self.per_query(side, metric, fold) for side in sides]
+            if len(per_query) < max(map(len, of_sides)):  # not the same queries: the variances of the two sides add up, and `estimate` divides by the groups
+                groups = [2 * values for side in of_sides for values in _groups(side, by_label)]
+        is_share = values is None and metric in ACCURACIES and bool((terms["weight"] > 0).all())
         return estimate(found["mean"], used=int(found["count"].sum()), groups=groups, is_share=is_share)
 
     @staticmethod
@@ -215,7 +222,9 @@ class Setting:
         protocol = json.loads(row["protocol"])
         position = {"last_prompt": "last prompt token", "label": "the first label's token after the prompt"}[protocol["record_position"]]
         others = "".join(f"; {name}: {value}" for name, value in _altered(protocol).items() if name not in ("record_position", "sink", "separator"))
-        orders = pd.concat([self.icl["order"], self.finetuned["order"]]).nunique()
+        runs = sorted({(int(seed), int(order)) for seed, order in pd.concat([self.icl, self.finetuned])[["seed", "order"]].drop_duplicates().to_numpy()})
+        orders = len({order for _, order in runs})
+        is_grid = len(runs) == orders * len(self.seeds)
         own = self.finetuned[["method", "method_options"]].dropna().drop_duplicates()
         weights = f"; random weights ({self.named['init']}: {KEPT.get(row['init'], row['init'])}), {listed(self.replicates, 'seed of the weights')}"
         return (
@@ -224,7 +233,7 @@ class Setting:
             + ("" if self.train_on == "true" else f", finetuned on {self.train_on}")
             + f". Recorded position: {position}; sink: {protocol.get('sink_token', protocol['sink'])}; separator: {protocol['separator']}{others}. "
             + f"{int(row['num_queries'])} queries (query seed {int(row['query_seed'])}); {listed(self.seeds, 'seed')}"
-            + (f", {orders} orders each." if orders > 1 else ".")
+            + (f", {orders} orders each." if is_grid and orders > 1 else f", as (seed, order): {', '.join(map(str, runs))}." if orders > 1 else ".")
             + "".join(f" {method}: {spelled(options)}." for method, options in own.itertuples(index=False))
         )
 
@@ -249,9 +258,16 @@ def _together(parts: Sequence[Results]) -> Results:
         for name, found in tables.items():
             table: pa.Table = getattr(part, name)
             is_old = pc.is_in(table[0].cast(pa.string()), seen)  # the first column of all but attempts is the cell's key
-            found.append(table if name == "attempts" else table.filter(pc.invert(is_old)))
+            found.append(table if name in ("attempts", *_MEASURES) else table.filter(pc.invert(is_old)))
         seen = pa.chunked_array([*pa.chunked_array([seen]).chunks, *part.cells["key"].chunks]).combine_chunks()
-    return Results(**{name: pa.concat_tables(found).unify_dictionaries() for name, found in tables.items()})
+    whole = {name: pa.concat_tables(found).unify_dictionaries() for name, found in tables.items()}
+    for name in _MEASURES:  # a later store may have measured what an earlier one holds: each figure counts once
+        figures = whole[name]
+        called = [column for column in figures.column_names if column not in ("n", "mean", "sd")]
+        numbered = figures.append_column("row", pa.array(range(len(figures)), pa.int64()))
+        rows = numbered.group_by(called, use_threads=False).aggregate([("row", "min")])["row_min"].combine_chunks()
+        whole[name] = figures.take(rows.sort())
+    return Results(**whole)
 
 
 def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
@@ -264,7 +280,9 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     cells["draw"] = [draw_of(*draw) for draw in cells[["init_seed", "seed", "order"]].itertuples(index=False)]
     cells["method"] = _labels(cells)
     is_search = cells["origin"] == "search"
-    named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "origin", "sweep")] + ["tf32"]
+    named = [
+        name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "num_context_demonstrations", "origin", "sweep")
+    ] + ["tf32"]
     grid = cells[~is_search].sort_values("created_at", kind="stable")
     latest = grid[~grid.duplicated(named, keep="last")].sort_values(
         ["model", "task", "method", "learning_rate", "step", "init_seed", "seed", "order"], kind="stable"
@@ -295,6 +313,10 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
         num_superseded=len(grid) - len(latest),
         _rows=examples.groupby("key").indices,
     )
+
+
+def _groups(per_query: pd.Series, by_label: bool) -> list[np.ndarray]:
+    return [part.to_numpy() for _, part in per_query.groupby(level=0)] if by_label else [per_query.to_numpy()]
 
 
 def _resolved(protocol: str) -> str:

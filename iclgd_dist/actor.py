@@ -71,14 +71,20 @@ class ModelHost:
         finally:
             if missing:
                 self._record(block, counts, before, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
-        parts = halve(block) if outcome == "oom" else ()
+        parts, outcomes = halve(block) if outcome == "oom" else (), list[str]()
         for part in parts if len(parts) == 2 else ():
             for report in self.steps(part):
                 yield self._report(block, counts.at(report["stage"]))
+            outcomes.append(report["outcome"])
             reason = report["reason"] or reason
             counts.num_cells += report["num_cells"]
-        if not block.is_measuring and outcome != "metric" and all(cell.key in self.store for cell in block.cells):
-            outcome, reason = "done", ""
+        is_whole = block.is_measuring or all(cell.key in self.store for cell in block.cells)
+        if outcomes:
+            outcome = next((worst for worst in ("failed", "oom", "storage", "metric") if worst in outcomes), "done")
+        elif outcome not in ("metric", "done") and is_whole and not block.is_measuring:
+            outcome = "done"  # by another driver, meanwhile
+        if outcome == "done":
+            outcome, reason = ("done", "") if is_whole else ("failed", f"{block.name}: a method yielded no probe for some of its steps")
         yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
 
     def _record(self, block: Block, counts: Progress, since: float, *, outcome: str, **more: Any) -> None:

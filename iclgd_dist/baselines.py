@@ -7,7 +7,8 @@ Knows encoded draws, replays and captures. Knows nothing of methods or files. A 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from iclgd_dist.layerwise import Prefix
 from iclgd_dist.metrics import Capture, noise_floor
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.probes import Context, QueryPass
-from iclgd_dist.rows import Baseline, InContext, changed, make_baseline
+from iclgd_dist.rows import Baseline, InContext, changed, make_baseline, random_ranks
 from iclgd_dist.schema import NUM_NOISE_QUERIES
 
 Items = tuple[tuple[int, int], ...]  # per demonstration, its (start, stop)
@@ -56,7 +57,7 @@ class Baselines:
         self.prefixes: list[tuple[tuple[int, ...], Prefix]] = []
         self.passes: dict[tuple[int, ...], QueryPass] = {}  # by the ids of the context
         self.items: dict[tuple[int, ...], Items] = {}
-        self.changed: dict[tuple[int, ...], InContext] = {}
+        self.random_ranks: dict[tuple[int, ...], Mapping[str, torch.Tensor]] = {}
         self.zero_shot = queries_of(lm, block, encoded)
         self.again = queries_of(lm, block, encoded, tokens_per_batch=1, numbers=range(min(NUM_NOISE_QUERIES, len(encoded.queries))))
         shown = {(train_on, step): context for train_on, step in trained if (context := encoded.context_of(step, train_on)) is not None}
@@ -117,6 +118,8 @@ class Baselines:
             (self.controls["shifted"],) = self.shifted.captures()
         self.baseline = baseline
         self.passes.clear()
+        self.prefixes.clear()
+        del self.zero_shot, self.again, self.shifted  # hidden states that nobody reads again
         return baseline
 
     def prefix(self, train_on: str, step: int) -> InContext | None:
@@ -124,6 +127,9 @@ class Baselines:
         ids = self.of_trained.get((train_on, step))
         if ids is None:
             return None
-        if ids not in self.changed:
-            self.changed[ids] = changed(self.baseline.zero_shot, self.captures[ids], items=packed_items(self.items[ids]))
-        return self.changed[ids]
+        items = packed_items(self.items[ids])
+        if ids not in self.random_ranks:
+            self.random_ranks[ids] = random_ranks(self.captures[ids], items)
+        # Made anew each time: kept, the float64 changes of every step would be many times what the captures are.
+        state = self.baseline.in_context if ids == self.encoded.context_ids else changed(self.baseline.zero_shot, self.captures[ids])
+        return replace(state, items=items, random_ranks=self.random_ranks[ids])

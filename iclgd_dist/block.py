@@ -9,7 +9,7 @@ the contexts and the queries in them, and every bottom-up method with the captur
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor
 from iclgd_dist.baselines import Baselines, queries_of
 from iclgd_dist.blocks import Block, max_positions
 from iclgd_dist.commits import Committer
+from iclgd_dist.deltas import check_names
 from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.random_deltas import random_measures
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
-from iclgd_dist.updates import BottomUp, LaneInputs, Method, Probe, TrainingSequence, make_method
+from iclgd_dist.updates import BottomUp, LaneInputs, Method, Probe, TrainingSequence, is_bottom_up, make_method
 
 
 @dataclass
@@ -65,6 +66,8 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
     bottom_up, others = [ride for ride in rides if ride.is_bottom_up], [ride for ride in rides if not ride.is_bottom_up]
     for ride in bottom_up:
         ride.board()
+    if block.random_targets:
+        encoded = replace(encoded, control_contexts={})
     baselines = Baselines(lm, block, encoded, [(ride.trajectory.train_on, step) for ride in rides for step in ride.trajectory.steps])
     yield progress.at("prompts read")
     for index in range(num_layers):
@@ -92,6 +95,7 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
     for ride in others:
         steps = ride.trajectory.steps
         for probe in ride.train():
+            check_names(lm, probe.deltas)
             ride.trajectory.add_model(lm, probe)
             progress.num_training_steps += ride.trajectory.steps_since_last(probe.step) * ride.num_lanes
             yield progress.at(f"{ride.name}, step {probe.step} trained", share.of(ride) / (2 * len(steps)))
@@ -102,6 +106,7 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
                 yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{num_layers}", share.of(ride) / (2 * len(steps) * num_layers))
             progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
             yield progress.at(f"{ride.name}, step {probe.step} committed")
+            del probe, query_pass  # before the next step trains
     if commit.problems:
         raise MetricError("; ".join(dict.fromkeys(commit.problems)))
 
@@ -116,7 +121,7 @@ class _Ride:
         self.training = encoded.training_for(train_on)
         self.sequences = [TrainingSequence(torch.tensor(ids), first) for ids, first in zip(self.training.sequences, self.training.first_loss, strict=True)]
         self.num_lanes = len(self.trajectory.learning_rates)
-        self.is_bottom_up = isinstance(method, BottomUp)
+        self.is_bottom_up = is_bottom_up(method)
         self.passes: dict[int, Any] = {}
 
     def queries(self) -> Any:
@@ -125,7 +130,7 @@ class _Ride:
     def items(self, index: int, probe: Probe) -> Tensor | None:
         """Return the query projections (N, T, W) of the demonstrations' tokens so far, or None where their attention is not compared."""
         if index not in probe.queries or not self.encoded.same_order:
-            return None
+            return None  # where a layer is missing, no attention of the method is ranked
         recorded = zip(probe.queries[index], self.training.items, strict=False)
         return torch.cat([query_NTW[:, start:stop] for query_NTW, (start, stop) in recorded], dim=1)
 

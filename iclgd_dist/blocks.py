@@ -144,19 +144,25 @@ def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
 
 def halve(block: Block) -> tuple[Block, ...]:
     """Return two blocks with half of the learning rates each, counted once for each thing trained on, or the block itself where there is only one."""
+    if len(targets := block.random_targets) > 1:
+        middle = len(targets) // 2
+        keys = [{target.key for target in some} for some in (targets[:middle], targets[middle:])]
+        return tuple(_part(block, number, [cell for cell in block.cells if cell.key in some]) for number, some in enumerate(keys, 1))
     rates = sorted({_lane(cell) for cell in block.cells if cell.kind == "finetuned"})
     if len(rates) < 2:
         return (block,)
-    middle = rates[len(rates) // 2]
-    halves = []
-    for number, lower in enumerate((True, False), 1):
-        cells = tuple(cell for cell in block.cells if (lower if cell.kind != "finetuned" else (_lane(cell) < middle) == lower))
-        trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
-        base = block.cost.baseline_flops
-        cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
-        targets = tuple(target for target in block.random_targets if target.key in {cell.key for cell in cells})
-        halves.append(replace(block, cells=cells, name=f"{block.name}.{number}", cost=cost, random_targets=targets))
-    return tuple(halves)
+    middle_rate = rates[len(rates) // 2]
+    lower = [cell for cell in block.cells if cell.kind != "finetuned" or _lane(cell) < middle_rate]
+    upper = [cell for cell in block.cells if cell.kind == "finetuned" and _lane(cell) >= middle_rate]
+    return _part(block, 1, lower), _part(block, 2, upper)
+
+
+def _part(block: Block, number: int, cells: Sequence[Cell]) -> Block:
+    trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
+    base = block.cost.baseline_flops
+    cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
+    targets = tuple(target for target in block.random_targets if target.key in {cell.key for cell in cells})
+    return replace(block, cells=tuple(cells), name=f"{block.name}.{number}", cost=cost, random_targets=targets)
 
 
 def _lane(cell: Cell) -> tuple[str, float]:

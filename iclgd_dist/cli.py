@@ -95,6 +95,8 @@ def run(
     _show_plan(loaded, planned, results)
     if planned.blocks and address is None:
         check_machine(loaded.resources)
+    if planned.blocks:
+        _try_code(loaded)
     results.prepare()
     results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
     code = DONE
@@ -151,7 +153,9 @@ def measure(
     from iclgd_dist.store import read_results
 
     loaded = load_sweep(sweep)
-    results = Store(store or _store_of(loaded))
+    _try_code(loaded)
+    results = _existing(store or str(_store_of(loaded)))
+    results.prepare()
     missing, num_kept = Missing(read_results(results)), 0
 
     def lacking(block: Block, encoded: Encoded) -> Block | None:
@@ -166,12 +170,12 @@ def measure(
         console.print(f"{counted(absent, 'cell')} of the sweep not there yet: iclgd run {sweep}", highlight=False, soft_wrap=True)
     if not planned.blocks:
         console.print("nothing to train again", highlight=False)
-        return
+        raise typer.Exit(FAILED if absent else DONE)
     planned = planned.of_blocks()
     console.print(f"{counted(len(planned.keys), 'cell')} to compute again in {counted(len(planned.blocks), 'block')}", highlight=False)
     if address is None:
         check_machine(loaded.resources)
-    raise typer.Exit(run_sweep(loaded, planned, results, address=address, console=console))
+    raise typer.Exit(run_sweep(loaded, planned, results, address=address, console=console) or (FAILED if absent else DONE))
 
 
 @app.command()
@@ -260,6 +264,21 @@ def check_method_command(
         mark = Text("holds ", "green") if finding.holds else Text("fails ", "red")
         console.print(Text.assemble(mark, finding.what, f": {finding.problem}" if finding.problem else ""), soft_wrap=True)
     raise typer.Exit(0 if all(finding.holds for finding in findings) else USAGE)
+
+
+def _try_code(sweep: Sweep) -> None:
+    """Import the code of the sweep's own methods and metrics, so that a mistake is found before a model is loaded. Errors: SweepError."""
+    methods = [method for method in map(sweep.method_spec, sweep.methods) if method.code is not None]
+    if methods:
+        from iclgd_dist.updates import make_method
+
+        for method in methods:
+            make_method(method)
+    if sweep.metric:
+        from iclgd_dist.measures import make_metric
+
+        for metric in sweep.metric:
+            make_metric(metric)
 
 
 def counted(number: int, noun: str) -> str:

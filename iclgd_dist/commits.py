@@ -76,7 +76,7 @@ class Committer:
             if diverged is None or diverged > step:
                 lanes.append((lane, cell, capture))
                 continue
-            self.to_come[self._point(cell)] -= 1
+            self._settle(self._point(cell))
             row = diverged_row(
                 num_queries=len(self.block.draw.queries),
                 label_words=self.block.draw.label_words,
@@ -86,10 +86,11 @@ class Committer:
             )
             rows.append((cell, row))
         with _one_thread():
-            prefix = baselines.prefix(trajectory.train_on, step)
+            prefix = None if self.block.is_measuring else baselines.prefix(trajectory.train_on, step)
             controls = control_measures(baseline, baselines.controls, [capture for _, _, capture in lanes]) if baselines.controls else [[] for _ in lanes]
             for (lane, cell, capture), of_controls in zip(lanes, controls, strict=True):
-                row = finetuned_row(baseline, capture, training=trajectory.record(lane, step), random_seed=int(cell.key[:15], 16), prefix=prefix)
+                record, seed = trajectory.record(lane, step), int(cell.key[:15], 16)
+                row = {} if self.block.is_measuring else finetuned_row(baseline, capture, training=record, random_seed=seed, prefix=prefix)
                 of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
                 self.problems += problems
                 measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
@@ -106,11 +107,15 @@ class Committer:
         point = self._point(cell)
         others = self.held.setdefault(point, [])
         rows = [row for other, captured in others for row in pair_measures(baseline, other.key, captured, capture)]
-        others.append((cell, capture))
+        if self.to_come[point] > 1:
+            others.append((cell, capture.clone()))  # a view would keep all lanes alive
+        self._settle(point)
+        return rows
+
+    def _settle(self, point: Point) -> None:
         self.to_come[point] -= 1
         if not self.to_come[point]:
-            del self.held[point]
-        return rows
+            self.held.pop(point, None)
 
     def _kept(self, cell: Cell, capture: Capture) -> Row:
         """Keep the capture of a cell beside the store where the sweep asks for it; return the columns that name it."""

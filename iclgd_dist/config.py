@@ -19,11 +19,13 @@ from iclgd_dist.axes import At, Controls, Count, Name, Number, Rates, Runs, Seed
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
+from iclgd_dist.schema import EXAMPLE, LAYER, OUTCOME
 from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import line_of, not_toml, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
+RESERVED = ("alpha", *(name for name, *_ in (*OUTCOME, *LAYER, *EXAMPLE)))  # what a metric of one's own cannot be called
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
 
@@ -105,8 +107,9 @@ class Sweep(Frozen):
     @classmethod
     def _code_is_there(cls, added: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
         for number, each in enumerate(added):
-            if each.name in (*METHODS, *(earlier.name for earlier in added[:number])):
-                raise At(f"{each.name!r} is the name of another {info.field_name}; choose one of its own", number, "name")
+            taken = (*METHODS, "zero_shot", "icl", "in-context") if info.field_name == "method" else RESERVED
+            if each.name in (*taken, *(earlier.name for earlier in added[:number])):
+                raise At(f"{each.name!r} is the name of something else; choose one of its own", number, "name")
         found = []
         for number, each in enumerate(added):
             try:
@@ -269,7 +272,7 @@ def load_sweep(path: str | Path) -> Sweep:
     if "runs" in values and (others := [name for name in ("seeds", "orders") if name in values]):
         problems.append((("runs",), f"runs must stand alone: it takes the place of seeds and orders, got {' and '.join(others)} too"))
     try:
-        sweep = Sweep.model_validate(values | {"folder": path.resolve().parent, "warnings": _duplicates(values)})
+        sweep = Sweep.model_validate(values | {"folder": path.resolve().parent, "warnings": _warnings(values)})
     except ValidationError as error:
         # What holds a bad item also lacks it: pydantic then says that the list is too short.
         details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
@@ -301,15 +304,24 @@ def _read(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _duplicates(values: dict[str, Any]) -> tuple[str, ...]:
-    """Return a warning for each value of a grid that is written twice: it is one cell."""
+def _warnings(values: dict[str, Any]) -> tuple[str, ...]:
+    """Return what may be a mistake: a value of a grid that is written twice (it is one cell), and what is asked for and not run."""
     rates = values.get("learning_rates")
     grids = {name: values.get(name) for name in ("models", "tasks", "methods", "num_demonstrations", "steps")}
     grids |= {f"learning_rates.{method}": grid for method, grid in rates.items()} if isinstance(rates, dict) else {"learning_rates": rates}
     controls = values.get("controls")
     grids["controls.train_on"] = controls.get("train_on") if isinstance(controls, dict) else None
     repeated = {name: list(dict.fromkeys(str(v) for v in grid if grid.count(v) > 1)) for name, grid in grids.items() if isinstance(grid, list)}
-    return tuple(f"{name}: {', '.join(twice)} is there more than once and counts once" for name, twice in repeated.items() if twice)
+    said = [f"{name}: {', '.join(twice)} is there more than once and counts once" for name, twice in repeated.items() if twice]
+    methods = values.get("methods", ("vanilla", "layer_causal"))
+    if isinstance(methods, list | tuple):
+        own = [str(each.get("name")) for each in values.get("method", ()) if isinstance(each, dict)]
+        said += [f"method {name!r} is not among methods and is not run" for name in own if name not in methods]
+        said += [f"learning_rates.{name}: {name!r} is not among methods" for name in (rates if isinstance(rates, dict) else ()) if name not in methods]
+    controls = values.get("controls", {})
+    if isinstance(controls, dict) and controls.get("random_delta") is True and "true" not in listed(controls.get("train_on", "true")):
+        said.append('controls.random_delta: is made for what was trained on the demonstrations; train_on lacks "true"')
+    return tuple(said)
 
 
 def _methods(info: ValidationInfo) -> tuple[str, ...]:

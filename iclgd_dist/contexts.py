@@ -39,6 +39,8 @@ def with_controls(
 
     # `shifted` has no text of its own: it is the zero-shot prompt at other positions.
     made = tuple(varied(name, draw.demonstrations) for name in contexts if name != "shifted")
+    if other is not None:  # which task it is, its name tells: no key does
+        made = tuple(replace(each, name=f"other_task:{other.name}") if each.name == "other_task" else each for each in made)
     return replace(draw, contexts=made, trainings=tuple(varied(name, draw.training) for name in train_on if name != "true"))
 
 

@@ -57,6 +57,11 @@ class _Sizes:
         return _Sizes(layers, width, heads, inner, first("vocab_size"), attention + mlp, trained)
 
 
+def layers_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
+    sizes = _Sizes.of(config)
+    return sizes.layers, sizes.width
+
+
 @dataclass(frozen=True)
 class Pass:
     """One method on one version of the demonstrations: what its cost depends on."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from iclgd_dist.config import SweepError
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.sites import WEIGHTS, Site, sites
 
@@ -89,6 +90,15 @@ def zeros(
         down_NIR = down_IR.to(device, dtype).expand(num_lanes, -1, -1).clone()
         made[site.name] = LowRank(down_NIR, torch.zeros(num_lanes, rank, site.num_outputs, dtype=dtype, device=device))
     return made
+
+
+def check_names(lm: LanguageModel, deltas: Deltas) -> None:
+    """Errors: SweepError for a delta of something that is no projection, which would be attached nowhere."""
+    known = {site.name for index in range(lm.num_layers) for site in sites(lm, index, ALL_PARTS).values()}
+    if strange := sorted(deltas.keys() - known):
+        raise SweepError(f"a delta must be named after a projection, such as {sorted(known)[0]!r}, got {strange[0]!r}")
+    if not deltas:
+        raise SweepError("a method must yield deltas of some projection, got none")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,14 @@ class Code(Frozen):
     options: dict[str, Option] = Field(default_factory=dict)  # keyword arguments of the class
     text: str = ""  # of the file, read when the sweep file is; not a key of the file
 
+    @field_validator("options", mode="before")
+    @classmethod
+    def _plain(cls, options: Any) -> Any:
+        for name, value in options.items() if isinstance(options, dict) else ():
+            if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"must be text, finite numbers, true or false, got {name} = {value!r:.80}")
+        return options
+
     @field_validator("code")
     @classmethod
     def _file_and_class(cls, code: str | None) -> str | None:
@@ -44,7 +53,7 @@ class Code(Frozen):
             compile(text, str(path), "exec")
         except OSError as error:
             raise ValueError(f"code: {path} cannot be read: {error.strerror}") from None
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two: nested too deeply
             raise ValueError(f"code: {path} is not Python: {error}") from None
         if not re.search(rf"^(class\s+{name}\b|{name}\s*=|def\s+{name}\b|from\s.*\b{name}\b)", text, re.MULTILINE):
             raise ValueError(f"code: {path} must define {name}, it does not")
@@ -96,13 +105,14 @@ class MethodSpec(Code):
     def described(self) -> dict[str, Any]:
         """Return what the sweep file says beyond the name, defaults left out."""
         if self.code is not None:
-            return {"code": self.code, "sha256": self.sha256, "options": dict(self.options)}
+            return {"code": self.code.rpartition(":")[2], "sha256": self.sha256, "options": dict(self.options)}
         return {} if self.is_builtin else {"base": self.base, **self.model_dump(mode="json", exclude_defaults=True, exclude={"name", "base", "text", "code"})}
 
     def key(self) -> dict[str, Any]:
         """Return what of a cell's key says how it was trained."""
         if self.code is not None:
-            return {"method": self.name, "method_sha256": self.sha256}
+            # It may build on any of them.
+            return {"method": self.name, "method_sha256": self.sha256, "builtin_versions": METHOD_VERSIONS}
         assert self.base is not None
         return {"method": self.name, "method_version": METHOD_VERSIONS[self.base], **{f"method.{name}": value for name, value in self.described().items()}}
 
@@ -117,4 +127,4 @@ class MetricSpec(Code):
 
     @property
     def version(self) -> str:
-        return self.sha256[:16]
+        return hashlib.sha256(f"{self.name}\0{self.sha256}".encode()).hexdigest()[:16]

@@ -39,6 +39,7 @@ class Family:
     scores: Literal["interface", "product"] = "interface"
     scaling: float | str | None = None  # of that product: a number, an attribute of `attention`, None = 1/sqrt(channels of a head)
     implementation: Literal["sdpa", "eager"] = "sdpa"  # transformers' attention function that computes
+    adds_plainly: bool = True  # the attention output is added to the residual stream as it is: no norm and no factor in between
     returns_tuple: bool = False  # what a layer returns: (states, ...), not states
     position: Literal["rotary", "alibi", "learned", "sinusoidal"] = "rotary"
 
@@ -74,11 +75,11 @@ FAMILIES: dict[str, Family] = {
         _like_llama("qwen2"),
         _like_llama("qwen3", query_norm="self_attn.q_norm"),
         # Its scores are soft-capped, which SDPA cannot do.
-        _like_llama("gemma2", implementation="eager", logits=("cap", "final_logit_softcapping")),
-        _like_llama("gemma3_text", query_norm="self_attn.q_norm", is_norm_by_head=True, logits=("cap", "final_logit_softcapping")),
-        _like_llama("olmo2", query_norm="self_attn.q_norm"),
+        _like_llama("gemma2", adds_plainly=False, implementation="eager", logits=("cap", "final_logit_softcapping")),
+        _like_llama("gemma3_text", adds_plainly=False, query_norm="self_attn.q_norm", is_norm_by_head=True, logits=("cap", "final_logit_softcapping")),
+        _like_llama("olmo2", adds_plainly=False, query_norm="self_attn.q_norm"),
         _like_llama("stablelm", query_norm="self_attn.q_layernorm", is_norm_by_head=True),
-        _like_llama("granite", logits=("over", "logits_scaling")),
+        _like_llama("granite", adds_plainly=False, logits=("over", "logits_scaling")),
         _like_llama("cohere", query_norm="self_attn.q_norm", logits=("times", "logit_scale")),
         Family(
             "phi",

@@ -45,15 +45,30 @@ def read(root: Path) -> pa.Table:
 
     Errors: StoreError naming a file that is damaged or of a newer version.
     """
-    tables = [SCHEMA.empty_table()]
-    for name in sorted(name for name in files.names_in(root / "measures") if name.endswith(".parquet") and not name.startswith(".")):
-        path = root / "measures" / name
-        with naming(path, "read"), pq.ParquetFile(pa.BufferReader(files.read(path)), page_checksum_verification=True) as file:
-            table = file.read()
-        if strange := sorted(set(table.column_names) - set(SCHEMA.names)):
-            raise StoreError(f"holds columns this version does not know: {', '.join(strange)}", path, way_out=UPDATE)
-        tables.append(table.select(SCHEMA.names).cast(SCHEMA))
-    return pa.concat_tables(tables)
+    return pa.concat_tables([SCHEMA.empty_table(), *(_read(root / "measures" / name) for name in _names(root))])
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(name for name in files.names_in(root / "measures") if name.endswith(".parquet") and not name.startswith("."))
+
+
+def _read(path: Path) -> pa.Table:
+    with naming(path, "read"), pq.ParquetFile(pa.BufferReader(files.read(path)), page_checksum_verification=True) as file:
+        table = file.read()
+    if strange := sorted(set(table.column_names) - set(SCHEMA.names)):
+        raise StoreError(f"holds columns this version does not know: {', '.join(strange)}", path, way_out=UPDATE)
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def verify(root: Path) -> list[StoreError]:
+    """Read every file and return what is wrong, one error per damaged file."""
+    errors = []
+    for name in _names(root):
+        try:
+            _read(root / "measures" / name)
+        except StoreError as error:
+            errors.append(error)
+    return errors
 
 
 def first_of_each(measures: pa.Table) -> pa.Table:

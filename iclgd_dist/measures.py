@@ -165,9 +165,15 @@ def _measured(baseline: Baseline, spec: MetricSpec, finetuned: Capture) -> Tenso
     num_layers, num_queries = finetuned.attention_LQD.shape[:2]
     try:
         metric: Any = make_metric(spec)
+        shown = [
+            value for capture in (baseline.zero_shot, baseline.in_context.capture, finetuned) for value in vars(capture).values() if isinstance(value, Tensor)
+        ]
+        versions = [value._version for value in shown]
         values = torch.as_tensor(metric(baseline.zero_shot, baseline.in_context.capture, finetuned)).detach().cpu().double()
     except Exception as error:  # the user's code may raise anything
         raise MetricError(f"metric {spec.name!r}: {type(error).__name__}: {error}") from error
+    if versions != [value._version for value in shown]:  # what others will be compared with is spoilt: nothing more may be committed
+        raise SweepError(f"metric {spec.name!r} changes the captures it is given; work on copies")
     if tuple(values.shape) not in ((num_layers, num_queries), (num_queries,)):
         raise MetricError(f"metric {spec.name!r} must return ({num_layers}, {num_queries}) or ({num_queries},), got {tuple(values.shape)}")
     return values

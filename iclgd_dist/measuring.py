@@ -17,14 +17,18 @@ from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
 from iclgd_dist.blocks import Block, Cell, RandomTarget
 from iclgd_dist.encoding import Encoded
+from iclgd_dist.families import family_of
 from iclgd_dist.measures import MetricError, metric_measures
 from iclgd_dist.metrics import Capture, NoiseFloor
 from iclgd_dist.random_deltas import NUM_DRAWS
 from iclgd_dist.rows import make_baseline
 from iclgd_dist.store import Results, Store
 
-Measured = frozenset[tuple[str, str, str]]  # (key of the cell, kind, name)
 OF_CONTEXTS = ("other_query", "centred")  # controls that come with any context
+
+
+def has_absolute_positions(model_type: str) -> bool:
+    return family_of(model_type).position in ("learned", "sinusoidal")
 
 
 class Missing:
@@ -34,17 +38,18 @@ class Missing:
         cells = results.cells.select(["key", "status", "capture_sha256"]).to_pylist()
         self.done = {cell["key"] for cell in cells if cell["status"] == "done"}
         self.kept = {cell["key"]: cell["capture_sha256"] for cell in cells if cell["capture_sha256"] is not None}
-        self.known: Measured = frozenset(
-            (row[0], kind, row[1])
-            for kind, table in (("control", results.controls), ("pair", results.pairs), ("metric", results.metrics))
-            for row in zip(*(column.to_pylist() for column in table.select([0, 1]).columns), strict=True)
-        )
+        self.known: set[tuple[str, str, str]] = set()  # (key of the cell, kind, name)
+        for kind, table in (("control", results.controls), ("pair", results.pairs), ("metric", results.metrics)):
+            named = pa.table([table[0].cast(pa.string()), table[1]], names=["key", "name"]).group_by(["key", "name"]).aggregate([])
+            self.known |= {(key, kind, name) for key, name in zip(named["key"].to_pylist(), named["name"].to_pylist(), strict=True)}
 
     def of_block(self, block: Block, encoded: Encoded) -> dict[Cell, set[tuple[str, str]]]:
         """Return (kind, name) of the measures that the committed cells of a block lack; a pair is lacking at its second cell."""
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned" and cell.key in self.done]
         wanted = {cell: {("metric", spec.version) for spec in block.metrics} for cell in finetuned}
         contexts = set(encoded.control_contexts)
+        if "shifted" in block.controls.contexts and has_absolute_positions(block.model.model_type):
+            contexts.add("shifted")
         for cell in [*finetuned, *(cell for cell in block.cells if cell.kind == "icl" and cell.key in self.done)]:
             others = set(OF_CONTEXTS) if contexts and cell.kind == "finetuned" else set()
             wanted.setdefault(cell, set()).update(("control", name) for name in contexts | others)

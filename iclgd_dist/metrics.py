@@ -30,6 +30,9 @@ class Capture:
     # of the training tokens. None where nothing was recorded.
     ranked_LQT: Tensor | None = None
 
+    def clone(self) -> Capture:
+        return Capture(**{name: value.clone() for name, value in vars(self).items() if value is not None})
+
     def is_finite(self) -> bool:
         # Smallest and largest are NaN if any value is: one pass, where isfinite().all() takes five.
         return all(bool(torch.isfinite(end)) for part in (self.attention_LQD, self.scores_LQHT, self.label_scores_QC) for end in torch.aminmax(part))

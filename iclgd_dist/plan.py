@@ -16,7 +16,7 @@ from typing import Any
 from iclgd_dist.blocks import Block, Cell, max_positions, with_cells
 from iclgd_dist.config import HUB_TASKS, ModelSpec, Sweep, SweepError
 from iclgd_dist.contexts import with_controls
-from iclgd_dist.cost import Cost
+from iclgd_dist.cost import Cost, layers_and_width
 from iclgd_dist.encoding import Encoded, encode, fits_context
 from iclgd_dist.families import family_of
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify, load_tokenizer
@@ -116,6 +116,7 @@ def _planned(
             progress(f"identifying {spec.source}")
             model = identify(spec, folder=sweep.folder)
             family_of(model.model_type)
+            _check_methods(sweep, model)
             others = [sweep.control_task_of(name) for name in sweep.tasks if sweep.controls.need_other_task]
             for name in (*sweep.tasks, *others):  # before a tokenizer, which takes seconds to import
                 if name not in tasks:
@@ -142,6 +143,22 @@ def _planned(
                     blocks.append(with_cells(block, missing, encoded))
                 keys |= dict.fromkeys(cell.key for cell in block.cells)
     return keys, blocks
+
+
+def _check_methods(sweep: Sweep, model: ModelIdentity) -> None:
+    """Errors: SweepError for a method that names layers which the model lacks, or a rank that is no restriction."""
+    num_layers, width = layers_and_width(model.config)
+    for method in map(sweep.method_spec, sweep.methods):
+        if beyond := [layer for layer in method.layers or () if not -num_layers <= layer < num_layers]:
+            raise SweepError(f"method {method.name!r}: layers must lie in {-num_layers}..{num_layers - 1} ({model.name} has {num_layers}), got {beyond[0]}")
+        if len({layer % num_layers for layer in method.layers or ()}) < len(method.layers or ()):
+            raise SweepError(f"method {method.name!r}: layers {list(method.layers or ())} name one of the {num_layers} of {model.name} twice")
+        if method.residual and not (family_of(model.model_type).adds_plainly and model.config.get("do_layer_norm_before", True)):
+            raise SweepError(
+                f"method {method.name!r}: residual is for models that add the attention output as it is; {model.model_type} norms or scales it first"
+            )
+        if method.rank is not None and method.rank > width:
+            raise SweepError(f"method {method.name!r}: rank must be at most {width}, the width of {model.name}, got {method.rank}")
 
 
 @dataclass

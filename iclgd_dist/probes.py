@@ -186,7 +186,8 @@ class QueryPass:
         for batch in self.batches:
             assert batch.replay.next_layer == self.lm.num_layers, f"{batch.replay.next_layer} of {self.lm.num_layers} layers were climbed"
             self._score_labels(batch)
-        ranked_LNQT = [self.ranked_LNQT[index] for index in sorted(self.ranked_LNQT)]
+        is_whole = len(self.ranked_LNQT) == self.lm.num_layers
+        ranked_LNQT = [self.ranked_LNQT[index] for index in sorted(self.ranked_LNQT)] if is_whole else []
         return [
             Capture(
                 self.attention_NLQD[n],

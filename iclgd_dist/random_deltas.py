@@ -24,7 +24,7 @@ from iclgd_dist.encoding import Encoded
 from iclgd_dist.measures import measure_rows, similarities_of
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.rows import Baseline, Row
+from iclgd_dist.rows import Baseline, Row, whole_ratio
 from iclgd_dist.sites import Site, sites
 
 NUM_DRAWS = 3
@@ -78,18 +78,23 @@ def random_measures(lm: LanguageModel, block: Block, encoded: Encoded, baseline:
         yield f"random weights, search {attempt}: {len(lanes) - len(still)} of {len(lanes)} found", []
         if not still:
             break
-    for attempt in range(1, 4):  # on all queries R is another: one or two more steps settle it
-        captures = _captured(lm, block, encoded, lanes, range(len(encoded.queries)))
-        ratios = [_ratio(baseline, capture, list(range(len(encoded.queries)))) for capture in captures]
-        off = [(lane, ratio) for lane, ratio in zip(lanes, ratios, strict=True) if not lane.is_near(ratio) and math.isfinite(ratio) and ratio > 0]
-        if not off or attempt == 3:
+    everything, searching = range(len(encoded.queries)), lanes
+    for lane in lanes:
+        lane.seen = None  # on all queries R is another: one or two more steps settle it
+    rows: list[Row] = []
+    for attempt in range(1, 4):
+        off = []
+        for lane, capture in zip(searching, _captured(lm, block, encoded, searching, everything), strict=True):
+            ratio = _ratio(baseline, capture, list(everything))
+            if attempt < 3 and not lane.is_near(ratio) and math.isfinite(ratio) and ratio > 0:
+                lane.learn(ratio)
+                off.append(lane)
+            else:
+                rows += [{"key": lane.target.key, **row} for row in _rows(baseline, lane, capture, ratio)]
+        searching = off
+        yield f"random weights, {len(lanes) - len(off)} of {len(lanes)} compared", [] if off else rows
+        if not off:
             break
-        for lane, ratio in off:
-            lane.learn(ratio)
-    rows = []
-    for lane, capture, ratio in zip(lanes, captures, ratios, strict=True):
-        rows += [{"key": lane.target.key, **row} for row in _rows(baseline, lane, capture, ratio)]
-    yield "random weights compared", rows
 
 
 def _rows(baseline: Baseline, lane: _Lane, capture: Capture, ratio: float) -> list[Row]:
@@ -115,7 +120,8 @@ def _rows(baseline: Baseline, lane: _Lane, capture: Capture, ratio: float) -> li
 
 def _ratio(baseline: Baseline, capture: Capture, numbers: Sequence[int]) -> float:
     """Return R over some queries: the geometric mean over layers of the update ratio; NaN where a state is not finite."""
-    return metrics.geometric_mean(metrics.update_ratio(_norms(baseline, capture, numbers), baseline.in_context.norm_LQ[:, list(numbers)]))
+    norm_LQ = _norms(baseline, capture, numbers)
+    return whole_ratio(baseline, metrics.update_ratio(norm_LQ, baseline.in_context.norm_LQ[:, list(numbers)]), norm_LQ)
 
 
 def _norms(baseline: Baseline, capture: Capture, numbers: Sequence[int]) -> Tensor:

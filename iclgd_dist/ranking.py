@@ -81,24 +81,35 @@ def summed_per_example(map_XT: Tensor, items: Sequence[tuple[int, int]]) -> Tens
     return torch.stack([map_XT[:, start:end].sum(1) for start, end in items], dim=1)
 
 
-def compare_attention(in_context_XT: Tensor, finetuned_XT: Tensor, items: Sequence[tuple[int, int]], *, generator: torch.Generator) -> dict[str, Tensor]:
-    """Compare one layer's raw attention of each query to the demonstrations, ICL's with finetuning's and with random maps.
+def compare_attention(in_context_XT: Tensor, finetuned_XT: Tensor, items: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """Compare one layer's raw attention of each query to the demonstrations, ICL's with finetuning's.
+
+    Shapes: maps summed over heads, `items` as in `summed_per_example`; returns (X,) for kendall and topk_recall of tokens and of examples, named as in
+    schema.SIMILARITIES.
+    Source: Dai et al. 2023, attention to training tokens.
+    """
+    icl, ft = _levels(in_context_XT, items), _levels(finetuned_XT, items)
+    return {name: values for level in icl for name, values in _compared(level, icl[level], ft[level], "").items()}
+
+
+def random_attention(in_context_XT: Tensor, items: Sequence[tuple[int, int]], *, generator: torch.Generator) -> dict[str, Tensor]:
+    """Compare ICL's attention with random maps: the baselines of `compare_attention`.
 
     A random map holds i.i.d. uniform numbers, one per token or one per demonstration: not a random map of the tokens summed, in which long
     demonstrations would lead.
-    Shapes: maps summed over heads, `items` as in `summed_per_example`; returns (X,) for each name of schema.SIMILARITIES that begins with kendall
-    or topk_recall.
-    Source: Dai et al. 2023, attention to training tokens.
     """
-    in_context, finetuned = attention_over_items(in_context_XT), attention_over_items(finetuned_XT)
-    levels = {
-        "tokens": (in_context, finetuned, TOP_TOKENS),
-        "examples": (summed_per_example(in_context, items), summed_per_example(finetuned, items), TOP_EXAMPLES),
-    }
-    found = {}
-    for level, (icl, ft, k) in levels.items():
-        random = torch.rand(ft.shape, generator=generator, dtype=torch.float64).to(ft)
-        for end, other in (("", ft), ("_random", random)):
-            found[f"kendall_{level}{end}"] = kendall_tau_b(icl, other)
-            found[f"topk_recall_{level}{end}"] = topk_recall(icl, other, k)
+    found: dict[str, Tensor] = {}
+    for level, icl_XT in _levels(in_context_XT, items).items():
+        random_XT = torch.rand(icl_XT.shape, generator=generator, dtype=torch.float64).to(icl_XT)
+        found |= _compared(level, icl_XT, random_XT, "_random")
     return found
+
+
+def _levels(scores_XT: Tensor, items: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    map_XT = attention_over_items(scores_XT)
+    return {"tokens": map_XT, "examples": summed_per_example(map_XT, items)}
+
+
+def _compared(level: str, icl_XT: Tensor, other_XT: Tensor, end: str) -> dict[str, Tensor]:
+    num_top = {"tokens": TOP_TOKENS, "examples": TOP_EXAMPLES}[level]
+    return {f"kendall_{level}{end}": kendall_tau_b(icl_XT, other_XT), f"topk_recall_{level}{end}": topk_recall(icl_XT, other_XT, num_top)}

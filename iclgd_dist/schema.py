@@ -58,7 +58,7 @@ _MEANING = {
     "kendall_examples": "the same of the attention summed per demonstration [-1..1]",
     "topk_recall_tokens": "share of ICL's 100 most attended demonstration tokens among finetuning's; first 100 queries [0..1]",
     "topk_recall_examples": "share of ICL's 5 most attended demonstrations among finetuning's [0..1]",
-    "kendall_tokens_random": "kendall_tokens with finetuning's attention replaced by i.i.d. uniform numbers: a random baseline [-1..1]",
+    "kendall_tokens_random": "kendall_tokens with finetuning's attention replaced by i.i.d. uniform numbers, drawn once per context: a random baseline [-1..1]",
     "kendall_examples_random": "kendall_examples with finetuning's attention replaced by i.i.d. uniform numbers [-1..1]",
     "topk_recall_tokens_random": "topk_recall_tokens with finetuning's attention replaced by i.i.d. uniform numbers [0..1]",
     "topk_recall_examples_random": "topk_recall_examples with finetuning's attention replaced by i.i.d. uniform numbers [0..1]",
@@ -172,7 +172,11 @@ OUTCOME: list[Column] = [
             ("upper", "... upper third"),
         )
     ),
-    ("update_ratio", f64, "R: geometric mean over layers of the layers' update_ratio"),
+    (
+        "update_ratio",
+        f64,
+        "R: geometric mean of the layers' update_ratio, over the layers that finetuning changes by more than 10 x the noise floor; 0 if it changes none",
+    ),
     ("update_norm", f64, "mean over layers of mean_q |u_FT|"),
     ("delta_norm", f64, "Frobenius norm of everything training added"),
     ("gradient_norm", f64, "L2 norm of the whole gradient of the last update"),
@@ -204,7 +208,7 @@ FOLD: list[Column] = [("fold", text, "A or B"), *ACCURACY]
 # Figures that compare a cell with something else, or that a sweep file adds. Readers see them as three tables: `controls`, `pairs`, `metrics`.
 MEASURE: list[Column] = [
     ("kind", text, "control, pair or metric"),
-    ("name", text, "the control; the key of the other cell of a pair; version of a metric"),
+    ("name", text, "the control (other_task with its task: other_task:trec); the key of the other cell of a pair; version of a metric"),
     ("metric", text, "what was measured"),
     ("layer", i64, "0 = the first decoder layer; NULL where the figure is of the whole model"),
     ("fold", text, "A, B or all"),

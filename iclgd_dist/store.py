@@ -14,6 +14,7 @@ a cell in both counts once and the manifest wins. On NFS another machine's view 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
@@ -141,12 +142,13 @@ class Store:
         plan = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
         path = self._sweeps / f"{digest}-{plan}.json"
         if not path.exists():
-            _publish(path, json.dumps({"digest": digest, "resolved": resolved, "keys": keys}, allow_nan=False).encode())
+            saved = {"digest": digest, "resolved": resolved, "keys": keys, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
+            _publish(path, json.dumps(saved, allow_nan=False).encode())
         return path
 
     def sweeps(self) -> list[dict[str, Any]]:
-        """Return what `save_sweep` stored: digest, resolved and keys of each."""
-        return list(self._read_json(self._sweeps).values())
+        """Return what `save_sweep` stored: digest, resolved, keys and created_at of each, the oldest first."""
+        return sorted(self._read_json(self._sweeps).values(), key=lambda sweep: sweep.get("created_at", ""))
 
     def compact(self) -> int:
         """Move the loose cells into one Parquet file (merging small ones when there are many) and return how many; 0 if another process is at it.
@@ -191,6 +193,10 @@ class Store:
                 raise StoreError("was written while the store was verified", path, way_out="verify again while nothing runs")
             for part in damaged:
                 self.set_aside(self._compacted / part.file)
+        for wrong in measured.verify(self.root):
+            errors.append(wrong)
+            if set_aside and wrong.is_damage:
+                self.set_aside(Path(wrong.filename))
         return errors
 
     def _check(self, part: Part) -> None:
@@ -316,7 +322,7 @@ class Store:
         if not with_debris:
             return
         now = files.now(self._compacted)
-        for folder in (self._cells, self._compacted, self._attempts, self._sweeps, self.root / "captures"):
+        for folder in (self._cells, self._compacted, self._attempts, self._sweeps, self.root / "captures", self.root / "measures"):
             for name in files.names_in(folder):
                 if name.startswith(".tmp-") or (manifests.PART_NAME.fullmatch(name) and name not in listed):
                     with contextlib.suppress(FileNotFoundError):

@@ -76,6 +76,13 @@ class BottomUp(Method, Protocol):
     ) -> Iterator[Probe]: ...
 
 
+def is_bottom_up(method: Method) -> bool:
+    """Whether a method's `train_layer` is its own: one that is inherited beside a new `train` would do something else."""
+    classes = type(method).__mro__
+    depth = {name: next((n for n, each in enumerate(classes) if name in vars(each)), len(classes)) for name in ("train", "train_layer")}
+    return isinstance(method, BottomUp) and depth["train_layer"] <= depth["train"]
+
+
 @dataclass
 class Lanes:
     """Deltas of some layers, all lanes at once; a lane whose loss or gradient is not finite stays where it is.

@@ -269,10 +269,7 @@ def similarities(zero_shot: Capture, in_context: Capture, finetuned: Capture) ->
 def attention_to_demonstrations(inputs: Inputs, in_context: Capture, finetuned: Capture) -> dict[str, Tensor]:
     """Return the rank comparisons of each layer (L,), over the first queries."""
     assert in_context.ranked_LQT is not None and finetuned.ranked_LQT is not None
-    layers = [
-        compare_attention(icl_QT, ft_QT, inputs.items, generator=torch.Generator())
-        for icl_QT, ft_QT in zip(in_context.ranked_LQT, finetuned.ranked_LQT, strict=True)
-    ]
+    layers = [compare_attention(icl_QT, ft_QT, inputs.items) for icl_QT, ft_QT in zip(in_context.ranked_LQT, finetuned.ranked_LQT, strict=True)]
     return {name: torch.stack([layer[name].mean() for layer in layers]) for name in ATTENTION_TO_DEMONSTRATIONS}
 
 

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
-from iclgd_dist.ranking import attention_over_items, compare_attention, kendall_tau_b, summed_per_example, topk_recall
+from iclgd_dist.ranking import attention_over_items, compare_attention, kendall_tau_b, random_attention, summed_per_example, topk_recall
 from iclgd_dist.schema import SIMILARITIES, TOP_EXAMPLES, TOP_TOKENS
 
 ITEMS = [(0, 20), (20, 50), (50, 62), (62, 90), (90, 120), (120, 130)]
@@ -63,8 +63,8 @@ def test_the_mass_of_the_demonstrations_is_the_softmax_over_all_their_tokens_sum
 
 def test_attention_is_compared_at_both_levels_under_the_names_of_the_columns() -> None:
     icl, ft = maps(1, 130), maps(2, 130)
-    found = compare_attention(icl, ft, ITEMS, generator=generator(0))
-    assert set(found) == {name for name in SIMILARITIES if name.startswith(("kendall", "topk"))}
+    found = compare_attention(icl, ft, ITEMS)
+    assert set(found) == {name for name in SIMILARITIES if name.startswith(("kendall", "topk")) and not name.endswith("_random")}
     assert all(value.shape == (20,) and value.dtype == torch.float64 for value in found.values())
     for query in range(20):
         p, q = (torch.tensor([math.exp(score) for score in state[query].tolist()]) for state in (icl, ft))  # shares of a sum rank as the sums do
@@ -79,13 +79,13 @@ def test_attention_is_compared_at_both_levels_under_the_names_of_the_columns() -
 
 def test_random_baselines_come_from_the_generator_alone_and_rank_nothing() -> None:
     many = torch.randn(400, 130, generator=generator(7)).double()
-    found = compare_attention(many, many, ITEMS, generator=generator(5))
+    found = compare_attention(many, many, ITEMS) | random_attention(many, ITEMS, generator=generator(5))
     assert (found["kendall_tokens"] > 1 - 1e-15).all() and (found["topk_recall_examples"] == 1).all()
     assert float(found["kendall_tokens_random"].mean()) == pytest.approx(0, abs=0.02)  # sd of one is .06
     assert float(found["kendall_examples_random"].mean()) == pytest.approx(0, abs=0.1)  # sd of one is .38
     assert float(found["topk_recall_tokens_random"].mean()) == pytest.approx(100 / 130, abs=0.01)
     assert float(found["topk_recall_examples_random"].mean()) == pytest.approx(5 / 6, abs=0.03)
-    again = compare_attention(many, -many, ITEMS, generator=generator(5))
-    assert all(torch.equal(again[name], value) for name, value in found.items() if name.endswith("_random"))
-    other = compare_attention(many, many, ITEMS, generator=generator(6))
+    again = random_attention(many, ITEMS, generator=generator(5))
+    assert all(torch.equal(again[name], value) for name, value in found.items() if name.endswith("_random")) and len(again) == 4
+    other = random_attention(many, ITEMS, generator=generator(6))
     assert not torch.equal(other["kendall_tokens_random"], found["kendall_tokens_random"])

@@ -70,10 +70,11 @@ FT = moved_from(ZS, capture(3), still=[*((3, query) for query in range(Q)), (1, 
 
 
 def compared(
-    base: Baseline, state: Capture, *, keep: list[int] | None = None, prefix: Capture = PREFIX, training: TrainingRecord = TRAINING, seed: int = 11
+    base: Baseline, finetuned: Capture, *, keep: list[int] | None = None, prefix: Capture = PREFIX, training: TrainingRecord = TRAINING, seed: int = 11
 ) -> Row:
-    context = rows.changed(base.zero_shot, prefix if keep is None else some(prefix, keep), items=ITEMS)
-    return rows.finetuned_row(base, state if keep is None else some(state, keep), training=training, random_seed=seed, prefix=context)
+    state = prefix if keep is None else some(prefix, keep)
+    context = replace(rows.changed(base.zero_shot, state), items=ITEMS, random_ranks=rows.random_ranks(state, ITEMS))
+    return rows.finetuned_row(base, finetuned if keep is None else some(finetuned, keep), training=training, random_seed=seed, prefix=context)
 
 
 def finetuned(seed: int = 11, training: TrainingRecord = TRAINING) -> Row:
@@ -277,7 +278,8 @@ def test_the_update_ratio_is_the_geometric_mean_over_layers() -> None:
     row = rows.finetuned_row(baseline(ZS, ICL), replace(FT, attention_LQD=scaled), training=TRAINING, random_seed=1)
     assert [layer["update_ratio"] for layer in layers_of(row, "all")] == pytest.approx(scales)
     assert row["update_ratio"] == pytest.approx(math.prod(scales) ** (1 / L))
-    assert finetuned()["update_ratio"] == 0  # layer 3 never moves
+    moved = [layer["update_ratio"] for layer in layers_of(finetuned(), "all") if layer["layer"] != 3]  # layer 3 never moves
+    assert finetuned()["update_ratio"] == pytest.approx(math.prod(moved) ** (1 / 6))
 
 
 def test_the_update_ratio_is_undefined_when_icl_leaves_a_layer_as_it_is() -> None:
@@ -300,7 +302,7 @@ def test_only_the_random_baselines_depend_on_the_random_seed() -> None:
     first, again, other = finetuned(11), finetuned(11), finetuned(12)
     assert first == again
     differing = {name for name in names(OUTCOME) if first[name] != other[name]}
-    assert differing == {name + part for name in RANDOM for part in ("", "_median", "_lower", "_middle", "_upper")}
+    assert differing == {name + part for name in RANDOM if not name.endswith("random") for part in ("", "_median", "_lower", "_middle", "_upper")}
 
 
 def test_random_baselines_score_what_unrelated_changes_score() -> None:
@@ -371,3 +373,15 @@ def test_the_reference_has_an_eps_where_this_project_has_null_and_counts_layer_0
     assert (still["sim_aou"], still["sim_am_delta"], still["sim_aou_n"]) == (0.0, 0.0, Q)
     assert layers_of(row, "all")[0]["sim_aou"] == pytest.approx(layers_of(compared(clean, FT), "all")[0]["sim_aou"], rel=1e-12)
     assert row["sim_am_delta"] == pytest.approx(np.mean([layer["sim_am_delta"] for layer in layers_of(row, "all")]), rel=1e-12)
+
+
+def test_R_is_over_the_layers_that_move_beyond_the_noise() -> None:
+    # Only layer 6 learns; below it packing alone moves the states, by a tenth of what counts.
+    state = moved_from(ZS, capture(3), still=[(layer, query) for layer in range(6) for query in range(Q)])
+    noise = NoiseFloor(torch.full((L,), 1e-6, dtype=torch.float64), torch.zeros(L, H, dtype=torch.float64))
+    for shake in (0.0, 1e-7, 3e-6):
+        shaken = state.attention_LQD.clone()
+        shaken[:6, :, 0] += shake
+        row = compared(baseline(ZS, ICL, noise=noise), replace(state, attention_LQD=shaken))
+        assert row["update_ratio"] == pytest.approx(layers_of(row, "all")[6]["update_ratio"], rel=1e-12)
+    assert compared(baseline(ZS, ICL, noise=noise), ZS)["update_ratio"] == 0
