@@ -385,3 +385,40 @@ def test_protocols_are_an_axis(tmp_path: Path) -> None:
         load(tmp_path, ('[[task]]\nname = "fruit"', f'[protocol]\nseparator = "eos"\n{two}\n[[task]]\nname = "fruit"'))
     with pytest.raises(SweepError, match=r"unknown key 'seperator' in \[\[protocols\]\]; did you mean 'separator'"):
         load(tmp_path, ('[[task]]\nname = "fruit"', '[[protocols]]\nseperator = "eos"\n\n[[task]]\nname = "fruit"'))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ('[[method]]\nname = "icl"\nbase = "vanilla"', "'icl' is the name of something else; choose one of its own"),
+        ('[[method]]\nname = "vanilla"\nbase = "vanilla"', "'vanilla' is the name of something else"),
+        ('[[metric]]\nname = "sim_aou"\ncode = "m.py:f"', "'sim_aou' is the name of something else"),
+        ('[[metric]]\nname = "alpha"\ncode = "m.py:f"', "'alpha' is the name of something else"),
+        ('[[method]]\nname = "mine"\ncode = "m.py:f"\noptions = { a = nan }', "options must be text, finite numbers, true or false, got a = nan"),
+        ('[[method]]\nname = "mine"\ncode = "m.py:f"\noptions = { a = [1] }', "options must be text, finite numbers, true or false, got a = [1]"),
+        ('[[method]]\nname = "mine"\ncode = "missing.py:f"', "cannot be read: No such file or directory"),
+        ('[[method]]\nname = "mine"\ncode = "m.py:g"', "must define g, it does not"),
+        ('[[method]]\nname = "mine"\ncode = "deep.py:f"', "is not Python"),
+        ('[[method]]\nname = "mine"\ncode = "m.py:f"\nrank = 2', "rank: for variations of a built-in method; code takes its own options"),
+        ('[[method]]\nname = "mine"', "needs either base (a built-in method to vary) or code (a class of one's own)"),
+        ('[[method]]\nname = "mine"\nbase = "layer_causal_attn"\nweights = "mlp"', "the loss of layer_causal_attn reads the attention output"),
+        ('[[method]]\nname = "mine"\nbase = "vanilla"\nresidual = true', "residual is an option of layer_causal_attn"),
+        ('[[method]]\nname = "mine"\nbase = "vanilla"\nweigths = "mlp"', "unknown key 'weigths' in [[method]]; did you mean 'weights'"),
+        ('[capture]\nkeep = "some"', "capture.keep must be 'none', 'final_step' or 'all', got 'some'"),
+    ],
+)
+def test_a_mistake_in_a_section_of_ones_own_is_one_message(tmp_path: Path, section: str, message: str) -> None:
+    (tmp_path / "m.py").write_text("def f(): pass\n")
+    (tmp_path / "deep.py").write_text("f = " + "(" * 5000 + ")" * 5000)
+    (found,) = problems(tmp_path, GOOD.replace("[[models]]", f"{section}\n\n[[models]]", 1))
+    assert message in found
+
+
+def test_what_is_described_and_not_run_is_a_warning(tmp_path: Path) -> None:
+    own = '[[method]]\nname = "mine"\nbase = "vanilla"\nrank = 1\n\n[controls]\nrandom_delta = true\ntrain_on = "other_task"\n\n[[models]]\nsource = "first"'
+    sweep = load(tmp_path, ('[[models]]\nsource = "first"', own), ("layer_causal = [1e-4]", "layer_causal = [1e-4]\nlayer_causal_attn = [1.0]"))
+    assert sweep.warnings == (
+        "method 'mine' is not among methods and is not run",
+        "learning_rates.layer_causal_attn: 'layer_causal_attn' is not among methods",
+        'controls.random_delta: is made for what was trained on the demonstrations; train_on lacks "true"',
+    )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from iclgd_dist.config import SweepError
 from iclgd_dist.extensions import MetricSpec
 from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
 from iclgd_dist.metrics import NoiseFloor
@@ -160,3 +161,9 @@ def test_a_metric_that_fails_says_what_was_required_and_leaves_the_others(tmp_pa
     assert "needs must name fields of Capture" in problem
     _, (problem,) = metric_measures(baseline(ZS, ICL), [own(tmp_path, "margin", "def margin(*captures):\n    return 1 / 0")], FT)
     assert problem == "metric 'margin': ZeroDivisionError: division by zero"
+
+
+def test_a_metric_that_changes_what_it_is_shown_stops_the_block(tmp_path: Path) -> None:
+    spoiling = "def margin(zero_shot, in_context, finetuned):\n    finetuned.attention_LQD.mul_(2)\n    return finetuned.label_scores_QC[:, 0]\n"
+    with pytest.raises(SweepError, match="metric 'margin' changes the captures it is given; work on copies"):
+        metric_measures(baseline(ZS, ICL), [own(tmp_path, "margin", spoiling)], FT.clone())

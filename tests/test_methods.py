@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from iclgd_dist.config import SweepError
-from iclgd_dist.deltas import norms
+from iclgd_dist.deltas import check_names, norms
 from iclgd_dist.extensions import MethodSpec
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.updates import METHODS, BottomUp, Probe, TrainingSequence, make_method
+from iclgd_dist.updates import METHODS, BottomUp, Probe, TrainingSequence, is_bottom_up, make_method
 from tests.tiny import ids, tiny
 
 SEQUENCES = [TrainingSequence(torch.tensor([1, 5, *ids(3 + n % 5, seed=n)]), 2) for n in range(5)]
@@ -214,3 +214,21 @@ def test_own_code_is_known_by_its_text_and_its_options_and_not_by_its_place(tmp_
 def test_own_code_that_cannot_be_used_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SweepError, match=message):
         make_method(own(tmp_path, text))
+
+
+def test_a_train_of_ones_own_is_not_passed_over_for_an_inherited_train_layer(tmp_path: Path) -> None:
+    text = "from iclgd_dist.updates import LayerCausal\n\nclass Sign(LayerCausal):\n    def train(self, *args, **options):\n        yield from super().train(*args, **options)\n"
+    assert not is_bottom_up(make_method(own(tmp_path, text)))
+    assert is_bottom_up(make_method(own(tmp_path, text.replace("train(", "direction(").replace("(self, *args, **options)", "(self, gradient, state)"))))
+    assert [is_bottom_up(method) for method in METHODS.values()] == [False, True, True]
+
+
+def test_a_delta_of_no_projection_is_refused_by_name() -> None:
+    lm = tiny("llama")
+    (probe,) = METHODS["vanilla"].train(lm, SEQUENCES, [0.1], steps=[1])
+    check_names(lm, probe.deltas)
+    name, delta = next(iter(probe.deltas.items()))
+    with pytest.raises(SweepError, match=f"a delta must be named after a projection, such as 'model.layers.0.mlp.down_proj', got '{name}.weight'"):
+        check_names(lm, {f"{name}.weight": delta})
+    with pytest.raises(SweepError, match="got none"):
+        check_names(lm, {})

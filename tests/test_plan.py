@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 import warnings
@@ -641,3 +642,44 @@ def test_protocols_are_an_axis_of_cells(folder: Path) -> None:
     assert set(plan.keys) == {*clean.keys, *eos.keys}
     assert plan.num_cells == clean.num_cells + eos.num_cells  # the third is the first by another name
     assert {block.protocol.separator for block in plan.blocks} == {"newline", "eos"}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("layers = [3]", r"method 'mine': layers must lie in -3\.\.2 \(first has 3\), got 3"),
+        ("layers = [0, -4]", r"layers must lie in -3\.\.2 \(first has 3\), got -4"),
+        ("layers = [0, -3]", r"layers \[0, -3\] name one of the 3 of first twice"),
+        ("rank = 9", "rank must be at most 8, the width of first, got 9"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_model_is_refused(folder: Path, method: str, message: str) -> None:
+    own = f'[[method]]\nname = "mine"\nbase = "vanilla"\n{method}'
+    used = ("steps = [1, 2, 4]", 'steps = [1, 2, 4]\nmethods = ["mine"]'), ("vanilla = [", "mine = ["), ("layer_causal = [1e-3, 1e-2]", "")
+    with pytest.raises(SweepError, match=message):
+        planned(folder, with_section(own), *used)
+
+
+@pytest.mark.parametrize(("model_type", "is_refused"), [("llama", False), ("gemma2", True), ("granite", True), ("olmo2", True), ("gpt_neox", False)])
+def test_the_residual_option_is_for_models_that_add_the_attention_output_as_it_is(
+    folder: Path, models: Models, monkeypatch: pytest.MonkeyPatch, model_type: str, is_refused: bool
+) -> None:
+    def identify(spec: ModelSpec, *, folder: Path) -> ModelIdentity:
+        return ModelIdentity(spec.source, spec.source, models.content[spec.source], model_type, CONFIG | {"model_type": model_type}, None)
+
+    monkeypatch.setattr(planning, "identify", identify)
+    own = '[[method]]\nname = "mine"\nbase = "layer_causal_attn"\nresidual = true'
+    used = ("steps = [1, 2, 4]", 'steps = [1, 2, 4]\nmethods = ["mine"]'), ("vanilla = [", "mine = ["), ("layer_causal = [1e-3, 1e-2]", "")
+    with pytest.raises(SweepError, match=f"add the attention output as it is; {model_type}") if is_refused else contextlib.nullcontext():
+        planned(folder, with_section(own), *used)
+
+
+def test_code_of_ones_own_is_part_of_the_key_with_the_versions_it_may_build_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "rules.py").write_text("class Mine:\n    pass\n")
+    own = '[[method]]\nname = "mine"\ncode = "rules.py:Mine"'
+    used = ("steps = [1, 2, 4]", 'steps = [1, 2, 4]\nmethods = ["mine"]'), ("vanilla = [", "mine = ["), ("layer_causal = [1e-3, 1e-2]", "")
+    keys = set(planned(folder, with_section(own), *used).keys)
+    assert set(planned(folder, with_section(own.replace("rules.py", "./rules.py")), *used).keys) == keys
+    monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", extensions.METHOD_VERSIONS["vanilla"] + 1)
+    raised = set(planned(folder, with_section(own), *used).keys)
+    assert keys != raised and len(keys & raised) == 2 * 2 * (1 + 8)  # baselines only
