@@ -406,6 +406,24 @@ def test_a_script_runs_by_itself_without_torch_or_ray(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-2:] == [str(tmp_path / "figures" / "table.html"), "set()"]
 
 
+def test_a_caption_lists_runs_that_are_no_grid(tmp_path: Path) -> None:
+    rows = [row for row in make_rows(seeds=(1, 2)) if row["kind"] == "zero_shot" or row["seed"] == 1]
+    later = [row | {"order": 1, "seed": 2, "key": hashlib.sha256(row["key"].encode()).hexdigest()} for row in rows if row["kind"] != "zero_shot"]
+    (setting,) = load(make_store(tmp_path, rows + later)).settings()
+    assert "2 seeds (1, 2), as (seed, order): (1, 0), (2, 1)." in setting.caption
+
+
+def test_learning_rate_0_is_a_control_and_never_selected(rows: list[Row], tmp_path: Path) -> None:
+    best = [row for row in rows if row["kind"] == "finetuned" and row["method"] == "vanilla" and row["learning_rate"] == 1e-3]
+    zero = [row | {"learning_rate": 0.0, "key": hashlib.sha256(row["key"].encode()).hexdigest()} for row in best]
+    zero = [row | {"folds": [fold | {"nll_label": 1e-6} for fold in row["folds"]]} for row in zero]
+    frames = load(make_store(tmp_path, rows + zero))
+    (setting,) = frames.settings()
+    chosen = select(frames, setting, "vanilla")
+    assert chosen is not None and chosen.learning_rate > 0
+    assert chosen.is_edge == (chosen.learning_rate in (1e-3, max(setting.finetuned[setting.finetuned["method"] == "vanilla"]["learning_rate"])))
+
+
 def test_planned_draws_are_those_of_the_tasks_own_runs_else_of_the_sweeps(frames: Frames) -> None:
     shared = {"tasks": ["trec"], "num_demonstrations": [4], "num_queries": NUM_QUERIES, "query_seed": 1}
 

@@ -402,6 +402,37 @@ def test_a_protocol_moves_what_it_moves_in_the_cells_of_the_same_seed(tmp_path: 
     assert "What the protocol moves: all tasks" in done.stdout
 
 
+def test_two_protocols_with_other_queries_add_up_what_the_queries_vary_on_both_sides(tmp_path: Path) -> None:
+    rows = make_rows(seeds=SEEDS)
+    other = []
+    for row in rows:
+        queries = [query | {"query": f"other {query['query']}", "sim_aou_norm": (query["sim_aou_norm"] or 0.0) * 2} for query in row["examples"]]
+        moved = changed(row, protocol=protocol(query_draw="shuffled")) | {"examples": queries}
+        if row["kind"] == "finetuned" and row["status"] == "done":
+            moved["sim_aou_norm"] = row["sim_aou_norm"] + 0.01 * row["seed"]
+        other.append(moved)
+    table = protocol_effects.data(load(make_store(tmp_path, rows + other)))
+    place = {"method": "layer_causal", "learning_rate": 1e-3, "step": LAST}
+    line = only(table, **place, metric="sim_aou_norm")
+    shared = 0.0
+    for side in (rows, other):
+        cells = [row for row in side if all(row[name] == value for name, value in place.items())]
+        per_query = np.mean([[query["sim_aou_norm"] for query in row["examples"]] for row in cells], axis=0)
+        shared += float(np.var(per_query, ddof=1)) / 24
+    assert shared > 0
+    assert estimate_of(line) == pytest.approx(t_interval([0.01 * seed for seed in SEEDS], shared))
+
+
+def test_what_a_later_store_measured_of_the_same_cells_is_read_too(tmp_path: Path) -> None:
+    (row, *_) = [row for row in make_rows(seeds=(1,)) if row["kind"] == "finetuned" and row["status"] == "done"]
+    early, late = measure("control", "separator", "sim_aou", 0.1, layer=0), measure("control", "other_draw", "sim_aou", 0.2, layer=0)
+    make_store(tmp_path / "a", [row | {"measures": [early]}])
+    make_store(tmp_path / "b", [row | {"measures": [early | {"mean": 0.9}, late]}])
+    for order in (("a", "b"), ("b", "a")):
+        controls = load(*(tmp_path / name for name in order)).controls
+        assert dict(zip(controls["control"], controls["mean"], strict=True)) == {"separator": 0.1 if order[0] == "a" else 0.9, "other_draw": 0.2}
+
+
 # --- What is planned, and the page
 
 
