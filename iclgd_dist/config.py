@@ -19,13 +19,11 @@ from iclgd_dist.axes import At, Controls, Count, Name, Number, Rates, Runs, Seed
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
-from iclgd_dist.schema import EXAMPLE, LAYER, OUTCOME
 from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import line_of, not_toml, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
-RESERVED = ("alpha", *(name for name, *_ in (*OUTCOME, *LAYER, *EXAMPLE)))  # what a metric of one's own cannot be called
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
 
@@ -107,7 +105,7 @@ class Sweep(Frozen):
     @classmethod
     def _code_is_there(cls, added: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
         for number, each in enumerate(added):
-            taken = (*METHODS, "zero_shot", "icl", "in-context") if info.field_name == "method" else RESERVED
+            taken = (*METHODS, "zero_shot", "icl", "in-context") if info.field_name == "method" else _columns()
             if each.name in (*taken, *(earlier.name for earlier in added[:number])):
                 raise At(f"{each.name!r} is the name of something else; choose one of its own", number, "name")
         found = []
@@ -322,6 +320,13 @@ def _warnings(values: dict[str, Any]) -> tuple[str, ...]:
     if isinstance(controls, dict) and controls.get("random_delta") is True and "true" not in listed(controls.get("train_on", "true")):
         said.append('controls.random_delta: is made for what was trained on the demonstrations; train_on lacks "true"')
     return tuple(said)
+
+
+def _columns() -> tuple[str, ...]:
+    """Return what a metric of one's own cannot be called."""
+    from iclgd_dist.schema import EXAMPLE, LAYER, OUTCOME  # imports pyarrow, which most sweep files do not need
+
+    return ("alpha", *(name for name, *_ in (*OUTCOME, *LAYER, *EXAMPLE)))
 
 
 def _methods(info: ValidationInfo) -> tuple[str, ...]:

@@ -167,7 +167,8 @@ class QueryPass:
 
         handle = module.register_forward_hook(keep_output)
         try:
-            with recording_scores(self.lm, index, keep_scores), recording_queries(self.lm, index, keep_ranked) if trained_NTW is not None else _nothing:
+            # Queries first: their product with those of training is not to be taken for the attention's own.
+            with recording_queries(self.lm, index, keep_ranked) if trained_NTW is not None else _nothing, recording_scores(self.lm, index, keep_scores):
                 yield
         finally:
             handle.remove()

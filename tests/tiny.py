@@ -100,7 +100,7 @@ def config(variant: str, layers: int = LAYERS) -> PretrainedConfig:
 
 
 def tiny(variant: str, dtype: torch.dtype = torch.float64, *, layers: int = LAYERS) -> LanguageModel:
-    """Return a random model with weights large enough for attention to matter and biases that are not zero."""
+    """Return a random model of a family."""
     torch.manual_seed(0)
     made = config(variant, layers)
     family = FAMILIES[made.model_type]
@@ -110,14 +110,19 @@ def tiny(variant: str, dtype: torch.dtype = torch.float64, *, layers: int = LAYE
         model = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=attention_of(family))
     finally:
         torch.set_default_dtype(previous)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_norm = "norm" in name or ".ln_" in name
-            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).to(dtype)
-            offset = 1.0 if is_norm and name.endswith("weight") and not variant.startswith("gemma") else 0.0  # Gemma's own norms add the 1
-            parameter.copy_(values * (0.1 if is_norm or parameter.dim() == 1 else 0.25) + offset)
+    fill(model, variant)
     model.eval().requires_grad_(False)
     return LanguageModel(model, family, variant, None, dtype)
+
+
+@torch.no_grad()
+def fill(model: Any, variant: str) -> None:
+    """Draw weights that are large enough for attention to matter, and biases that are not zero."""
+    for name, parameter in model.named_parameters():
+        is_norm = "norm" in name or ".ln_" in name
+        values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).to(parameter.dtype)
+        offset = 1.0 if is_norm and name.endswith("weight") and not variant.startswith("gemma") else 0.0  # Gemma's own norms add the 1
+        parameter.copy_(values * (0.1 if is_norm or parameter.dim() == 1 else 0.25) + offset)
 
 
 def ids(length: int, seed: int) -> list[int]:
