@@ -6,9 +6,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
+from iclgd_dist import measured
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.block import run_block
 from iclgd_dist.blocks import Block, with_cells
@@ -190,3 +192,27 @@ def test_a_metric_that_fails_costs_no_cell_and_is_told(sweep_file: Path, tmp_pat
     results = read_results(store)
     assert len(results.cells) == len(block.cells) and len(results.metrics) == 0
     assert results.attempts["outcome"].to_pylist() == ["metric"]
+
+
+def test_a_damaged_file_of_measures_is_named_and_can_be_set_aside(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    row = {"key": "0" * 64, "kind": "control", "name": "separator", "metric": "sim_aou", "layer": 0, "fold": "all", "n": 3, "mean": 0.5, "sd": 0.1}
+    assert measured.commit(store.root, [row], reach=lambda point: None)
+    assert not measured.commit(store.root, [row | {"mean": 0.7}], reach=lambda point: None), "the same figure is stored once"
+    assert store.verify() == [] and measured.read(store.root)["mean"].to_pylist() == [0.5]
+    (file,) = (store.root / "measures").iterdir()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 255
+    file.write_bytes(data)
+    (error,) = store.verify(set_aside=True)
+    assert file.name in str(error)
+    assert store.verify() == [] and len(measured.read(store.root)) == 0
+
+
+def test_of_figures_that_were_made_twice_the_first_counts() -> None:
+    row = {"key": "0" * 64, "kind": "control", "name": "a", "metric": "sim_aou", "layer": None, "fold": "all", "n": 3, "mean": 0.5, "sd": 0.1}
+    table = measured.SCHEMA.empty_table()
+    rows = [row, row | {"mean": 0.6}, row | {"layer": 0, "mean": 0.7}, row | {"name": "b", "mean": 0.8}]
+    made = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=measured.SCHEMA)])
+    assert measured.first_of_each(made)["mean"].to_pylist() == [0.5, 0.7, 0.8]
