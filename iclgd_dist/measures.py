@@ -8,7 +8,8 @@ Knows captures, folds and the columns of a measure. Knows nothing of how capture
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -79,28 +80,35 @@ def control_measures(baseline: Baseline, contexts: Mapping[str, Capture], finetu
     Two controls need no context: `other_query`, the change of ICL on one query with finetuning's on the next of its fold; and `centred`, each change
     minus its mean over the fold.
     """
-    num_layers = len(baseline.noise.attention_L)
     by_name: list[dict[str, dict[str, list[Tensor]]]] = [{} for _ in finetuned]
-    for layer in range(num_layers):
+    shifted: list[dict[tuple[str, str], list[Tensor]]] = [defaultdict(list) for _ in finetuned]
+    for layer in range(len(baseline.noise.attention_L)):
         changes = {name: _changes(baseline, capture, layer) for name, capture in contexts.items()}  # once for all lanes
-        for found, capture in zip(by_name, finetuned, strict=True):
+        zero_shot_QD = baseline.zero_shot.attention_LQD[layer].double()
+        icl_QD = baseline.in_context.capture.attention_LQD[layer].double() - zero_shot_QD
+        for found, moved, capture in zip(by_name, shifted, finetuned, strict=True):
             own = _changes(baseline, capture, layer)
             for name, change in changes.items():
                 for metric, values in _similarities(baseline, layer, change, own).items():
                     found.setdefault(name, {}).setdefault(metric, []).append(values)
-    rows = []
-    for capture, found in zip(finetuned, by_name, strict=True):
-        mine = [
-            row
-            for name, of_control in found.items()
-            for row in measure_rows("control", name, {metric: torch.stack(layers) for metric, layers in of_control.items()}, baseline.fold_masks)
-        ]
-        for name, shift in (("other_query", _next_query), ("centred", _centred)):
+            own_QD = capture.attention_LQD[layer].double() - zero_shot_QD
             for fold, mask_Q in baseline.fold_masks.items():
-                shifted_LQ = torch.stack([_shifted_cosine(baseline, layer, capture, mask_Q, shift) for layer in range(num_layers)])
-                mine += measure_rows("control", name, {"sim_aou": shifted_LQ}, {fold: torch.ones(int(mask_Q.sum()), dtype=torch.bool)})
+                for name, shift in (("other_query", _next_query), ("centred", _centred)):
+                    moved[name, fold].append(_shifted_cosine(baseline, layer, *shift(icl_QD[mask_Q], own_QD[mask_Q])))
+    rows = []
+    for found, moved in zip(by_name, shifted, strict=True):
+        mine = []
+        for name, of_control in found.items():
+            mine += measure_rows("control", name, _stacked_each(of_control), baseline.fold_masks)
+        for (name, fold), layers in moved.items():
+            shifted_LQ = torch.stack(layers)
+            mine += measure_rows("control", name, {"sim_aou": shifted_LQ}, {fold: torch.ones(shifted_LQ.shape[1], dtype=torch.bool)})
         rows.append(mine)
     return rows
+
+
+def _stacked_each(layers: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack(list(values)) for name, values in layers.items()}
 
 
 def _next_query(icl_QD: Tensor, finetuned_QD: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,11 +119,9 @@ def _centred(icl_QD: Tensor, finetuned_QD: Tensor) -> tuple[Tensor, Tensor]:
     return icl_QD - icl_QD.mean(0), finetuned_QD - finetuned_QD.mean(0)
 
 
-def _shifted_cosine(baseline: Baseline, layer: int, capture: Capture, mask_Q: Tensor, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the cosines of the two changes of a fold's queries after `change`, NaN where either is at or below 10 x the noise floor."""
-    zero_shot_QD = baseline.zero_shot.attention_LQD[layer].double()[mask_Q]
-    states = (baseline.in_context.capture.attention_LQD[layer], capture.attention_LQD[layer])
-    pair: list[Vectors] = [metrics.vectors(values) for values in change(*(state.double()[mask_Q] - zero_shot_QD for state in states))]
+def _shifted_cosine(baseline: Baseline, layer: int, icl_QD: Tensor, finetuned_QD: Tensor) -> Tensor:
+    """Return the cosines of two changes of a fold's queries, NaN where either is at or below 10 x the noise floor."""
+    pair: list[Vectors] = [metrics.vectors(icl_QD), metrics.vectors(finetuned_QD)]
     floor, _ = baseline.floors(layer)
     moved_Q = metrics.is_above_floor(pair[0].norm, floor) & metrics.is_above_floor(pair[1].norm, floor)
     if len(moved_Q) < 2:  # one query has no other, and is its own mean
