@@ -67,8 +67,10 @@ def random_measures(lm: LanguageModel, block: Block, encoded: Encoded, baseline:
         ratios = [_ratio(baseline, capture, list(numbers)) for capture in _captured(lm, block, encoded, searching, numbers)]
         still = []
         for lane, ratio in zip(searching, ratios, strict=True):
-            if not math.isfinite(ratio) or ratio <= 0:
+            if not math.isfinite(ratio):
                 lane.factor *= 0.25  # too far: the states are not finite
+            elif ratio <= 0:
+                lane.factor *= 4.0  # within the noise
             elif not lane.is_near(ratio):
                 lane.learn(ratio)
             else:
@@ -111,8 +113,10 @@ def _rows(baseline: Baseline, lane: _Lane, capture: Capture, ratio: float) -> li
     if not capture.is_finite():
         return rows
     norm_LQ = _norms(baseline, capture, list(range(len(baseline.gold_Q))))
+    floor_L = torch.stack([baseline.floors(layer)[0] for layer in range(len(norm_LQ))])
     for fold, mask_Q in baseline.fold_masks.items():
         ratio_L = metrics.update_ratio(norm_LQ[:, mask_Q], baseline.in_context.norm_LQ[:, mask_Q])
+        ratio_L = metrics.defined_where(metrics.is_above_floor(norm_LQ[:, mask_Q].mean(1), floor_L), ratio_L)  # as in R
         shared = {"kind": "control", "name": name, "metric": "update_ratio", "fold": fold, "n": int(mask_Q.sum()), "sd": None}
         rows += [shared | {"layer": layer, "mean": float(value) if value.isfinite() else None} for layer, value in enumerate(ratio_L)]
     return rows
@@ -120,6 +124,8 @@ def _rows(baseline: Baseline, lane: _Lane, capture: Capture, ratio: float) -> li
 
 def _ratio(baseline: Baseline, capture: Capture, numbers: Sequence[int]) -> float:
     """Return R over some queries: the geometric mean over layers of the update ratio; NaN where a state is not finite."""
+    if not capture.is_finite():
+        return math.nan
     norm_LQ = _norms(baseline, capture, numbers)
     return whole_ratio(baseline, metrics.update_ratio(norm_LQ, baseline.in_context.norm_LQ[:, list(numbers)]), norm_LQ)
 
