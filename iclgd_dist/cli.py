@@ -52,6 +52,9 @@ console = Console(highlight=False)
 
 SweepFile = Annotated[str, typer.Argument(help="Sweep file, e.g. sweeps/demo.toml", metavar="SWEEP")]
 StoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of results. Default: results/<name of the sweep>", show_default=False)]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
+]
 Where = Annotated[str, typer.Argument(help="Store directory, or the sweep file whose store it is", metavar="STORE")]
 
 
@@ -74,14 +77,13 @@ def plan(sweep: SweepFile, store: StoreOption = None) -> None:
 def run(
     sweep: SweepFile,
     store: StoreOption = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
-    ] = None,
+    address: AddressOption = None,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
 ) -> None:
     """Run every cell that is not in the store yet.
 
-    The same command again resumes; a larger grid in the same file adds to what is there.
+    The same command again resumes; a larger grid in the same file adds to what is there. With [controls] random_delta = true, random weights of the same
+    effect follow for the cells that the report cites.
 
     Example: iclgd run sweeps/demo.toml
     """
@@ -135,16 +137,12 @@ def _random_deltas(sweep: Sweep, store: Store, *, address: str | None) -> int:
 
 
 @app.command()
-def measure(
-    sweep: Annotated[str, typer.Argument(help="The sweep file (.toml)")],
-    store: Annotated[str | None, typer.Option("--store", help="Where results are. Default: results/<name of the sweep>", show_default=False)] = None,
-    address: Annotated[str | None, typer.Option("--address", help="A running Ray cluster. Default: this machine alone", show_default=False)] = None,
-) -> None:
+def measure(sweep: SweepFile, store: StoreOption = None, address: AddressOption = None) -> None:
     """Fill in what committed cells lack: metrics and control contexts added to the sweep file since, and pairs of methods.
 
     Metrics come from kept captures where there are any; the other cells are trained again, and only their measures are stored.
 
-    Example: iclgd measure sweeps/movie.toml
+    Example: iclgd measure sweeps/controls.toml
     """
     from iclgd_dist.blocks import Block, with_cells
     from iclgd_dist.encoding import Encoded
@@ -154,7 +152,7 @@ def measure(
 
     loaded = load_sweep(sweep)
     _try_code(loaded)
-    results = _existing(store or str(_store_of(loaded)))
+    results = _existing(str(store or _store_of(loaded)))
     results.prepare()
     missing, num_kept = Missing(read_results(results)), 0
 
@@ -235,7 +233,7 @@ def report(
 
 @app.command("check-method")
 def check_method_command(
-    code: Annotated[str, typer.Argument(help="A file and a class in it: my_rules.py:Mine")],
+    code: Annotated[str, typer.Argument(help="A file and a class in it: my_rules.py:Mine", metavar="FILE:NAME")],
     option: Annotated[
         list[str] | None, typer.Option("--option", help="A keyword of the class, name=value, as in options = { name = value }; may be repeated")
     ] = None,
