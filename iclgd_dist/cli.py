@@ -1,4 +1,4 @@
-"""The command line: iclgd plan | run | status | report. Knows words, exit codes and where results go; the work is elsewhere.
+"""The command line: iclgd plan | run | measure | status | report | check-method. Knows words, exit codes and where results go; the work is elsewhere.
 
 Exit codes: 0 every planned cell has a final row; 2 wrong usage, found before any model loads; 3 some cells failed; 74 storage; 75 stopped by
 SIGTERM, resumable; 130 Ctrl-C. After 75 and 130 the last line is the command that resumes.
@@ -43,6 +43,8 @@ iclgd plan   sweeps/demo.toml   what it costs; nothing is written
 iclgd run    sweeps/demo.toml   compute what is missing; again resumes
 iclgd status results/demo       how far it is, also while it runs
 iclgd report results/demo       the table, and a page of figures
+iclgd measure SWEEP.toml        metrics and controls that were added since
+iclgd check-method FILE:NAME    a training rule of your own
 
 \b
 Exit codes: 0 every cell is final; 2 wrong usage; 3 some cells failed;
