@@ -21,7 +21,7 @@ from ray import tune
 from iclgd_dist import model as models
 from iclgd_dist import sources
 from iclgd_dist.block import Progress, block_steps
-from iclgd_dist.blocks import Block, halve
+from iclgd_dist.blocks import Block
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.provenance import peak_gib
@@ -44,7 +44,7 @@ class ModelHost:
     def steps(self, block: Block) -> Generator[dict[str, Any], None, None]:
         """Run a block, yielding counts between pieces of work; the last one has `outcome`. Every execution leaves an attempt record.
 
-        Out of memory halves the lanes and tries again; a block that cannot be run here leaves an attempt and its cells pending.
+        What cannot be run here leaves its cells pending.
         """
         before = time.perf_counter()
         # Some may be there by now: from another driver, or from before this actor was restarted. Cells that are measured again are there anyway.
@@ -71,17 +71,8 @@ class ModelHost:
         finally:
             if missing:
                 self._record(block, counts, before, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
-        parts, outcomes = halve(block) if outcome == "oom" else (), list[str]()
-        for part in parts if len(parts) == 2 else ():
-            for report in self.steps(part):
-                yield self._report(block, counts.at(report["stage"]))
-            outcomes.append(report["outcome"])
-            reason = report["reason"] or reason
-            counts.num_cells += report["num_cells"]
         is_whole = block.is_measuring or all(cell.key in self.store for cell in block.cells)
-        if outcomes:
-            outcome = next((worst for worst in ("failed", "oom", "storage", "metric") if worst in outcomes), "done")
-        elif outcome not in ("metric", "done") and is_whole and not block.is_measuring:
+        if outcome not in ("metric", "done") and is_whole and not block.is_measuring:
             outcome = "done"  # by another driver, meanwhile
         if outcome == "done":
             outcome, reason = ("done", "") if is_whole else ("failed", f"{block.name}: a method yielded no probe for some of its steps")
@@ -89,7 +80,7 @@ class ModelHost:
 
     def _record(self, block: Block, counts: Progress, since: float, *, outcome: str, **more: Any) -> None:
         made: dict[str, Any] = {"block": block.name, "outcome": outcome, "host": platform.node(), "actor": self.actor, "run": self.run}
-        made |= {name: getattr(counts, name) for name in ("num_baselines", "num_training_steps", "num_cells")}
+        made |= {name: getattr(counts, name) for name in ("num_baselines", "num_lanes", "num_training_steps", "num_cells")}
         made |= {"wall_seconds": time.perf_counter() - since, "peak_gib": peak_gib(), "gflops": self.gflops}
         made |= {"created_at": datetime.datetime.now(datetime.UTC).isoformat()}
         with contextlib.suppress(StoreError) if outcome != "done" else contextlib.nullcontext():  # a full store takes no record of that either

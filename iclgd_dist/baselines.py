@@ -82,7 +82,7 @@ class Baselines:
     @torch.no_grad()
     def climb(self, layer: Any, index: int) -> None:
         for _, prefix in self.prefixes:
-            prefix.replay.climb(layer, index)
+            prefix.climb(layer, index)
         for query_pass in (self.zero_shot, self.again, *self.passes.values(), *([self.shifted] if self.shifted else [])):
             query_pass.climb(layer, index)
         for _, prefix in self.prefixes:

@@ -8,7 +8,7 @@ the contexts and the queries in them, and every bottom-up method with the captur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +21,13 @@ from iclgd_dist.commits import Committer
 from iclgd_dist.deltas import check_names
 from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.measures import MetricError
-from iclgd_dist.model import LanguageModel
+from iclgd_dist.model import LanguageModel, empty_cache, is_out_of_memory
+from iclgd_dist.packing import Parts, budget_gib, num_neighbours
 from iclgd_dist.random_deltas import random_measures
+from iclgd_dist.rows import Baseline
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
-from iclgd_dist.updates import BottomUp, LaneInputs, Method, Probe, TrainingSequence, is_bottom_up, make_method
+from iclgd_dist.updates import BottomUp, LaneInputs, Probe, TrainingSequence, is_bottom_up, make_method
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Progress:
     num_cells: int = 0  # committed by this run of the block
     num_baselines: int = 0
     num_training_steps: int = 0  # updates, summed over methods and lanes
+    num_lanes: int = 0  # most learning rates of a method in the part that ran last
 
     def at(self, stage: str, flops: float = 0.0) -> Progress:
         self.stage = stage
@@ -54,74 +57,117 @@ def run_block(lm: LanguageModel, block: Block, store: Store) -> Progress:
 def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progress]:
     """Compute and commit every cell of a block, yielding between pieces of work so that the caller can report or stop.
 
-    A cell that is there already is kept; a lane that diverges becomes rows with status `diverged` and leaves the others unchanged.
-    Errors: MetricError at the end, when all cells are committed, for a metric of the user's own that gave nothing.
+    A cell that is there already is kept; a lane that diverges becomes rows with status `diverged` and leaves the others unchanged. Lanes that do not
+    fit in memory together run one part after the other over the same baselines.
+    Errors: MemoryError or torch.OutOfMemoryError when baselines, or a lane alone, did not fit, and MetricError for a metric of the user's own that
+    gave nothing: both at the end, when all other cells are committed.
     """
-    progress, num_layers = Progress(block.cost.flops), lm.num_layers
+    progress = Progress(block.cost.flops)
     encoded = encode(block.draw, lm.tokenizer, protocol=block.protocol, max_positions=max_positions(block.model.config))
     commit = Committer(lm, block, store, encoded)
-    trained = [] if block.random_targets else block.trained()
-    rides = [_Ride(lm, block, encoded, make_method(block.method(name)), train_on) for name, train_on in trained]
-    share = _Shares(block, rides)
-    bottom_up, others = [ride for ride in rides if ride.is_bottom_up], [ride for ride in rides if not ride.is_bottom_up]
-    for ride in bottom_up:
-        ride.board()
     if block.random_targets:
         encoded = replace(encoded, control_contexts={})
-    baselines = Baselines(lm, block, encoded, [(ride.trajectory.train_on, step) for ride in rides for step in ride.trajectory.steps])
-    yield progress.at("prompts read")
-    for index in range(num_layers):
-        with lm.resident(index) as layer:
-            baselines.climb(layer, index)
-            yield progress.at(f"layer {index + 1}/{num_layers}", share.baseline / num_layers)
+    parts = Parts(block, encoded, budget_gib(lm.input_device, num_neighbours(block)))
+    share = _Shares(block)
+    probed = [] if block.random_targets else [(train_on, step) for method, train_on in block.trained() for step in block.steps(method, train_on)]
+    baselines: Baselines | None = None
+    baseline: Baseline | None = None
+    while baseline is None or parts:
+        part, full = parts.next(), ""
+        rides = [_Ride(lm, part, encoded, name, train_on) for name, train_on in part.trained()] if part else []
+        progress.num_lanes = max((ride.num_lanes for ride in rides), default=progress.num_lanes)
+        try:
+            if baseline is None:
+                baselines = Baselines(lm, block, encoded, probed)
+            assert baselines is not None
+            bottom_up = [ride for ride in rides if ride.is_bottom_up]
+            yield from _up_together(lm, baselines if baseline is None else None, bottom_up, progress, share)
+            if baseline is None:
+                baseline = baselines.compare()
+                progress.num_baselines += 2
+                progress.num_cells += commit.baselines(baselines, baseline)
             for ride in bottom_up:
-                for step in ride.climb(layer, index):
-                    yield progress.at(f"{ride.name}, layer {index + 1}/{num_layers}, step {step}", share.of(ride) / (len(ride.passes) * num_layers))
-    baseline = baselines.compare()
-    progress.num_baselines += 2
-    progress.num_cells += commit.baselines(baselines, baseline)
+                yield from _commit_passes(ride, baselines, baseline, commit, progress)
+            for ride in rides:
+                if not ride.is_bottom_up:
+                    yield from _train_and_commit(lm, ride, baselines, baseline, commit, progress, share)
+        except Exception as error:
+            if part is None or not is_out_of_memory(error):
+                raise
+            full = " ".join(str(error).split())
+        if full and part:  # outside the handler, which holds on to what filled the memory
+            rides.clear()
+            bottom_up = []
+            empty_cache()
+            parts.out_of_memory(part, commit.done, full, has_baselines=baseline is not None)
+            yield progress.at("out of memory; half as many lanes")
     if block.random_targets:
+        assert baseline is not None
         for stage, rows in random_measures(lm, block, encoded, baseline):
             commit.measures(rows)
             progress.num_cells += len({row["key"] for row in rows})
             yield progress.at(stage, (block.cost.flops - block.cost.baseline_flops) / 8)
-        return
-    for ride in bottom_up:
-        progress.num_training_steps += ride.trajectory.steps[-1] * ride.num_lanes
-        for step, query_pass in ride.passes.items():
-            progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, step, query_pass.captures())
-            yield progress.at(f"{ride.name}, step {step} committed")
-        ride.passes.clear()
-    for ride in others:
-        steps = ride.trajectory.steps
-        for probe in ride.train():
-            check_names(lm, probe.deltas)
-            ride.trajectory.add_model(lm, probe)
-            progress.num_training_steps += ride.trajectory.steps_since_last(probe.step) * ride.num_lanes
-            yield progress.at(f"{ride.name}, step {probe.step} trained", share.of(ride) / (2 * len(steps)))
-            query_pass = ride.queries()
-            for index in range(num_layers):
-                with lm.resident(index) as layer:
-                    query_pass.climb(layer, index, probe.deltas, trained_NTW=ride.items(index, probe))
-                yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{num_layers}", share.of(ride) / (2 * len(steps) * num_layers))
-            progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
-            yield progress.at(f"{ride.name}, step {probe.step} committed")
-            del probe, query_pass  # before the next step trains
+    parts.check()
     if commit.problems:
         raise MetricError("; ".join(dict.fromkeys(commit.problems)))
+
+
+def _up_together(lm: LanguageModel, baselines: Baselines | None, rides: Sequence[_Ride], progress: Progress, share: _Shares) -> Iterator[Progress]:
+    """Carry the baselines, if they are still to be made, and every bottom-up method up through the layers."""
+    if baselines is None and not rides:
+        return
+    for ride in rides:
+        ride.board()
+    yield progress.at("prompts read")
+    for index in range(lm.num_layers):
+        with lm.resident(index) as layer:
+            if baselines is not None:
+                baselines.climb(layer, index)
+                yield progress.at(f"layer {index + 1}/{lm.num_layers}", share.baseline / lm.num_layers)
+            for ride in rides:
+                for step in ride.climb(layer, index):
+                    yield progress.at(f"{ride.name}, layer {index + 1}/{lm.num_layers}, step {step}", share.of(ride) / (len(ride.passes) * lm.num_layers))
+
+
+def _commit_passes(ride: _Ride, baselines: Baselines, baseline: Baseline, commit: Committer, progress: Progress) -> Iterator[Progress]:
+    """Commit every probed step of a method that rode up."""
+    progress.num_training_steps += ride.trajectory.steps[-1] * ride.num_lanes
+    for step in list(ride.passes):
+        progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, step, ride.passes.pop(step).captures())
+        yield progress.at(f"{ride.name}, step {step} committed")
+
+
+def _train_and_commit(
+    lm: LanguageModel, ride: _Ride, baselines: Baselines, baseline: Baseline, commit: Committer, progress: Progress, share: _Shares
+) -> Iterator[Progress]:
+    """Train a method whose layers need what is above them, and capture and commit each probed step before the next one trains."""
+    steps = ride.trajectory.steps
+    for probe in ride.train():
+        check_names(lm, probe.deltas)
+        ride.trajectory.add_model(lm, probe)
+        progress.num_training_steps += ride.trajectory.steps_since_last(probe.step) * ride.num_lanes
+        yield progress.at(f"{ride.name}, step {probe.step} trained", share.of(ride) / (2 * len(steps)))
+        query_pass = ride.queries()
+        for index in range(lm.num_layers):
+            with lm.resident(index) as layer:
+                query_pass.climb(layer, index, probe.deltas, trained_NTW=ride.items(index, probe))
+            yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{lm.num_layers}", share.of(ride) / (2 * len(steps) * lm.num_layers))
+        progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
+        yield progress.at(f"{ride.name}, step {probe.step} committed")
+        del probe, query_pass  # before the next step trains
 
 
 class _Ride:
     """A method on one version of the demonstrations, with the captures of its probed steps."""
 
-    def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded, method: Method, train_on: str) -> None:
-        self.lm, self.block, self.encoded, self.method = lm, block, encoded, method
-        self.trajectory = Trajectory(method.name, train_on, block.learning_rates(method.name, train_on), block.steps(method.name, train_on))
-        self.name = method.name if train_on == "true" else f"{method.name} on {train_on}"
+    def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded, name: str, train_on: str) -> None:
+        self.lm, self.block, self.encoded, self.method = lm, block, encoded, make_method(block.method(name))
+        self.trajectory = Trajectory(name, train_on, block.learning_rates(name, train_on), block.steps(name, train_on))
+        self.name = name if train_on == "true" else f"{name} on {train_on}"
         self.training = encoded.training_for(train_on)
         self.sequences = [TrainingSequence(torch.tensor(ids), first) for ids, first in zip(self.training.sequences, self.training.first_loss, strict=True)]
         self.num_lanes = len(self.trajectory.learning_rates)
-        self.is_bottom_up = is_bottom_up(method)
+        self.is_bottom_up = is_bottom_up(self.method)
         self.passes: dict[int, Any] = {}
 
     def queries(self) -> Any:
@@ -155,11 +201,14 @@ class _Ride:
 class _Shares:
     """How a block's FLOPs divide over its stages, for progress only."""
 
-    def __init__(self, block: Block, rides: Sequence[_Ride]) -> None:
+    def __init__(self, block: Block) -> None:
         self.baseline = block.cost.baseline_flops
-        weights = {ride.name: ride.num_lanes * (2.0 if ride.is_bottom_up else 1.0) for ride in rides}
-        total = sum(weights.values()) or 1.0
-        self.trained: Mapping[str, float] = {name: (block.cost.flops - self.baseline) * weight / total for name, weight in weights.items()}
+        weights = [len(block.learning_rates(*trained)) * self._weight(block.method(trained[0]).is_bottom_up) for trained in block.trained()]
+        self.unit = (block.cost.flops - self.baseline) / (sum(weights) or 1.0)
+
+    @staticmethod
+    def _weight(is_bottom_up: bool) -> float:
+        return 2.0 if is_bottom_up else 1.0
 
     def of(self, ride: _Ride) -> float:
-        return self.trained[ride.name]
+        return self.unit * ride.num_lanes * self._weight(ride.is_bottom_up)

@@ -45,6 +45,7 @@ class Committer:
         self.to_come = Counter[Point]((cell.train_on, cell.learning_rate, cell.step) for cell in finetuned)  # type: ignore[misc]
         self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
         self.problems: list[str] = []  # of the user's own metrics
+        self.done: set[str] = set()  # keys of the cells that are committed, or measured
         self.since = time.perf_counter()
 
     def measures(self, rows: Sequence[Row]) -> None:
@@ -127,6 +128,7 @@ class Committer:
     def _commit(self, rows: Sequence[tuple[Cell, Row]], *, num_lanes: int) -> int:
         if self.block.is_measuring:
             self.measures([{"key": cell.key, **measure} for cell, row in rows for measure in row["measures"]])
+            self.done |= {cell.key for cell, _ in rows}
             return len(rows)
         seconds, num_committed = time.perf_counter() - self.since, 0
         for cell, row in rows:
@@ -134,6 +136,7 @@ class Committer:
             made |= {"created_at": datetime.datetime.now(datetime.UTC)}
             made |= {} if cell.kind == "zero_shot" else {"num_context_demonstrations": self.num_context_demonstrations}
             num_committed += self.store.commit(self.block.identity(cell) | row | self.shared | made)
+            self.done.add(cell.key)
         if rows:
             self.since = time.perf_counter()
         return num_committed

@@ -19,6 +19,7 @@ from iclgd_dist.axes import At, Controls, Count, Name, Number, Rates, Runs, Seed
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
+from iclgd_dist.resources import Resources
 from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import line_of, not_toml, unknown
 
@@ -39,17 +40,6 @@ class Analysis(Frozen):
 
     smallest_effect: Annotated[Number, Field(gt=0)] = 0.02
     matched_ratio: Annotated[Number, Field(gt=0)] = 0.5
-
-
-class Resources(Frozen):
-    """What one actor needs, and how it packs its work. None of it is part of a cell's key."""
-
-    cpus_per_actor: Count = 1
-    gpus_per_actor: Annotated[StrictInt, Field(ge=0)] = 0
-    max_actors: Count | None = None  # None = as many as fit the cluster
-    device_map: Literal["auto", "balanced", "sequential", "cpu", "disk"] = "auto"
-    max_memory: dict[str, str] = Field(default_factory=dict)  # per device, e.g. {"0" = "70GiB", "cpu" = "100GiB"}
-    tokens_per_batch: Count | None = None  # padded tokens of one micro-batch, over all lanes; None = by device
 
 
 class Sweep(Frozen):

@@ -8,6 +8,7 @@ real layers are called one by one, on hidden states of ours, with these argument
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from iclgd_dist.model import LanguageModel
+from iclgd_dist.positions import NOWHERE, computed_only_at
 
 
 class _Recorder(nn.Module):
@@ -106,12 +108,18 @@ class Prefix:
     """
 
     def __init__(self, lm: LanguageModel, ids_T: Tensor) -> None:
-        self.length = int(ids_T.shape[0])
+        self.lm, self.length = lm, int(ids_T.shape[0])
         # One layer each from the start: the model asks a cache for its length before any layer has written to it.
         self._layers = [DynamicLayer() for _ in range(lm.num_layers)]
         self._written = DynamicCache()
         self._written.layers.extend(self._layers)
         self.replay = Replay(lm, ids_T[None], cache=self._written)
+
+    def climb(self, layer: Callable[..., Any], index: int) -> None:
+        """Carry the context up through layer `index`; of the last one nothing but keys and values is wanted."""
+        is_last = index == self.lm.num_layers - 1
+        with computed_only_at(self.lm, index, 1, NOWHERE, NOWHERE) if is_last else contextlib.nullcontext():
+            self.replay.climb(layer, index)
 
     def cache(self, length: int | None = None) -> Cache:
         """Return a cache for one replay: reads this prefix, or its first `length` tokens, and stores nothing."""

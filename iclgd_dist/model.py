@@ -120,6 +120,11 @@ class LanguageModel:
         """Dtype of deltas and of the sums they enter: float32, float64 on a float64 model."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
+    @cached_property
+    def is_offloaded(self) -> bool:
+        """Whether weights of some layer rest elsewhere and come in when it is called."""
+        return next(_offloaded(self.model), None) is not None
+
     @property
     def input_device(self) -> torch.device:
         return self.device_of(self.model.get_input_embeddings())
@@ -301,6 +306,12 @@ def set_num_threads(number: int) -> None:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception says that memory ran out: of the GPU, or of the process (torch raises a plain RuntimeError then)."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def empty_cache() -> None:
+    """Give memory that torch keeps for later back to the device, so that pieces of another size fit."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:

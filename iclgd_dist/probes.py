@@ -21,6 +21,7 @@ from iclgd_dist.deltas import Deltas, attached
 from iclgd_dist.layerwise import Prefix, Replay
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
+from iclgd_dist.positions import computed_only_at
 from iclgd_dist.schema import NUM_KENDALL_QUERIES
 
 # Measured on two CPU cores: 1,024 tokens a micro-batch stay in the cache and take 3/4 of the time of 4,096. A GPU wants larger ones.
@@ -39,6 +40,10 @@ class _Row:
     num_prompt: int  # tokens of the prompt
     labels: tuple[int, ...]  # labels scored in this row
     recorded: int | None  # position that is recorded
+
+    def needed(self) -> list[int]:
+        """Return the positions that are read above the last layer: what predicts a token after the prompt, and what is recorded."""
+        return sorted({*range(self.num_prompt - 1, max(len(self.ids), self.num_prompt)), *([] if self.recorded is None else [self.recorded])})
 
 
 def _rows(query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]], numbers: Sequence[int], *, at_label: bool) -> list[_Row]:
@@ -67,6 +72,10 @@ class _MicroBatch:
         self.at_B = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n in self.recorded])
         self.position_B = torch.tensor([lead + (rows[n].recorded or 0) for _ in range(num_lanes) for n in self.recorded])
         self.num_tokens = [(rows[n].recorded or 0) + 1 for n in self.recorded]
+        # All that is read above the last layer, of every lane: the recorded position, and those that predict a token of a label.
+        needed = [(n, position) for n, row in enumerate(rows) for position in row.needed()]
+        self.needed_row = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n, _ in needed])
+        self.needed_position = torch.tensor([lead + position for _ in range(num_lanes) for _, position in needed])
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,13 @@ class QueryPass:
         `trained_NTW`: the query projections of the demonstrations' tokens, recorded while training; what the queries attend to by them is recorded too.
         """
         for batch in self.batches:
-            with attached(self.lm, index, deltas or {}), self._recording(batch, index, trained_NTW):
+            with attached(self.lm, index, deltas or {}), self._recording(batch, index, trained_NTW), self._as_far_as_read(batch, index):
                 batch.replay.climb(layer, index)
+
+    def _as_far_as_read(self, batch: _MicroBatch, index: int) -> contextlib.AbstractContextManager[None]:
+        if index < self.lm.num_layers - 1:
+            return _nothing
+        return computed_only_at(self.lm, index, len(batch.rows) * self.num_lanes, batch.needed_row, batch.needed_position)
 
     @contextlib.contextmanager
     def _recording(self, batch: _MicroBatch, index: int, trained_NTW: Tensor | None) -> Iterator[None]:

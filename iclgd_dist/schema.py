@@ -235,6 +235,7 @@ ATTEMPT: list[Column] = [
     ("run", text, "id of the run that scheduled it"),
     ("num_model_loads", i64, "models this attempt had to load (0 when the actor already held it)"),
     ("num_baselines", i64, "baselines computed: zero-shot and ICL are one each"),
+    ("num_lanes", i64, "most learning rates of a method that ran at once, after halving where memory ran out"),
     ("num_training_steps", i64, "updates done, summed over methods and learning rates"),
     ("num_cells", i64, "cells committed"),
     ("wall_seconds", f64, "time of the attempt [s]"),

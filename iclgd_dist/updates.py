@@ -16,7 +16,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from iclgd_dist import own_code
 from iclgd_dist.attention import recording_queries
@@ -24,6 +23,7 @@ from iclgd_dist.config import SweepError
 from iclgd_dist.deltas import Delta, Deltas, LowRank, attached, zeros
 from iclgd_dist.extensions import BUILTIN, MethodSpec
 from iclgd_dist.layerwise import Replay
+from iclgd_dist.losses import lane_losses
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.sites import WEIGHTS
 
@@ -104,9 +104,10 @@ class Lanes:
         self.states: list[dict[str, Any]] = [{} for _ in self.tensors]
         self.counts = [sum(len(delta.tensors()) for delta in layer.values()) for layer in self.deltas]
 
-    def update(self, loss_N: Tensor) -> None:
-        """Take one step down the gradient of each lane's own loss. Nothing is read back from the device."""
-        gradients = torch.autograd.grad(loss_N.sum(), self.tensors)
+    def update(self, loss_N: Tensor, gradients: Sequence[Tensor] | None = None) -> None:
+        """Take one step down the gradient of each lane's own loss, which is asked of autograd unless given. Nothing is read back from the device."""
+        if gradients is None:
+            gradients = torch.autograd.grad(loss_N.sum(), self.tensors)
         with torch.no_grad():
             home = self.rate_N.device  # a sharded model has its deltas, and a loss, on several devices
             squares = torch.stack([gradient.flatten(1).square().sum(1).to(home) for gradient in gradients])
@@ -152,14 +153,9 @@ def _rates(lm: LanguageModel, index: int, learning_rates: Sequence[float]) -> Te
     return torch.tensor(learning_rates, dtype=lm.delta_dtype, device=lm.device_of(lm.layers[index]))
 
 
-def lane_losses(lm: LanguageModel, hidden_NTD: Tensor, sequence: TrainingSequence) -> Tensor:
-    """Return each lane's mean cross-entropy (N,) of the early exit over the sequence's loss tokens."""
-    targets = sequence.ids_T[sequence.first :]
-    logits_NTV = lm.early_exit(hidden_NTD[:, sequence.first - 1 : -1])
-    logits_NTV = logits_NTV.to(lm.delta_dtype)
-    num_lanes, num_targets = logits_NTV.shape[:2]
-    losses = cross_entropy(logits_NTV.flatten(0, 1), targets.to(logits_NTV.device).repeat(num_lanes), reduction="none")
-    return losses.view(num_lanes, num_targets).mean(1)
+def _losses(lm: LanguageModel, hidden_NTD: Tensor, sequence: TrainingSequence) -> Tensor:
+    """Return each lane's mean loss (N,) over the tokens of a sequence that count; only the states that predict them are read."""
+    return lane_losses(lm, hidden_NTD[:, sequence.first - 1 : -1], sequence.ids_T[sequence.first :])
 
 
 @dataclass
@@ -205,12 +201,38 @@ class Vanilla(GradientDescent):
         queries: dict[int, list[Tensor]] = {index: [] for index in range(lm.num_layers)}
         for step, sequence in enumerate(demonstrations[: max(steps)], 1):
             replay = Replay(lm, sequence.ids_T.expand(len(learning_rates), -1))
+            entered: list[Tensor] = []  # what enters each layer, where it has to be run again for its gradient
             for index in range(lm.num_layers):
                 with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]), _keeping_queries(lm, index, queries[index]):
-                    replay.climb(layer, index)
-            lanes.update(lane_losses(lm, replay.hidden_BTD, sequence))
+                    if lm.is_offloaded:
+                        entered.append(replay.hidden_BTD)
+                    with torch.set_grad_enabled(not lm.is_offloaded):
+                        replay.climb(layer, index)
+            if lm.is_offloaded:
+                lanes.update(*self._layer_by_layer(lm, lanes, replay, entered, sequence))
+            else:
+                lanes.update(_losses(lm, replay.hidden_BTD, sequence))
             if step in steps:
                 yield lanes.probe(step, queries)
+
+    def _layer_by_layer(
+        self, lm: LanguageModel, lanes: Lanes, replay: Replay, entered: list[Tensor], sequence: TrainingSequence
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return each lane's loss (N,) and its gradients, with the weights and the graph of one layer at a time: each layer is brought in and run again."""
+        lowest = min(index for index, deltas in enumerate(lanes.deltas) if deltas)
+        above_NTD = replay.hidden_BTD.detach().requires_grad_(True)
+        loss_N = _losses(lm, above_NTD, sequence)
+        (flow_NTD,) = torch.autograd.grad(loss_N.sum(), [above_NTD])
+        gradients: list[Tensor] = []
+        for index in reversed(range(lowest, lm.num_layers)):
+            below_NTD = entered.pop().detach().requires_grad_(index > lowest)
+            own = [tensor for delta in lanes.deltas[index].values() for tensor in delta.tensors()]
+            with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]):
+                out_NTD = replay.through(layer, index, below_NTD)
+                found = torch.autograd.grad(out_NTD, [*own, *([below_NTD] if index > lowest else [])], flow_NTD.to(out_NTD.device))
+            gradients[:0] = found[: len(own)]
+            flow_NTD = found[-1]
+        return loss_N.detach(), gradients
 
 
 class LaneInputs:
@@ -253,7 +275,7 @@ class LayerCausal(GradientDescent):
             with attached(lm, index, lanes.deltas[0]), self.exit_states(lm, index, replay) as read, _keeping_queries(lm, index, queries[index]):
                 replay.climb(layer, index)  # with the deltas before this step's update, as all layers of one model would
             if lanes.tensors:
-                lanes.update(lane_losses(lm, read(), sequence))
+                lanes.update(_losses(lm, read(), sequence))
             else:
                 lanes.rest()
             replay.hidden_BTD = replay.hidden_BTD.detach()

@@ -58,7 +58,7 @@ def climbed(lm: LanguageModel, query_pass: QueryPass, deltas: Deltas | None = No
     for index in range(lm.num_layers):
         with lm.resident(index) as layer, torch.no_grad():
             if prefix:
-                prefix.replay.climb(layer, index)
+                prefix.climb(layer, index)
             query_pass.climb(layer, index, deltas)
     return query_pass.captures()
 

@@ -126,7 +126,7 @@ def test_a_loss_divided_exactly_moves_the_weights_by_the_last_digits_of_a_float3
 
 def test_a_loss_summed_instead_of_averaged_is_found(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = updates.lane_losses
-    monkeypatch.setattr(updates, "lane_losses", lambda lm, hidden, sequence: losses(lm, hidden, sequence) * (len(sequence.ids_T) - 1))
+    monkeypatch.setattr(updates, "lane_losses", lambda lm, hidden, targets: losses(lm, hidden, targets) * len(targets))
     assert wrong(errors_of(case)) >= {"weights", "loss_sum", "loss_per_layer", "option_logprobs", "sim_aou", "sim_am_delta"}
 
 

@@ -1,0 +1,51 @@
+"""The loss of an early exit, a few tokens at a time: no table of (all lanes' tokens x vocabulary) ever exists.
+
+Knows the output head and cross-entropy. Knows nothing of layers, deltas or optimisers.
+"""
+
+# Shapes: N lanes  T positions  D width  X = N x T tokens  Y tokens of a chunk  V vocabulary
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from iclgd_dist.model import LanguageModel
+
+TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
+
+
+def lane_losses(lm: LanguageModel, hidden_NTD: Tensor, targets_T: Tensor, *, tokens_per_chunk: int | None = None) -> Tensor:
+    """Return each lane's mean cross-entropy (N,) of the early exit at `hidden_NTD`, the states that predict `targets_T`."""
+    num_lanes, num_targets = hidden_NTD.shape[:2]
+    chunk = tokens_per_chunk or TOKENS_PER_CHUNK.get(hidden_NTD.device.type, TOKENS_PER_CHUNK["cuda"])
+    loss_X = _TokenLosses.apply(hidden_NTD.flatten(0, 1), targets_T.repeat(num_lanes), lm, chunk, num_targets)
+    return loss_X.view(num_lanes, num_targets).sum(1)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy of each token, divided by `num_targets`. It depends on the token's own state only, so the gradient is taken while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_XD: Tensor, target_X: Tensor, lm: LanguageModel, chunk: int, num_targets: int) -> Tensor:
+        losses, gradients = [], []
+        for hidden_YD, target_Y in zip(hidden_XD.split(chunk), target_X.split(chunk), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                hidden_YD = hidden_YD.detach().requires_grad_(ctx.needs_input_grad[0])
+                logits_YV = lm.early_exit(hidden_YD).to(lm.delta_dtype)
+                loss_Y = cross_entropy(logits_YV, target_Y.to(logits_YV.device), reduction="none") / num_targets
+                del logits_YV
+                if ctx.needs_input_grad[0]:
+                    gradients += torch.autograd.grad(loss_Y.sum(), [hidden_YD])
+            losses.append(loss_Y.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_XD,) = ctx.saved_tensors
+        return gradient_XD * gradients[0][:, None].to(gradient_XD), None, None, None, None

@@ -1,0 +1,102 @@
+"""How much of a block runs at once: as many lanes as memory holds, fewer after it ran out.
+
+Knows blocks, costs and memory. Knows nothing of training, captures or rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from iclgd_dist.blocks import Block, halve, with_cells
+from iclgd_dist.encoding import Encoded
+
+SHARE = 0.9  # of the memory at hand that a block is planned for
+
+
+class Parts:
+    """The trained cells of a block that are still to come, in parts that run one after the other over the same baselines."""
+
+    def __init__(self, block: Block, encoded: Encoded, budget_gib: float) -> None:
+        trained = replace(block, cells=tuple(cell for cell in block.cells if cell.kind == "finetuned"))
+        self.waiting = deque(_fitting(trained, encoded, budget_gib) if trained.cells and not block.random_targets else ())
+        self.baselines_alone = False
+        self.too_large: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting)
+
+    def next(self) -> Block | None:
+        """Return the part to run now; None: baselines only."""
+        alone, self.baselines_alone = self.baselines_alone, False
+        return None if alone or not self.waiting else self.waiting.popleft()
+
+    def out_of_memory(self, part: Block, done: Collection[str], reason: str, *, has_baselines: bool) -> None:
+        """Put back what a part has not finished: whole where it shared memory with the baselines, else in halves. A lane alone is given up."""
+        rest = replace(part, cells=tuple(cell for cell in part.cells if cell.key not in done))
+        if not has_baselines:
+            self.baselines_alone = True
+            self.waiting.appendleft(rest)
+            return
+        halves = halve(rest)
+        if len(halves) == 1:
+            lane = rest.cells[0]
+            methods = ", ".join(dict.fromkeys(str(cell.method) for cell in rest.cells))
+            self.too_large.append(f"{methods} at learning rate {lane.learning_rate:g} on {lane.train_on} ({reason})")
+        else:
+            self.waiting.extendleft(reversed(halves))
+
+    def check(self) -> None:
+        """Errors: MemoryError when a lane did not fit even alone."""
+        if self.too_large:
+            raise MemoryError(f"out of memory with one lane alone: {'; '.join(self.too_large)}")
+
+
+def _fitting(block: Block, encoded: Encoded, budget_gib: float) -> list[Block]:
+    """Return the block, or its halves, or theirs, until each is within `[resources] lanes`, or within the memory."""
+    limit = block.resources.lanes
+    is_small = with_cells(block, block.cells, encoded).cost.peak_gib <= budget_gib if limit == "auto" else _width(block) <= limit
+    halves = (block,) if is_small else halve(block)
+    return [block] if len(halves) == 1 else [part for half in halves for part in _fitting(half, encoded, budget_gib)]
+
+
+def _width(block: Block) -> int:
+    """Return the most learning rates that one method trains at once."""
+    return max(len(block.learning_rates(*trained)) for trained in block.trained())
+
+
+def budget_gib(device: torch.device, num_neighbours: int = 1) -> float:
+    """Return the memory that this process may plan to hold on a device, what it holds already included [GiB].
+
+    `num_neighbours`: processes like this one that share the machine, this one included.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return SHARE * (free + torch.cuda.memory_reserved(device)) / 2**30
+    held = psutil.Process().memory_info().rss
+    at_hand = psutil.virtual_memory().available
+    if (limit := _limit_of_group()) is not None:
+        at_hand = min(at_hand, max(0, limit - held))
+    return SHARE * (held + at_hand / num_neighbours) / 2**30
+
+
+def _limit_of_group() -> int | None:
+    """Return the memory limit of this container in bytes, which psutil does not see; None where there is none."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
+        path = Path("/sys/fs/cgroup") / name
+        if path.is_file() and (text := path.read_text().strip()).isdigit() and int(text) < psutil.virtual_memory().total:
+            return int(text)
+    return None
+
+
+def num_neighbours(block: Block) -> int:
+    """Return how many actors of this sweep a machine like this one holds."""
+    resources = block.resources
+    here = max(1, (os.cpu_count() or 1) // resources.cpus_per_actor)
+    return min(here, resources.max_actors) if resources.max_actors else here
