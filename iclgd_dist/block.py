@@ -98,6 +98,7 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
         if full and part:  # outside the handler, which holds on to what filled the memory
             rides.clear()
             bottom_up = []
+            baselines = baselines if baseline else None
             empty_cache()
             parts.out_of_memory(part, commit.done, full, has_baselines=baseline is not None)
             yield progress.at("out of memory; half as many lanes")
@@ -131,6 +132,7 @@ def _up_together(lm: LanguageModel, baselines: Baselines | None, rides: Sequence
 
 def _commit_passes(ride: _Ride, baselines: Baselines, baseline: Baseline, commit: Committer, progress: Progress) -> Iterator[Progress]:
     """Commit every probed step of a method that rode up."""
+    ride.trajectory.settle()
     progress.num_training_steps += ride.trajectory.steps[-1] * ride.num_lanes
     for step in list(ride.passes):
         progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, step, ride.passes.pop(step).captures())
@@ -165,7 +167,10 @@ class _Ride:
         self.trajectory = Trajectory(name, train_on, block.learning_rates(name, train_on), block.steps(name, train_on))
         self.name = name if train_on == "true" else f"{name} on {train_on}"
         self.training = encoded.training_for(train_on)
-        self.sequences = [TrainingSequence(torch.tensor(ids), first) for ids, first in zip(self.training.sequences, self.training.first_loss, strict=True)]
+        self.sequences = [
+            TrainingSequence(torch.tensor(ids, device=lm.input_device), first)
+            for ids, first in zip(self.training.sequences, self.training.first_loss, strict=True)
+        ]
         self.num_lanes = len(self.trajectory.learning_rates)
         self.is_bottom_up = is_bottom_up(self.method)
         self.passes: dict[int, Any] = {}

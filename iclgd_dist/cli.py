@@ -332,6 +332,10 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
     }
     if kept := {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}:
         rows["captures"] = f"{decimal(sum(kept.values()))} kept, of {len(kept):,} cells"
+    if sweep.resources.is_offloaded:
+        once, more = max((cost.layer_bytes, cost.vanilla_reads) for cost in costs)
+        vanilla = f"; methods that need the layers above read them {more} times more, {decimal(once * more)}" if more else ""
+        rows["weights"] = f"{decimal(once)} of layers, read once a block by baselines and layer by layer training{vanilla}"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)

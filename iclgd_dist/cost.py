@@ -26,6 +26,8 @@ class Cost:
     baseline_flops: float  # the part that does not shrink when lanes are split over actors
     peak_gib: float  # of the actor's process: framework, weights, deltas, graph, captures
     capture_bytes: int = 0  # of one cell's capture at most, where it is kept
+    layer_bytes: int = 0  # of all decoder layers' weights, as they are stored
+    vanilla_reads: int = 0  # times that methods which need the layers above bring all layers in, where weights are offloaded; the rest needs one time
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Pass:
     steps: Sequence[int]  # probed
 
 
-def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, passes: Sequence[Pass]) -> Cost:
+def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, storage_dtype: str, passes: Sequence[Pass]) -> Cost:
     """Return what a block with these passes costs."""
     sizes = _Sizes.of(config)
     body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
@@ -85,7 +87,7 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
     captured += sum(query_tokens + len(ids) for ids in encoded.control_contexts.values())
     captured += query_tokens * len({(each.train_on, step) for each in passes for step in each.steps if step < len(encoded.demonstrations)})
     baseline = captured * body + 2 * label_rows * head + min(NUM_NOISE_QUERIES, num_queries) / num_queries * query_tokens * body
-    training, flops = 0, baseline
+    training, flops, reads = 0, baseline, 0
     states = 2.0  # captures that are held at once
     live = 0.0  # elements of deltas, gradients, autograd's graph and logits at once
     for each in passes:
@@ -97,6 +99,7 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
         flops += tokens * (2 * body + 4 * sizes.layers * trained + 2 * (sizes.layers if is_bottom_up else 1) * head)
         flops += probed * (query_tokens * (body + 2 * sizes.layers * trained) + label_rows * head)
         training += tokens
+        reads += 0 if is_bottom_up else 2 * max(steps) + len(steps)  # forward and backward of each step, captures of each probe
         captured += probed * query_tokens
         layers = 1 if is_bottom_up else sizes.layers
         graph = num_lanes * longest * (layers * (10 * sizes.width + 4 * sizes.inner) + 3 * sizes.vocabulary)
@@ -109,7 +112,8 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
     number = 8 if compute_dtype == "float64" else 4
     held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + states * capture + moving) + 8 * 4 * capture
     kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype)
-    return Cost(training, captured, flops, baseline, FRAMEWORK_GIB + held / 2**30, kept)
+    stored = sizes.layers * sizes.layer_weights * {"float64": 8, "float32": 4}.get(storage_dtype, 2)
+    return Cost(training, captured, flops, baseline, FRAMEWORK_GIB + held / 2**30, kept, stored, reads)
 
 
 def capture_bytes(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str) -> int:

@@ -131,9 +131,9 @@ def _adder(site: Site, delta: Delta | LowRank) -> Callable[[nn.Module, tuple[Ten
 
 
 def norms(lm: LanguageModel, index: int, deltas: Deltas) -> dict[str, Tensor]:
-    """Return per trained part of a layer (q, k, v, o, mlp) the Frobenius norm (N,) of what was added to it, biases included."""
+    """Return per trained part of a layer (q, k, v, o, mlp) the Frobenius norm (N,) of what was added to it, biases included; it stays on its device."""
     squares: dict[str, list[Tensor]] = defaultdict(list)
     for site in sites(lm, index, ALL_PARTS).values():
         if site.name in deltas:
-            squares[site.part.partition(".")[0]].append(deltas[site.name].squared_norm_N().cpu())
+            squares[site.part.partition(".")[0]].append(deltas[site.name].squared_norm_N())
     return {part: torch.stack(of_part).sum(0).sqrt() for part, of_part in squares.items()}

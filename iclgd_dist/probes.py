@@ -61,21 +61,42 @@ def _rows(query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]]
     return rows
 
 
+class _Arrivals:
+    """What is on its way from the device to its place in memory: copied without waiting, put there once all of it has come."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+
+    def send(self, tensor: Tensor, put: Callable[[Tensor], None]) -> None:
+        if tensor.device.type == "cpu":
+            put(tensor)
+        else:
+            self.waiting.append((torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True), put))
+
+    def wait(self) -> None:
+        if self.waiting:
+            torch.cuda.synchronize()
+        for tensor, put in self.waiting:
+            put(tensor)
+        self.waiting.clear()
+
+
 class _MicroBatch:
-    """Some rows of all lanes on their way up, with the index tensors that read them."""
+    """Some rows of all lanes on their way up, with the index tensors that read them, on the device where the prompts enter."""
 
     def __init__(self, replay: Replay, rows: list[_Row], num_lanes: int, lead: int) -> None:
         self.replay, self.rows, self.lead = replay, rows, lead
+        device = replay.hidden_BTD.device
         self.recorded = [n for n, row in enumerate(rows) if row.recorded is not None]
         self.queries = [rows[n].query for n in self.recorded]
         # Per lane x recorded row: batch row, and recorded position.
-        self.at_B = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n in self.recorded])
-        self.position_B = torch.tensor([lead + (rows[n].recorded or 0) for _ in range(num_lanes) for n in self.recorded])
+        self.at_B = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n in self.recorded], device=device)
+        self.position_B = torch.tensor([lead + (rows[n].recorded or 0) for _ in range(num_lanes) for n in self.recorded], device=device)
         self.num_tokens = [(rows[n].recorded or 0) + 1 for n in self.recorded]
         # All that is read above the last layer, of every lane: the recorded position, and those that predict a token of a label.
         needed = [(n, position) for n, row in enumerate(rows) for position in row.needed()]
-        self.needed_row = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n, _ in needed])
-        self.needed_position = torch.tensor([lead + position for _ in range(num_lanes) for _, position in needed])
+        self.needed_row = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n, _ in needed], device=device)
+        self.needed_position = torch.tensor([lead + position for _ in range(num_lanes) for _, position in needed], device=device)
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,7 @@ class QueryPass:
         dtype = lm.delta_dtype
         self.attention_NLQD = torch.zeros(num_lanes, lm.num_layers, num_queries, lm.width, dtype=dtype)
         self.scores_NLQHT = torch.zeros(num_lanes, lm.num_layers, num_queries, lm.num_heads, num_tokens, dtype=dtype)
+        self.arrivals = _Arrivals()
         self.label_scores_NQC = torch.zeros(num_lanes, num_queries, len(label_ids), dtype=torch.float64)
         self.ranked_LNQT: dict[int, Tensor] = {}  # layer -> raw attention of the first queries to the demonstrations' tokens
 
@@ -152,9 +174,12 @@ class QueryPass:
         module = attrgetter(self.lm.family.output)(self.lm.layers[index])
         slots = [self.slot[query] for query in batch.queries]
 
+        def put(place_NQX: Tensor, taken_NQX: Tensor) -> None:
+            place_NQX[:, slots] = taken_NQX.to(place_NQX)
+
         def keep_output(_module: nn.Module, _args: Any, hidden_BTD: Tensor) -> None:
             taken = hidden_BTD[batch.at_B.to(hidden_BTD.device), batch.position_B.to(hidden_BTD.device)]
-            self.attention_NLQD[:, index, slots] = taken.view(self.num_lanes, len(slots), -1).to(self.attention_NLQD)
+            self.arrivals.send(taken.view(self.num_lanes, len(slots), -1), lambda taken_NQD: put(self.attention_NLQD[:, index], taken_NQD))
 
         def keep_scores(_module: nn.Module, query_BHTd: Tensor, key_BHTd: Tensor, scaling: float) -> None:
             # Columns: the query's own tokens, right-aligned in what is new (a shared prefix comes first, the lead too).
@@ -169,9 +194,11 @@ class QueryPass:
                 self._keep_ranked(index, slots, (grouped @ shown * scaling)[None])
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped keys: one per query head
             taken = torch.einsum("bhd,bhtd->bht", query, key) * scaling
-            taken = taken.view(self.num_lanes, len(slots), query.shape[1], -1).to(self.scores_NLQHT.device)
-            for slot, column, count in zip(slots, range(len(slots)), batch.num_tokens, strict=True):
-                self.scores_NLQHT[:, index, slot, :, :count] = taken[:, column, :, :count]
+            self.arrivals.send(taken.view(self.num_lanes, len(slots), query.shape[1], -1), put_scores)
+
+        def put_scores(taken_NQHT: Tensor) -> None:
+            for column, (slot, count) in enumerate(zip(slots, batch.num_tokens, strict=True)):
+                self.scores_NLQHT[:, index, slot, :, :count] = taken_NQHT[:, column, :, :count]
 
         def keep_ranked(query_BTHd: Tensor) -> None:
             assert trained_NTW is not None
@@ -193,11 +220,16 @@ class QueryPass:
             self.ranked_LNQT[index] = torch.zeros(self.num_lanes, num_queries, map_NQT.shape[-1], dtype=self.lm.delta_dtype)
         kept = self.ranked_LNQT[index]
         among = [column for column, slot in enumerate(slots) if slot < kept.shape[1]]
-        kept[:, [slots[column] for column in among]] = map_NQT[:, among].to(kept)
+
+        def put(taken_NQT: Tensor) -> None:
+            kept[:, [slots[column] for column in among]] = taken_NQT.to(kept)
+
+        self.arrivals.send(map_NQT[:, among], put)
 
     @torch.no_grad()
     def captures(self) -> list[Capture]:
         """Return one Capture per lane, once every layer has been climbed."""
+        self.arrivals.wait()
         for batch in self.batches:
             assert batch.replay.next_layer == self.lm.num_layers, f"{batch.replay.next_layer} of {self.lm.num_layers} layers were climbed"
             self._score_labels(batch)
@@ -229,9 +261,9 @@ class QueryPass:
         weight_Y = torch.tensor([term[4] for term in terms], dtype=torch.float64)
         for lane in range(self.num_lanes):
             logits_XV = self.lm.early_exit(hidden_BTD[row_X + lane * len(batch.rows), position_X]).double()
-            log_probability_X = logits_XV.logsumexp(-1)
-            chosen_Y = (logits_XV[read_Y.to(logits_XV.device), token_Y.to(logits_XV.device)] - log_probability_X[read_Y.to(logits_XV.device)]).cpu()
-            self.label_scores_NQC[lane].index_put_((slot_Y, label_Y), chosen_Y * weight_Y, accumulate=True)
+            read, token = read_Y.to(logits_XV.device), token_Y.to(logits_XV.device)
+            chosen_Y = logits_XV[read, token] - logits_XV.logsumexp(-1)[read]
+            self.label_scores_NQC[lane].index_put_((slot_Y, label_Y), chosen_Y.cpu() * weight_Y, accumulate=True)
 
 
 def _packed(

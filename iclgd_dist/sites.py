@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -56,7 +57,7 @@ def _site(lm: LanguageModel, index: int, part: str, path: str) -> Site:
     num_inputs, num_outputs = _shape(module)
     columns = None
     if lm.family.fused != "separate" and part in ("q", "k", "v"):
-        columns = _columns(lm.family.fused, part, num_outputs, lm.num_heads, lm.num_key_heads)
+        columns = _columns(lm.family.fused, part, num_outputs, lm.num_heads, lm.num_key_heads, lm.device_of(lm.layers[index]))
         num_outputs = len(columns)
     name = f"{lm.family.layers}.{index}.{path}" + ("" if columns is None else f".{part}")
     return Site(name, part, module, num_inputs, num_outputs, getattr(module, "bias", None) is not None, columns)
@@ -68,10 +69,11 @@ def _shape(module: Any) -> tuple[int, int]:
     return int(module.nx), int(module.nf)  # transformers' Conv1D
 
 
-def _columns(fused: str, part: str, num_outputs: int, num_heads: int, num_key_heads: int) -> Tensor:
-    """Return which outputs of a fused projection are queries, keys or values, in the order of heads."""
+@cache
+def _columns(fused: str, part: str, num_outputs: int, num_heads: int, num_key_heads: int, device: torch.device) -> Tensor:
+    """Return which outputs of a fused projection are queries, keys or values, in the order of heads; made once, on the device they are used on."""
     groups = 1 if fused == "blocks" else num_key_heads
     queries, keys = num_heads // groups, num_key_heads // groups
     heads = torch.arange(num_outputs).view(groups, queries + 2 * keys, -1)
     sizes = {"q": slice(0, queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, None)}
-    return heads[:, sizes[part]].reshape(-1)
+    return heads[:, sizes[part]].reshape(-1).to(device)

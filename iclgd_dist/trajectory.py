@@ -43,9 +43,13 @@ class Trajectory:
         """Take in a probe of one layer; the last one of a layer holds all its steps."""
         self.delta_norms.setdefault(probe.step, []).append(norms(lm, index, probe.deltas))
         if probe.step == self.steps[-1]:
-            self.loss_LSN.append(probe.loss_SN.cpu())
-            self.norm_LSN.append(probe.gradient_norm_SNL[:, :, 0].cpu())
-            self.loss_SN, self.norm_SNL = torch.stack(self.loss_LSN).sum(0), torch.stack(self.norm_LSN, dim=2)
+            self.loss_LSN.append(probe.loss_SN)
+            self.norm_LSN.append(probe.gradient_norm_SNL[:, :, 0])
+
+    def settle(self) -> None:
+        """Fetch from the devices what was noted layer by layer, once all layers are trained."""
+        self.loss_LSN, self.norm_LSN = [loss_SN.cpu() for loss_SN in self.loss_LSN], [norm_SN.cpu() for norm_SN in self.norm_LSN]
+        self.loss_SN, self.norm_SNL = torch.stack(self.loss_LSN).sum(0), torch.stack(self.norm_LSN, dim=2)
 
     def steps_since_last(self, step: int) -> int:
         return step - max((earlier for earlier in self.steps if earlier < step), default=0)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from iclgd_dist import actor, probes
+from iclgd_dist import probes, updates
 from iclgd_dist.actor import ModelHost
-from iclgd_dist.block import Progress
+from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block
 from iclgd_dist.config import ModelSpec, load_sweep
 from iclgd_dist.plan import make_plan
-from iclgd_dist.store import Store, StoreError
+from iclgd_dist.store import Store, StoreError, read_results
+
+RATES = [0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05]
 
 
 @pytest.fixture
@@ -88,41 +92,79 @@ def test_an_exception_in_a_block_is_an_attempt_with_its_traceback_and_no_cell(bl
     assert store.keys() == set()
 
 
-def out_of_memory_above(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every block with more lanes of a method than `lanes` run out of memory."""
-    real = actor.block_steps
+def out_of_memory(monkeypatch: pytest.MonkeyPatch, *, above: int = 99, rate: float | None = None) -> None:
+    """Let training run out of memory with more than `above` lanes at once, or with the learning rate `rate` among them."""
+    real = updates.Lanes.__post_init__
 
-    def steps(lm, block: Block, store: Store):
-        if max(len(block.learning_rates(method)) for method in ("vanilla", "layer_causal")) > lanes:
-            yield Progress(block.cost.flops)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        yield from real(lm, block, store)
-
-    monkeypatch.setattr(actor, "block_steps", steps)
-
-
-def test_out_of_memory_halves_the_lanes_and_finishes(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    out_of_memory_above(1, monkeypatch)
-    assert run(ModelHost(str(store.root), "run", 2), blocks[0])["outcome"] == "done"
-    assert store.keys() == {cell.key for cell in blocks[0].cells}
-    assert sorted(attempt["outcome"] for attempt in store.attempts().to_pylist()) == ["done", "done", "oom"]
-
-
-def test_after_a_split_one_half_that_fails_is_what_the_block_reports(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = actor.block_steps
-
-    def steps(lm, block: Block, store: Store):
-        if not block.name.endswith(".2"):  # the whole block and its first half
-            yield Progress(block.cost.flops)
+    def made(lanes: updates.Lanes) -> None:
+        real(lanes)
+        if len(lanes.rate_N) > above or (rate is not None and any(math.isclose(float(each), rate, rel_tol=1e-6) for each in lanes.rate_N)):
             raise torch.OutOfMemoryError("out of memory [enforce fail at alloc.cpp:117]")
-        yield from real(lm, block, store)
 
-    monkeypatch.setattr(actor, "block_steps", steps)
-    reports = list(ModelHost(str(store.root), "run", 2).steps(blocks[0]))
-    assert {report["block"] for report in reports} == {blocks[0].name}, "the driver knows no halves"
+    monkeypatch.setattr(updates.Lanes, "__post_init__", made)
+
+
+def eight_lanes(sweep_file: Path) -> Block:
+    text = sweep_file.read_text().replace("vanilla = [0.003, 0.05]", f"vanilla = {RATES}").replace("layer_causal = [0.003, 0.05]", f"layer_causal = {RATES}")
+    sweep_file.write_text(text)
+    return make_plan(load_sweep(sweep_file)).blocks[0]
+
+
+def test_eight_lanes_that_run_out_of_memory_are_halved_over_the_same_baselines(sweep_file: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, whole = eight_lanes(sweep_file), Store(store.root.with_name("whole"))
+    whole.prepare()
+    run(ModelHost(str(whole.root), "run", 2), block)
+    out_of_memory(monkeypatch, above=2)
+    assert run(ModelHost(str(store.root), "run", 2), block)["outcome"] == "done"
+    assert store.keys() == {cell.key for cell in block.cells}
+    (attempt,) = store.attempts().to_pylist()
+    assert (attempt["outcome"], attempt["num_lanes"], attempt["num_baselines"]) == ("done", 2, 2)
+    assert attempt["num_training_steps"] == 2 * 8 * 4
+    cells, expected = (sorted(read_results(each).cells.to_pylist(), key=lambda row: row["key"]) for each in (store, whole))
+    for ours, theirs in zip(cells, expected, strict=True):
+        for name in ("loss", "accuracy", "nll_label", "sim_aou", "sim_am_delta", "delta_norm", "update_ratio"):
+            assert ours[name] == theirs[name] or math.isclose(ours[name], theirs[name], rel_tol=1e-3, abs_tol=1e-5), name
+    pairs = [set(read_results(each).pairs["cell_b"].to_pylist()) for each in (store, whole)]
+    assert pairs[0] == pairs[1] != set(), "both methods are compared, however the lanes are split"
+
+
+def test_one_lane_that_never_fits_leaves_an_attempt_and_its_cells_pending_and_nothing_else(
+    sweep_file: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = eight_lanes(sweep_file)
+    out_of_memory(monkeypatch, rate=RATES[5])
+    reports = list(ModelHost(str(store.root), "run", 2).steps(block))
     assert [report["outcome"] for report in reports if report["outcome"]] == ["oom"]
-    assert reports[-1]["reason"].endswith("[enforce fail at alloc.cpp:117]")
-    assert store.keys()
+    assert re.search(rf"vanilla, layer_causal at learning rate {RATES[5]:g} on true .*alloc.cpp:117", reports[-1]["reason"])
+    assert {cell.key for cell in block.cells} - store.keys() == {cell.key for cell in block.cells if cell.learning_rate == RATES[5]}
+    (attempt,) = store.attempts().to_pylist()
+    assert attempt["outcome"] == "oom"
+    assert RATES[5] in {cell.learning_rate for cell in block.cells}
+
+
+def test_baselines_that_do_not_fit_beside_training_are_made_alone(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    real = Baselines.climb
+
+    def climb(baselines: Baselines, layer: object, index: int) -> None:
+        tried.append(index)
+        if tried == [0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(baselines, layer, index)
+
+    monkeypatch.setattr(Baselines, "climb", climb)
+    assert run(ModelHost(str(store.root), "run", 2), blocks[0])["outcome"] == "done"
+    assert tried == [0, 0, 1]
+    assert store.attempts().to_pylist()[0]["num_lanes"] == 2
+
+
+def test_baselines_that_do_not_fit_at_all_end_the_block(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def climb(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Baselines, "climb", climb)
+    assert run(ModelHost(str(store.root), "run", 2), blocks[0])["outcome"] == "oom"
+    assert store.keys() == set()
 
 
 def test_a_store_that_is_full_is_its_own_outcome(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,16 +176,6 @@ def test_a_store_that_is_full_is_its_own_outcome(blocks: tuple[Block, ...], stor
     last = run(ModelHost(str(store.root), "run", 2), blocks[0])
     assert last["outcome"] == "storage"
     assert "cannot be written" in last["reason"]
-
-
-def test_a_single_lane_that_does_not_fit_leaves_an_attempt_and_its_cells_pending(
-    blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out_of_memory_above(0, monkeypatch)
-    last = run(ModelHost(str(store.root), "run", 2), blocks[0])
-    assert last["outcome"] == "oom"
-    assert store.keys() == set()
-    assert [attempt["outcome"] for attempt in store.attempts().to_pylist()] == ["oom"] * 3
 
 
 def test_a_stopped_block_is_an_interrupted_attempt(blocks: tuple[Block, ...], store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from iclgd_dist.config import ModelSpec, Resources, SweepError
 from iclgd_dist.families import FAMILIES, family_of
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.model import LanguageModel, load
-from iclgd_dist.updates import METHODS, TrainingSequence
+from iclgd_dist.updates import METHODS, TrainingSequence, Vanilla
 from tests.tiny import ids, tiny
 
 
@@ -39,16 +40,16 @@ def test_weights_on_disk_give_the_same_logits_and_deltas_as_weights_in_memory(fa
     assert torch.equal(exits(there), exits(here))
     sequences = [TrainingSequence(torch.tensor(ids(6, seed=n)), 1) for n in range(3)]
     for method in METHODS.values():
-        (a,), (b,) = (list(method.train(lm, sequences, [0.1, 0.2], steps=[3])) for lm in (there, here))
-        assert all(torch.equal(a.deltas[name].weight_NIO, delta.weight_NIO) for name, delta in b.deltas.items())
+        for a, b in zip(*(list(method.train(lm, sequences, [0.1, 0.2], steps=[1, 3])) for lm in (there, here)), strict=True):
+            assert all(torch.equal(a.deltas[name].weight_NIO, delta.weight_NIO) for name, delta in b.deltas.items())
+            assert torch.equal(a.gradient_norm_SNL, b.gradient_norm_SNL)
     assert all(parameter.device.type == "meta" for parameter in there.layers.parameters()), "a layer stayed resident"
 
 
-def test_weights_come_in_once_while_a_layer_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def loads_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows by the name of every offloaded weight that comes in."""
     from accelerate import hooks
 
-    tiny("llama", torch.float32).model.save_pretrained(tmp_path)
-    lm = loaded(tmp_path, device_map="disk")
     loads: list[str] = []
     real = hooks.set_module_tensor_to_device
     monkeypatch.setattr(
@@ -56,6 +57,59 @@ def test_weights_come_in_once_while_a_layer_is_resident(tmp_path: Path, monkeypa
         "set_module_tensor_to_device",
         lambda module, name, device, **k: (loads.append(name) if str(device) != "meta" else None, real(module, name, device, **k))[1],
     )
+    return loads
+
+
+def test_vanilla_under_offload_holds_one_layer_at_a_time_and_brings_each_in_twice_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama", torch.float32, layers=6).model.save_pretrained(tmp_path)
+    lm = loaded(tmp_path, device_map="disk")
+    loads, resident = loads_of(monkeypatch), list[int]()
+    real = torch.autograd.grad
+
+    def watched(*args, **options):  # the graph, and what it holds, is largest when a gradient is asked for
+        found = real(*args, **options)
+        resident.append(sum(any(parameter.device.type != "meta" for parameter in layer.parameters()) for layer in lm.layers))
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    list(Vanilla().train(lm, [TrainingSequence(torch.tensor(ids(6, seed=n)), 1) for n in range(3)], [0.1, 0.2], steps=[3]))
+    assert max(resident) == 1
+    assert all(parameter.device.type == "meta" for parameter in lm.layers.parameters()), "a layer stayed resident after backward"
+    assert len(loads) == 3 * 2 * len(list(lm.layers.parameters()))
+    loads.clear()
+    list(Vanilla(layers=(4,)).train(lm, [TrainingSequence(torch.tensor(ids(6, seed=1)), 1)], [0.1], steps=[1]))
+    assert len(loads) == (6 + 2) * len(list(lm.layers[0].parameters())), "no gradient goes below the lowest layer that learns"
+
+
+def test_vanilla_under_offload_keeps_the_graph_of_one_layer(tmp_path: Path) -> None:
+    """What autograd saves at once does not grow with the number of layers; in memory it does."""
+    most: dict[tuple[str, int], int] = {}
+    for layers in (2, 8):
+        folder = tmp_path / str(layers)
+        tiny("llama", torch.float32, layers=layers).model.save_pretrained(folder)
+        for place in ("disk", "cpu"):
+            held = dict[int, int]()
+            lm = loaded(folder, device_map=place)
+
+            def pack(tensor: torch.Tensor, held: dict[int, int] = held, key: tuple[str, int] = (place, layers)) -> torch.Tensor:
+                if tensor.dim() == 3:
+                    saved = tensor.clone()  # autograd drops it with the graph
+                    held[id(saved)] = saved.nbytes
+                    weakref.finalize(saved, held.pop, id(saved), None)
+                    most[key] = max(most.get(key, 0), sum(held.values()))
+                    return saved
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+                list(Vanilla().train(lm, [TrainingSequence(torch.tensor(ids(30, seed=1)), 1)], [0.1], steps=[1]))
+    assert most["disk", 8] <= 1.1 * most["disk", 2]
+    assert most["cpu", 8] >= 3 * most["cpu", 2]
+
+
+def test_weights_come_in_once_while_a_layer_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama", torch.float32).model.save_pretrained(tmp_path)
+    lm = loaded(tmp_path, device_map="disk")
+    loads = loads_of(monkeypatch)
     replays = [Replay(lm, torch.tensor([ids(5, seed=n)])) for n in range(4)]
     loads.clear()
     with torch.no_grad(), lm.resident(0) as layer:
