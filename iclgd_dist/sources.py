@@ -30,6 +30,7 @@ from iclgd_dist.config import ModelSpec, SweepError
 
 CONVERSION_VERSION = 1  # raise it when a GGUF would be converted to other numbers or another tokenizer: its models get new hashes
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_DIGESTS = "weights.sha256.json"  # beside weights of ours
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "added_tokens.json")
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")  # one of them at least makes a tokenizer
 PROBES = ("Review: a gripping, funny film.\nSentiment: good", "  two  spaces, 1234567 and tabs\t", "na\u00efve \u65e5\u672c\u8a9e \U0001f600")
@@ -86,9 +87,9 @@ def fetch(identity: ModelIdentity) -> Path:
     Errors: SweepError when the files are not (or no longer) those that were identified.
     """
     if identity.location.endswith(".gguf"):
-        return _make_once(_cache("models") / identity.content_hash[:32], lambda target: _convert_weights(identity, target))
+        return make_once(cache_folder("models") / identity.content_hash[:32], lambda target: _convert_weights(identity, target))
     directory = _download(identity.location, identity.revision, identity.files) if identity.revision else Path(identity.location)
-    if _hash_files({name: _sha256(directory / name) for name in identity.files}) != identity.content_hash:
+    if _hash_files({name: sha256_of(directory / name) for name in identity.files}) != identity.content_hash:
         raise SweepError(f"model {identity.source!r}: the files in {directory} are not those that were planned with; start again")
     return directory
 
@@ -110,7 +111,7 @@ def load_tokenizer(identity: ModelIdentity) -> Any:
 
 def _identify_directory(source: str, directory: Path, *, commit: str | None = None) -> ModelIdentity:
     files = _files(f"model {source!r}", set(os.listdir(directory)), lambda file: _read_json(directory / file))
-    digests = {file: _sha256(directory / file) for file in files}
+    digests = {file: sha256_of(directory / file) for file in files}
     name, location = (source, source) if commit else (directory.resolve().name, str(directory))
     return _identity(source, name, digests, _read_json(directory / CONFIG), location, revision=commit)
 
@@ -165,13 +166,13 @@ def _read_json(path: Path) -> Any:
         raise SweepError(f"{path}: is not JSON: {_one_line(error)}") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """Return the file's hash. Checked and hashed only when its size or times are new: a file, no git-lfs pointer, and what its name says."""
     _require_file(path)
     status = path.stat()
     # The change time too: copying tools put the modification time back, and a finetuned model has the size of its base.
     stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    known = _cache("hashes") / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest() + ".json")
+    known = cache_folder("hashes") / (hashlib.sha256(os.path.abspath(path).encode()).hexdigest() + ".json")
     try:
         entry = json.loads(known.read_bytes())
         if entry["stamp"] == stamp:
@@ -232,12 +233,12 @@ def _gguf_file(location: str) -> Path:
 
 
 def _gguf_digests(location: str) -> dict[str, str]:
-    return {"gguf": _sha256(_gguf_file(location)), "conversion": str(CONVERSION_VERSION)}
+    return {"gguf": sha256_of(_gguf_file(location)), "conversion": str(CONVERSION_VERSION)}
 
 
 def _gguf_header(location: str, content_hash: str) -> Path:
     """Return a directory with the config and tokenizer of a GGUF; written once, without the weights: a plan needs no more."""
-    return _make_once(_cache("headers") / content_hash[:32], lambda target: _convert_header(_gguf_file(location), target))
+    return make_once(cache_folder("headers") / content_hash[:32], lambda target: _convert_header(_gguf_file(location), target))
 
 
 def _convert_header(path: Path, target: Path) -> None:
@@ -301,7 +302,7 @@ def _alone(path: Path) -> Iterator[dict[str, Any]]:
         talk.set_verbosity(level)
 
 
-def _cache(kind: str) -> Path:
+def cache_folder(kind: str) -> Path:
     try:
         (cache_dir() / kind).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -309,8 +310,11 @@ def _cache(kind: str) -> Path:
     return cache_dir() / kind
 
 
-def _make_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Return `target`, filled by `make` if it is not there: by one process only, and never seen half-made."""
+def make_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """Return `target`, filled by `make` if it is not there: by one process only, and never seen half-made.
+
+    Errors: SweepError when weights in it are not what was made.
+    """
     if not target.is_dir():
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
@@ -318,7 +322,12 @@ def _make_once(target: Path, make: Callable[[Path], None]) -> Path:
                 shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed: the lock says nobody else is at it
                 new.mkdir()
                 make(new)
+                (new / _DIGESTS).write_text(json.dumps({path.name: sha256_of(path) for path in sorted(new.glob("*.safetensors"))}))
                 new.rename(target)
+    made = json.loads((target / _DIGESTS).read_text()) if (target / _DIGESTS).exists() else {}
+    for name, digest in made.items():
+        if sha256_of(target / name) != digest:
+            raise SweepError(f"{target / name} is not what was written there; delete {target}, and it is made anew")
     return target
 
 
@@ -343,7 +352,7 @@ def _identify_hub(source: str, revision: str) -> ModelIdentity:
     # The hub tells the sha256 of large files. A hash made of them is that of the same files in a directory.
     digests = {file: stored[file].sha256 for file in files if file.endswith(".safetensors") and stored[file]}
     rest = [file for file in files if file not in digests]
-    digests |= {file: _sha256(_download(source, info.sha, rest) / file) for file in rest}
+    digests |= {file: sha256_of(_download(source, info.sha, rest) / file) for file in rest}
     return _identity(source, source, digests, _read_json(directory / CONFIG), source, revision=info.sha)
 
 

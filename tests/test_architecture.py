@@ -25,7 +25,7 @@ FLOORS = {
     2.1: ("provenance",),
     2: ("model", "plan"),
     1.8: ("blocks",),
-    1.5: ("cost", "captures", "untrained"),
+    1.5: ("cost", "captures", "untrained", "prepared"),
     1.2: ("encoding", "contexts"),  # draws as token ids, draws of controls
     1: ("metrics", "ranking", "tasks", "families", "sources", "store"),
     0.6: ("measured", "manifests"),

@@ -483,11 +483,11 @@ def test_what_a_killed_conversion_left_is_thrown_away(tmp_path: Path) -> None:
 
     target = tmp_path / "model"
     with pytest.raises(KeyboardInterrupt):
-        sources._make_once(target, fail)
+        sources.make_once(target, fail)
     assert not target.exists()
-    sources._make_once(target, lambda new: (new / "whole").touch())
+    sources.make_once(target, lambda new: (new / "whole").touch())
     assert [path.name for path in target.iterdir()] == ["whole"]
-    sources._make_once(target, fail)  # it is there: nothing is made
+    sources.make_once(target, fail)  # it is there: nothing is made
 
 
 def test_a_gguf_whose_tokenizer_changes_when_it_is_saved_is_refused(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
