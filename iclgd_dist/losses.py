@@ -31,7 +31,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_XD: Tensor, target_X: Tensor, lm: LanguageModel, chunk: int, num_targets: int) -> Tensor:
-        losses, gradients = [], []
+        losses, gradients = list[Tensor](), list[Tensor]()
         for hidden_YD, target_Y in zip(hidden_XD.split(chunk), target_X.split(chunk), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 hidden_YD = hidden_YD.detach().requires_grad_(ctx.needs_input_grad[0])
