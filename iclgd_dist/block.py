@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel, empty_cache, is_out_of_memory
 from iclgd_dist.packing import Parts, budget_gib, num_neighbours
+from iclgd_dist.probes import QueryPass
 from iclgd_dist.random_deltas import random_measures
 from iclgd_dist.rows import Baseline
 from iclgd_dist.store import Store
@@ -149,7 +151,7 @@ def _train_and_commit(
         ride.trajectory.add_model(lm, probe)
         progress.num_training_steps += ride.trajectory.steps_since_last(probe.step) * ride.num_lanes
         yield progress.at(f"{ride.name}, step {probe.step} trained", share.of(ride) / (2 * len(steps)))
-        query_pass = ride.queries()
+        query_pass = ride.waiting.again()
         for index in range(lm.num_layers):
             with lm.resident(index) as layer:
                 query_pass.climb(layer, index, probe.deltas, trained_NTW=ride.items(index, probe))
@@ -173,9 +175,11 @@ class _Ride:
         ]
         self.num_lanes = len(self.trajectory.learning_rates)
         self.is_bottom_up = is_bottom_up(self.method)
-        self.passes: dict[int, Any] = {}
+        self.passes: dict[int, QueryPass] = {}
 
-    def queries(self) -> Any:
+    @cached_property
+    def waiting(self) -> QueryPass:
+        """The queries before the first layer."""
         return queries_of(self.lm, self.block, self.encoded, num_lanes=self.num_lanes)
 
     def items(self, index: int, probe: Probe) -> Tensor | None:
@@ -191,7 +195,7 @@ class _Ride:
     def board(self) -> None:
         """Make ready to climb layer by layer."""
         self.inputs = LaneInputs(self.lm, self.sequences[: self.trajectory.steps[-1]], self.num_lanes)
-        self.passes = {step: self.queries() for step in self.trajectory.steps}
+        self.passes = {step: self.waiting.again() for step in self.trajectory.steps}
 
     def climb(self, layer: Any, index: int) -> Iterator[int]:
         """Train layer `index` and move the queries of every probed step through it, yielding each step when it is done."""

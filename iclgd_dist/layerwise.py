@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -68,7 +69,14 @@ class Replay:
         self.calls = [recorder.call for recorder in recorders]
         self.next_layer = 0
         args, kwargs = self.calls[0]  # type: ignore[misc]
-        self.hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.start_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.hidden_BTD = self.start_BTD
+
+    def again(self) -> Replay:
+        """Return the same sequences before the first layer; nothing is recorded anew."""
+        other = copy(self)
+        other.next_layer, other.hidden_BTD = 0, self.start_BTD
+        return other
 
     def through(self, layer: Callable[..., Any], index: int, hidden_BTD: Tensor) -> Tensor:
         """Return what layer `index` makes of `hidden_BTD` when called as the model would call it."""
@@ -79,8 +87,19 @@ class Replay:
     def climb(self, layer: Callable[..., Any], index: int) -> None:
         """Move the states up through layer `index`, which must be the next one."""
         assert index == self.next_layer, f"layer {index} was called, layer {self.next_layer} is next"
-        self.hidden_BTD = self.through(layer, index, self.hidden_BTD)
+        self.hidden_BTD = self.through(layer, index, self.hidden_BTD.to(self.start_BTD.device, non_blocking=True))
         self.next_layer += 1
+
+    def park(self) -> None:
+        """Let the states wait in the machine's memory until the next layer; nobody waits for the copy."""
+        self.hidden_BTD = to_host(self.hidden_BTD)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return the tensor in pinned memory, on its way there; read it after a synchronisation, or on the stream it came from."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class _PrefixLayer(DynamicLayer):

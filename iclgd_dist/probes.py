@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from iclgd_dist.attention import recording_queries, recording_scores
 from iclgd_dist.deltas import Deltas, attached
-from iclgd_dist.layerwise import Prefix, Replay
+from iclgd_dist.layerwise import Prefix, Replay, to_host
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.positions import computed_only_at
@@ -71,7 +72,7 @@ class _Arrivals:
         if tensor.device.type == "cpu":
             put(tensor)
         else:
-            self.waiting.append((torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True), put))
+            self.waiting.append((to_host(tensor), put))
 
     def wait(self) -> None:
         if self.waiting:
@@ -98,6 +99,11 @@ class _MicroBatch:
         self.needed_row = torch.tensor([lane * len(rows) + n for lane in range(num_lanes) for n, _ in needed], device=device)
         self.needed_position = torch.tensor([lead + position for _ in range(num_lanes) for _, position in needed], device=device)
 
+    def again(self) -> _MicroBatch:
+        other = copy(self)
+        other.replay = self.replay.again()
+        return other
+
 
 @dataclass(frozen=True)
 class Context:
@@ -113,7 +119,7 @@ class QueryPass:
 
     With `context` the queries follow a shared prefix whose replay must climb each layer first; without, each row starts with the ids `lead`.
     `at_label` records at the last token of the first label, appended to the prompt, instead of at the prompt's last token. `shift` moves the positions of
-    what follows `lead`, for models with absolute ones.
+    what follows `lead`, for models with absolute ones. `parks`: between layers the states wait in the machine's memory, not on the device.
     """
 
     def __init__(
@@ -129,8 +135,9 @@ class QueryPass:
         numbers: Sequence[int] | None = None,
         at_label: bool = False,
         shift: int = 0,
+        parks: bool = False,
     ) -> None:
-        self.lm, self.label_ids, self.num_lanes, self.context = lm, label_ids, num_lanes, context
+        self.lm, self.label_ids, self.num_lanes, self.context, self.parks = lm, label_ids, num_lanes, context, parks
         tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(lm.input_device.type, TOKENS_PER_BATCH["cuda"])
         numbers = list(range(len(query_ids))) if numbers is None else list(numbers)
         self.slot = {number: slot for slot, number in enumerate(numbers)}
@@ -145,14 +152,23 @@ class QueryPass:
             positions_T = torch.arange(ids_RT.shape[1]) + shift * (torch.arange(ids_RT.shape[1]) >= len(lead)) if shift else None
             cache = context.prefix.cache(context.length) if context else None
             self.batches.append(_MicroBatch(Replay(lm, ids_RT.repeat(num_lanes, 1), cache=cache, positions_T=positions_T), rows, num_lanes, len(lead)))
-        num_queries = len(numbers)
-        num_tokens = max(len(query_ids[number]) for number in numbers) + (len(label_ids[0]) if at_label else 0)
-        dtype = lm.delta_dtype
-        self.attention_NLQD = torch.zeros(num_lanes, lm.num_layers, num_queries, lm.width, dtype=dtype)
-        self.scores_NLQHT = torch.zeros(num_lanes, lm.num_layers, num_queries, lm.num_heads, num_tokens, dtype=dtype)
+        self.num_tokens = max(len(query_ids[number]) for number in numbers) + (len(label_ids[0]) if at_label else 0)
+        self._clear()
+
+    def _clear(self) -> None:
+        num_lanes, num_queries, dtype = self.num_lanes, len(self.slot), self.lm.delta_dtype
+        self.attention_NLQD = torch.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.width, dtype=dtype)
+        self.scores_NLQHT = torch.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.num_heads, self.num_tokens, dtype=dtype)
         self.arrivals = _Arrivals()
-        self.label_scores_NQC = torch.zeros(num_lanes, num_queries, len(label_ids), dtype=torch.float64)
+        self.label_scores_NQC = torch.zeros(num_lanes, num_queries, len(self.label_ids), dtype=torch.float64)
         self.ranked_LNQT: dict[int, Tensor] = {}  # layer -> raw attention of the first queries to the demonstrations' tokens
+
+    def again(self) -> QueryPass:
+        """Return the same queries before the first layer, with nothing captured."""
+        other = copy(self)
+        other.batches = [batch.again() for batch in self.batches]
+        other._clear()
+        return other
 
     @torch.no_grad()
     def climb(self, layer: Callable[..., Any], index: int, deltas: Deltas | None = None, *, trained_NTW: Tensor | None = None) -> None:
@@ -163,6 +179,8 @@ class QueryPass:
         for batch in self.batches:
             with attached(self.lm, index, deltas or {}), self._recording(batch, index, trained_NTW), self._as_far_as_read(batch, index):
                 batch.replay.climb(layer, index)
+            if self.parks:
+                batch.replay.park()
 
     def _as_far_as_read(self, batch: _MicroBatch, index: int) -> contextlib.AbstractContextManager[None]:
         if index < self.lm.num_layers - 1:
@@ -247,7 +265,7 @@ class QueryPass:
 
     def _score_labels(self, batch: _MicroBatch) -> None:
         """Add each label's mean log-probability; the output head reads only the positions that predict a label token."""
-        hidden_BTD = batch.replay.hidden_BTD
+        hidden_BTD = batch.replay.hidden_BTD.to(self.lm.input_device)
         reads: dict[tuple[int, int], int] = {}  # (row, position) -> index of its logits
         terms = []  # (index of logits, token, query slot, label, weight)
         for n, row in enumerate(batch.rows):

@@ -199,8 +199,8 @@ class Vanilla(GradientDescent):
     ) -> Iterator[Probe]:
         lanes = self.lanes(lm, range(lm.num_layers), learning_rates, seed)
         queries: dict[int, list[Tensor]] = {index: [] for index in range(lm.num_layers)}
-        for step, sequence in enumerate(demonstrations[: max(steps)], 1):
-            replay = Replay(lm, sequence.ids_T.expand(len(learning_rates), -1))
+        inputs = LaneInputs(lm, demonstrations[: max(steps)], len(learning_rates))
+        for step, (sequence, replay) in enumerate(zip(inputs.sequences, inputs.replays, strict=True), 1):
             entered: list[Tensor] = []  # what enters each layer, where it has to be run again for its gradient
             for index in range(lm.num_layers):
                 with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]), _keeping_queries(lm, index, queries[index]):
@@ -212,6 +212,7 @@ class Vanilla(GradientDescent):
                 lanes.update(*self._layer_by_layer(lm, lanes, replay, entered, sequence))
             else:
                 lanes.update(_losses(lm, replay.hidden_BTD, sequence))
+            replay.hidden_BTD = replay.start_BTD  # what carries the graph
             if step in steps:
                 yield lanes.probe(step, queries)
 
