@@ -31,7 +31,7 @@ def queries_of(lm: LanguageModel, block: Block, encoded: Encoded, **options: Any
         "lead": encoded.prefix_ids,
         "tokens_per_batch": block.resources.tokens_per_batch,
         "at_label": block.protocol.record_position == "label",
-        "parks": block.resources.states == "host",
+        "parks": block.resources.hidden_states == "host",
     }
     return QueryPass(lm, encoded.queries, encoded.label_ids, **defaults | options)
 

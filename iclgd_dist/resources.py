@@ -20,7 +20,7 @@ class Resources(Frozen):
     max_memory: dict[str, str] = Field(default_factory=dict)  # per device, e.g. {"0" = "70GiB", "cpu" = "100GiB"}
     tokens_per_batch: Count | None = None  # padded tokens of one micro-batch, over all lanes; None = by device
     lanes: Count | Literal["auto"] = "auto"  # most learning rates of a method that train at once; auto = as many as fit in memory
-    states: Literal["device", "host"] = "device"  # where the queries' hidden states wait between layers; host = the machine's memory, for a small GPU
+    hidden_states: Literal["device", "host"] = "device"  # where the queries' hidden states wait between layers; host = the machine's memory, for a small GPU
 
     @property
     def is_offloaded(self) -> bool:

@@ -311,10 +311,7 @@ def cache_folder(kind: str) -> Path:
 
 
 def make_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Return `target`, filled by `make` if it is not there: by one process only, and never seen half-made.
-
-    Errors: SweepError when weights in it are not what was made.
-    """
+    """Return `target`, filled by `make` if it is not there: by one process only, and never seen half-made; SweepError if its weights changed since."""
     if not target.is_dir():
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
@@ -322,7 +319,8 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
                 shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed: the lock says nobody else is at it
                 new.mkdir()
                 make(new)
-                (new / _DIGESTS).write_text(json.dumps({path.name: sha256_of(path) for path in sorted(new.glob("*.safetensors"))}))
+                if weights := sorted(new.glob("*.safetensors")):
+                    (new / _DIGESTS).write_text(json.dumps({path.name: sha256_of(path) for path in weights}))
                 new.rename(target)
     made = json.loads((target / _DIGESTS).read_text()) if (target / _DIGESTS).exists() else {}
     for name, digest in made.items():

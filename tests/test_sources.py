@@ -458,13 +458,14 @@ def test_two_processes_that_start_at_once_convert_once(gguf_file: Path, tmp_path
     identify(gguf_file)
     script = """
 import sys, time
+from safetensors.numpy import save_file
 from iclgd_dist import sources
 from iclgd_dist.config import ModelSpec
 def slowly(identity, target):
     with open(sys.argv[2], "a") as file:
         file.write("once ")
     time.sleep(2)
-    (target / "model.safetensors").touch()
+    save_file({}, target / "model.safetensors")
 sources._convert_weights = slowly
 print(sources.fetch(sources.identify(ModelSpec(source=sys.argv[1]))))
 """
