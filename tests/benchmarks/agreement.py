@@ -42,8 +42,9 @@ class Stored:
         Errors: AssertionError naming the cell and the figure that is not the same.
         """
         row = self.cells[key]
-        if row["status"] == "diverged" or not all(figure.isfinite().all() for name, figure in found.items() if name in ("label_scores", "delta_norms")):
-            assert row["status"] == "diverged" and not found["label_scores"].isfinite().all(), f"{key}: only one of the two procedures diverged"
+        is_finite = all(bool(figure.isfinite().all()) for name, figure in found.items() if name in ("label_scores", "delta_norms"))
+        assert is_finite == (row["status"] == "done"), f"{key}: only one of the two procedures diverged"
+        if not is_finite:
             return {}
         chosen = [row["examples"][n] for n in queries] if queries is not None else row["examples"]
         errors = {"label_scores": _largest(found["label_scores"] - torch.tensor([each["label_scores"] for each in chosen]))}
