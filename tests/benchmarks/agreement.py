@@ -54,7 +54,8 @@ class Stored:
             assert mine == each["prediction"] or first - second <= 2 * TOLERANCE["label_scores"], f"{key}, query {query}: another label is predicted"
         if "delta_norms" in found:
             norms = torch.tensor([[layer["delta_norm_k"], layer["delta_norm_v"]] for layer in row["layers"]])
-            errors["delta_norms"] = _largest(found["delta_norms"] / norms - 1)
+            # In units of the largest layer's: where little is learnt, weights written in float32 are rounded by as much.
+            errors["delta_norms"] = _largest(found["delta_norms"] - norms) / float(norms.max())
         floors = {"sim_aou": torch.tensor([layer["noise_floor"] for layer in row["layers"]])[:, None, None]}
         floors["sim_am_delta"] = torch.tensor([layer["noise_floor_scores"] for layer in row["layers"]])[:, None, :]
         floors["sim_am_delta"][0] = torch.inf  # the first layer does not count

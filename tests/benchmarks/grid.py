@@ -26,8 +26,9 @@ from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store
 from tests.tiny import save_fruit, save_tiny, save_tokenizer
 
+# Vanilla from 5e-2 on is chaotic: within 32 steps rounding alone grows to a tenth of the delta, and no two procedures agree.
 RATES = {
-    "vanilla": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1),
+    "vanilla": (3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2),
     "layer_causal": (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
 }
 SWEEP = """
