@@ -129,6 +129,30 @@ def ids(length: int, seed: int) -> list[int]:
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+FRUIT = ["apple", "pear", "plum", "fig", "date", "mango", "peach", "grape", "lemon", "lime", "sloe", "quince", "tamarind", "cherry", "melon", "papaya"]
+
+
+def save_fruit(path: Path) -> None:
+    """Write a labelled file of one's own."""
+    rows = [f"a {size} {name},{'sour' if number % 2 else 'sweet'}" for number, name in enumerate(FRUIT) for size in ("small", "large", "ripe")]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+
+
+def save_tokenizer(directory: Path, letters: str = "") -> int:
+    """Write a byte-level tokenizer, in which a space and one of these letters are one token; return its number of tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    space = "Ġ"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [space + letter for letter in letters]
+    vocabulary = {"<s>": 0, "</s>": 1} | {token: n + 2 for n, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(space, letter) for letter in letters]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    return len(vocabulary)
+
+
 def save_tiny(directory: Path, vocabulary: int) -> None:
     """Write a random two-layer llama as transformers would."""
     torch.manual_seed(0)
