@@ -47,7 +47,7 @@ class Stored:
         if not is_finite:
             return {}
         chosen = [row["examples"][n] for n in queries] if queries is not None else row["examples"]
-        errors = {"label_scores": _largest(found["label_scores"] - torch.tensor([each["label_scores"] for each in chosen]))}
+        errors = {"label_scores": _largest(found["label_scores"] - torch.tensor([each["label_scores"] for each in chosen], dtype=torch.float64))}
         predicted = found["label_scores"].argmax(1).tolist()
         for query, (mine, each) in enumerate(zip(predicted, chosen, strict=True)):
             first, second = sorted(each["label_scores"], reverse=True)[:2]

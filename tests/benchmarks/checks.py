@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iclgd_dist import updates
 from iclgd_dist.updates import METHODS, TrainingSequence
 from tests.benchmarks import flops, grid, lanes, loop, papers, reference, roofline
+from tests.benchmarks.agreement import Stored
 from tests.benchmarks.flops import Sizes
 from tests.tiny import save_tiny, tiny
 
@@ -94,6 +95,18 @@ def test_a_learning_rate_that_is_off_by_a_hundredth_is_found(benchmark: Callable
     monkeypatch.setattr(updates.GradientDescent, "direction", lambda *given: 1.01 * direction(*given))
     with pytest.raises(AssertionError, match="differs by"):
         benchmark.run(TINY)
+
+
+def test_every_figure_that_is_off_is_found() -> None:
+    with grid.work(grid.parser(None).parse_args(TINY)) as work:
+        store = grid.new_store(work.folder)
+        grid.main([str(work.sweep), str(store.root)])
+        stored, key = Stored(store), ("vanilla", work.block.learning_rates("vanilla")[-1], 4)
+        found = loop.Loop(work).run()[key]
+    stored.errors(key, found)
+    for name in ("label_scores", "delta_norms", "sim_aou", "sim_am_delta", "sim_aou_prefix", "sim_am_delta_prefix"):
+        with pytest.raises(AssertionError, match=f"{name} differs by|another label is predicted"):
+            stored.errors(key, found | {name: 1.01 * found[name] + 0.003 * (name != "delta_norms")})
 
 
 def test_a_lane_that_learns_otherwise_among_others_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
