@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# Read by torch when it makes its first tensor: large ones lie on huge pages. Mapping small pages anew took a tenth of the time of training.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {"load_sweep": "config", "read_results": "store", "Store": "store"}
 __all__ = ["Store", "load_sweep", "read_results"]

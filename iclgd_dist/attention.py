@@ -25,7 +25,7 @@ _PRODUCTS = {torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.b
 
 @contextlib.contextmanager
 def recording_scores(lm: LanguageModel, index: int, sink: ScoreSink) -> Iterator[None]:
-    """Call `sink(attention module, query_BHTd, key_BHSd, scaling)` at every attention of layer `index`, with what enters the product q.k.
+    """Call `sink(attention module, query_BHTd, key_BKSd, scaling, prefix_key_1KPd)` at every attention of layer `index`, with what enters the product q.k.
 
     After norms and rotation, before any mask, position bias or soft cap: scores are q.k x scaling. Grouped keys may have fewer heads than queries.
     Deltas have to be attached before.
@@ -69,7 +69,7 @@ class _FirstProduct(TorchFunctionMode):
         scaling = self.lm.family.scaling
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        self.sink(self.attention, query, key, getattr(self.attention, scaling) if isinstance(scaling, str) else scaling)
+        self.sink(self.attention, query, key, getattr(self.attention, scaling) if isinstance(scaling, str) else scaling, None)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from iclgd_dist.model import LanguageModel
+from iclgd_dist.model import LanguageModel, behind, put_before
 from iclgd_dist.positions import NOWHERE, computed_only_at
 
 
@@ -80,6 +80,7 @@ class Replay:
 
     def through(self, layer: Callable[..., Any], index: int, hidden_BTD: Tensor) -> Tensor:
         """Return what layer `index` makes of `hidden_BTD` when called as the model would call it."""
+        put_before(None)
         args, kwargs = self.calls[index]  # type: ignore[misc]
         output = layer(hidden_BTD, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": hidden_BTD})
         return output[0] if isinstance(output, tuple) else output
@@ -103,20 +104,25 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 class _PrefixLayer(DynamicLayer):
-    """Keys and values of a shared prefix, read by every row and changed by none."""
+    """Keys and values of a shared prefix, read by every row and changed by none.
 
-    def __init__(self, source: DynamicLayer, length: int) -> None:
+    `hands_over`: the attention gets them apart from the row's own; else they are copied before these.
+    """
+
+    def __init__(self, source: DynamicLayer, length: int, *, hands_over: bool) -> None:
         super().__init__()
-        self.source, self.length = source, length
+        self.source, self.length, self.hands_over = source, length, hands_over
 
     def get_seq_length(self) -> int:
         return self.length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows, keys, values = key_states.shape[0], self.source.keys, self.source.values
-        assert keys is not None and values is not None, "the context has to climb a layer before its readers"
-        keys, values = (part[:, :, : self.length].expand(rows, -1, -1, -1) for part in (keys, values))
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        assert self.source.keys is not None and self.source.values is not None, "the context has to climb a layer before its readers"
+        keys, values = (part[:, :, : self.length] for part in (self.source.keys, self.source.values))
+        if self.hands_over:
+            put_before((keys, values))
+            return key_states, value_states
+        return behind(keys, key_states), behind(values, value_states)
 
 
 class Prefix:
@@ -142,7 +148,8 @@ class Prefix:
 
     def cache(self, length: int | None = None) -> Cache:
         """Return a cache for one replay: reads this prefix, or its first `length` tokens, and stores nothing."""
-        return Cache(layers=[_PrefixLayer(layer, length or self.length) for layer in self._layers])
+        hands_over = self.lm.family.scores == "interface"
+        return Cache(layers=[_PrefixLayer(layer, length or self.length, hands_over=hands_over) for layer in self._layers])
 
     def forget(self, index: int) -> None:
         """Drop the keys and values of a layer that nobody will read again."""

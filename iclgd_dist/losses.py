@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from iclgd_dist.model import LanguageModel
 
@@ -31,16 +30,25 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_XD: Tensor, target_X: Tensor, lm: LanguageModel, chunk: int, num_targets: int) -> Tensor:
-        losses, gradients = list[Tensor](), list[Tensor]()
+        losses, gradients, has_gradient = list[Tensor](), list[Tensor](), ctx.needs_input_grad[0]
         for hidden_YD, target_Y in zip(hidden_XD.split(chunk), target_X.split(chunk), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                hidden_YD = hidden_YD.detach().requires_grad_(ctx.needs_input_grad[0])
-                logits_YV = lm.early_exit(hidden_YD).to(lm.delta_dtype)
-                loss_Y = cross_entropy(logits_YV, target_Y.to(logits_YV.device), reduction="none") / num_targets
-                del logits_YV
-                if ctx.needs_input_grad[0]:
-                    gradients += torch.autograd.grad(loss_Y.sum(), [hidden_YD])
-            losses.append(loss_Y.detach())
+            with torch.set_grad_enabled(has_gradient):
+                hidden_YD = hidden_YD.detach().requires_grad_(has_gradient)
+                normed_YD = lm.normed(hidden_YD)
+                read_YD = normed_YD.detach().requires_grad_(has_gradient)
+                logits_YV = lm.logits(read_YD).to(lm.delta_dtype)
+            # Written out, since cross_entropy and its gradient pass over the table of logits twice as often, and that is what they cost.
+            with torch.no_grad():
+                target_Y1 = target_Y.to(logits_YV.device)[:, None]
+                top_Y1, at_Y1 = logits_YV.max(1, keepdim=True)
+                chance_YV = logits_YV.softmax(1)
+                loss_Y1 = top_Y1 - chance_YV.gather(1, at_Y1).log() - logits_YV.gather(1, target_Y1)
+            losses.append(loss_Y1[:, 0] / num_targets)
+            if has_gradient:
+                chance_YV.scatter_add_(1, target_Y1, torch.full_like(loss_Y1, -1.0))
+                (flow_YD,) = torch.autograd.grad(logits_YV, [read_YD], chance_YV)
+                gradients += torch.autograd.grad(normed_YD, [hidden_YD], flow_YD / num_targets)
+            del logits_YV, chance_YV
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -30,22 +30,48 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from iclgd_dist import shared_attention
 from iclgd_dist.config import ModelSpec, Resources, SweepError
 from iclgd_dist.families import Family, family_of, num_key_heads
 from iclgd_dist.untrained import redraw
 
 RECORDED = "iclgd_recorded"
-ScoreSink = Callable[[nn.Module, Tensor, Tensor, float], None]
+# Attention module, queries (B, H, T, d), keys (B, K, S, d), scaling, and the keys (1, K, P, d) of a prefix that comes before those, or None.
+ScoreSink = Callable[[nn.Module, Tensor, Tensor, float, Tensor | None], None]
 _sink: ScoreSink | None = None
+_prefix: tuple[Tensor, Tensor] | None = None
 
 
-def _recorded(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an attention function that shows queries (B, H, T, d) and keys (B, H_kv, S, d) to whoever listens, then computes."""
+def put_before(prefix: tuple[Tensor, Tensor] | None) -> None:
+    """Let the next attention see these keys and values (1, K, P, d) before its own, in every row: a cache calls this where it would return both together.
+
+    None: let it see its own, whatever a layer that was interrupted has left.
+    """
+    global _prefix
+    _prefix = prefix
+
+
+def behind(keys_1KPd: Tensor, own_BKTd: Tensor) -> Tensor:
+    """Return the keys, or values, of every row behind those of a prefix, as a copy."""
+    return torch.cat([keys_1KPd.expand(len(own_BKTd), -1, -1, -1), own_BKTd], dim=2)
+
+
+def _recorded(compute: Callable[..., Any], *, splits: bool) -> Callable[..., Any]:
+    """Return an attention function that shows queries (B, H, T, d) and keys (B, K, S, d) to whoever listens, then computes.
+
+    `splits`: behind a shared prefix it attends in two parts where that pays.
+    """
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        global _prefix
+        prefix, _prefix = _prefix, None
+        scaling = kwargs.get("scaling")
         if _sink is not None:
-            scaling = kwargs.get("scaling")
-            _sink(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            _sink(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, prefix[0] if prefix else None)
+        if prefix and splits and shared_attention.pays(query, prefix[0], kwargs.get("sliding_window")):
+            return shared_attention.attend_behind(prefix, query, key, value, scaling=scaling).transpose(1, 2), None
+        if prefix:
+            key, value = behind(prefix[0], key), behind(prefix[1], value)
         return compute(module, query, key, value, attention_mask, **kwargs)
 
     return attend
@@ -57,7 +83,7 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 # Without a mask function under the same name, no mask is made for an attention function of ours.
 for _name, _compute, _mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask)):
-    AttentionInterface.register(f"{RECORDED}_{_name}", _recorded(_compute))
+    AttentionInterface.register(f"{RECORDED}_{_name}", _recorded(_compute, splits=_name == "sdpa"))
     AttentionMaskInterface.register(f"{RECORDED}_{_name}", _mask)
 
 
@@ -68,7 +94,7 @@ def attention_of(family: Family) -> str:
 
 @contextlib.contextmanager
 def listening(sink: ScoreSink) -> Iterator[None]:
-    """Call `sink(attention module, queries, keys, scaling)` at every attention call inside the block."""
+    """Call the sink at every attention call inside the block."""
     global _sink
     assert _sink is None, "attention scores are already being recorded"
     _sink = sink
@@ -156,17 +182,27 @@ class LanguageModel:
 
     def early_exit(self, hidden_XD: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states after any layer: final norm, projection where the model has one, output head, scaling or cap."""
-        for path in (self.family.norm, self.family.project_out, self.family.head):
-            module = module_at(self.model, path)
-            if module is not None:
-                hidden_XD = module(hidden_XD.to(self.device_of(module)))
+        return self.logits(self.normed(hidden_XD))
+
+    def normed(self, hidden_XD: Tensor) -> Tensor:
+        """Return what the output head reads of hidden states after any layer."""
+        return self._through((self.family.norm, self.family.project_out), hidden_XD)
+
+    def logits(self, normed_XD: Tensor) -> Tensor:
+        logits_XV = self._through((self.family.head,), normed_XD)
         how, name = self.family.logits or ("times", None)
         number = getattr(self.model.config, name) if name else None
         if number is None:
-            return hidden_XD
+            return logits_XV
         if how == "cap":
-            return torch.tanh(hidden_XD / number) * number
-        return hidden_XD * number if how == "times" else hidden_XD / number
+            return torch.tanh(logits_XV / number) * number
+        return logits_XV * number if how == "times" else logits_XV / number
+
+    def _through(self, paths: Iterable[str | None], states: Tensor) -> Tensor:
+        for module in (module_at(self.model, path) for path in paths):
+            if module is not None:
+                states = module(states.to(self.device_of(module)))
+        return states
 
 
 @contextlib.contextmanager

@@ -199,8 +199,8 @@ class QueryPass:
             taken = hidden_BTD[batch.at_B.to(hidden_BTD.device), batch.position_B.to(hidden_BTD.device)]
             self.arrivals.send(taken.view(self.num_lanes, len(slots), -1), lambda taken_NQD: put(self.attention_NLQD[:, index], taken_NQD))
 
-        def keep_scores(_module: nn.Module, query_BHTd: Tensor, key_BHTd: Tensor, scaling: float) -> None:
-            # Columns: the query's own tokens, right-aligned in what is new (a shared prefix comes first, the lead too).
+        def keep_scores(_module: nn.Module, query_BHTd: Tensor, key_BHTd: Tensor, scaling: float, prefix_key_1HPd: Tensor | None) -> None:
+            # Columns: the query's own tokens, right-aligned in what is new (a shared prefix comes first where it is not apart, the lead too).
             at, position = batch.at_B.to(query_BHTd.device), batch.position_B.to(query_BHTd.device)
             first = key_BHTd.shape[2] - query_BHTd.shape[2] + batch.lead
             query = query_BHTd[at, :, position].to(self.scores_NLQHT.dtype)
@@ -208,7 +208,8 @@ class QueryPass:
             if self.context is not None and self.context.columns_T is not None:
                 # Summed over heads: the queries of a group meet the same key. All rows share the prefix.
                 grouped = query.unflatten(1, (key.shape[1], -1)).sum(2).flatten(1)
-                shown = key_BHTd[0, :, self.context.columns_T.to(key.device)].to(grouped.dtype).transpose(1, 2).flatten(0, 1)
+                before = (key_BHTd if prefix_key_1HPd is None else prefix_key_1HPd)[0]
+                shown = before[:, self.context.columns_T.to(key.device)].to(grouped.dtype).transpose(1, 2).flatten(0, 1)
                 self._keep_ranked(index, slots, (grouped @ shown * scaling)[None])
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped keys: one per query head
             taken = torch.einsum("bhd,bhtd->bht", query, key) * scaling

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from iclgd_dist import shared_attention
 from iclgd_dist.attention import recording_queries
 from iclgd_dist.config import ModelSpec, Resources
 from iclgd_dist.deltas import Delta, Deltas, attached
@@ -157,11 +159,14 @@ def early_exits_are_the_models_own_logits(lm: LanguageModel, model: nn.Module, p
 
 def a_shared_prefix_equals_the_full_prompt(lm: LanguageModel, model: nn.Module, prompts: Prompts) -> Iterator[float]:
     """(f) Queries behind a context whose keys and values were computed once equal whole prompts, of the package and of the plain loop."""
-    prefix = Prefix(lm, torch.tensor(prompts.context))
-    (shared,) = climbed(lm, QueryPass(lm, prompts.queries, prompts.labels, context=Context(prefix, prefix.length), tokens_per_batch=20), prefix=prefix)
-    (whole,) = climbed(lm, QueryPass(lm, prompts.queries, prompts.labels, lead=prompts.context))
-    yield max(error(got, expected) for got, expected in zip(_tensors(shared), _tensors(whole), strict=True))
-    yield _capture_error(shared, model, prompts, prompts.context)
+    for num_worth in (0, len(prompts.context) + 1):  # attention in two parts, and keys and values that are copied
+        with mock.patch.object(shared_attention, "NUM_WORTH", num_worth):
+            prefix = Prefix(lm, torch.tensor(prompts.context))
+            context = Context(prefix, prefix.length)
+            (shared,) = climbed(lm, QueryPass(lm, prompts.queries, prompts.labels, context=context, tokens_per_batch=20), prefix=prefix)
+        (whole,) = climbed(lm, QueryPass(lm, prompts.queries, prompts.labels, lead=prompts.context))
+        yield max(error(got, expected) for got, expected in zip(_tensors(shared), _tensors(whole), strict=True))
+        yield _capture_error(shared, model, prompts, prompts.context)
 
 
 CHECKS: dict[str, Callable[[LanguageModel, nn.Module, Prompts], Iterator[float]]] = {

@@ -156,10 +156,10 @@ class ReferenceModel(LanguageModel):
     The difference moves weights by up to 7e-9 in float64. What the early exit returns is untouched.
     """
 
-    def early_exit(self, hidden_XD: Tensor) -> Tensor:
+    def normed(self, hidden_XD: Tensor) -> Tensor:
         num_tokens = hidden_XD.shape[-2]
         excess = float(np.float32(1 / num_tokens)) * num_tokens - 1
-        return super().early_exit(hidden_XD + excess * (hidden_XD - hidden_XD.detach()))
+        return super().normed(hidden_XD + excess * (hidden_XD - hidden_XD.detach()))
 
 
 def load_model(case: Path, dtype: str) -> LanguageModel:

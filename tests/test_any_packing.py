@@ -1,4 +1,5 @@
-"""How work is packed changes no result: micro-batches, lanes at once, chunks of the loss and where weights rest are drawn at random, for every family."""
+"""How work is packed changes no result: micro-batches, lanes at once, chunks of the loss, how a shared context is attended to and where weights rest are drawn
+at random, for every family."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from iclgd_dist import losses
+from iclgd_dist import losses, shared_attention
 from iclgd_dist.block import run_block
 from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import make_plan
@@ -33,13 +34,13 @@ TOLERANCE = 1e-6
 RANKED = 0.1  # a token that stands twice ties with itself in layer 0, and rounding decides which of the two comes first
 
 
-def drawn(variant: str, number: int) -> tuple[str, int]:
-    """Return the [resources] of a random packing, and tokens of a chunk of the loss."""
+def drawn(variant: str, number: int) -> tuple[str, int, int]:
+    """Return the [resources] of a random packing, tokens of a chunk of the loss, and of the shortest context that is attended to apart."""
     pick = random.Random(f"{variant}-{number}")
     lines = [f"tokens_per_batch = {pick.choice([1, 90, 400, 10_000])}"]
     lines += [f"lanes = {lanes}"] if (lanes := pick.choice([1, 2, 3, None])) else []
     lines += pick.choice([['device_map = "disk"'], ['device_map = "auto"', 'max_memory = { "cpu" = "150kB" }'], ['device_map = "cpu"']])
-    return "\n".join(lines), pick.choice([1, 7, 1000])
+    return "\n".join(lines), pick.choice([1, 7, 1000]), pick.choice([1, 20])
 
 
 def results_of(sweep: Path, text: str, root: Path) -> dict[str, list[dict[str, Any]]]:
@@ -65,14 +66,15 @@ def test_results_do_not_depend_on_packing_offload_or_lanes(
     text = sweep_file.read_text().replace("seeds = [1, 2]", "seeds = [1]").replace('source = "model"', f'source = "{variant}"\ncompute_dtype = "float64"')
     text = text.replace("num_queries = 8", "num_queries = 4").replace("= [0.003, 0.05]", "= [0.003, 0.01, 0.05]")
     expected = results_of(sweep_file, text + MORE.format(resources=""), tmp_path / "plain")
-    resources, chunk = drawn(variant, 1)
+    resources, chunk, worth = drawn(variant, 1)
+    monkeypatch.setattr(shared_attention, "NUM_WORTH", worth)
     monkeypatch.setattr(losses, "TOKENS_PER_CHUNK", {"cpu": chunk, "cuda": chunk})
     got = results_of(sweep_file, text + MORE.format(resources=resources), tmp_path / "packed")
     for table, rows in expected.items():
         assert len(got[table]) == len(rows) > 0
         for ours, theirs in zip(got[table], rows, strict=True):
             for name, value in theirs.items():
-                where = (table, name, resources, chunk, ours[name], value)
+                where = (table, name, resources, chunk, worth, ours[name], value)
                 if isinstance(value, float) and isinstance(ours[name], float):
                     is_rank = any(kind in f"{name} {theirs.get('metric')}" for kind in ("kendall", "topk"))
                     assert math.isclose(ours[name], value, rel_tol=TOLERANCE, abs_tol=RANKED if is_rank else TOLERANCE), where
