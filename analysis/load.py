@@ -26,7 +26,20 @@ from iclgd_dist.store import Results, Store, read_results
 from .intervals import Estimate, estimate, geometric_mean
 from .text import counted
 
-BASE = ["model_hash", "storage_dtype", "compute_dtype", "tf32", "init", "init_scheme", "init_seed", "task", "protocol", "num_queries", "query_seed"]
+BASE = [
+    "model_hash",
+    "storage_dtype",
+    "compute_dtype",
+    "tf32",
+    "deterministic",
+    "init",
+    "init_scheme",
+    "init_seed",
+    "task",
+    "protocol",
+    "num_queries",
+    "query_seed",
+]
 DRAW = ["num_demonstrations", "seed", "order"]  # with BASE, which is one zero-shot cell each: one in-context cell each
 SETTING = [*(name for name in BASE if name != "init_seed"), "num_demonstrations"]  # for random weights the seed of the weights is the replicate
 ACCURACIES = ("accuracy", "balanced_accuracy")
@@ -275,14 +288,12 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     cells = results.cells.to_pandas()
     cells["collapsed"] = cells["collapsed"].eq(True)
     cells["protocol"] = cells["protocol"].map({text: _resolved(text) for text in cells["protocol"].unique()})
-    cells["init"] = cells["init"].fillna("trained")  # a store older than the column
+    cells["init"], cells["deterministic"] = cells["init"].fillna("trained"), cells["deterministic"].eq(True)  # a store older than the columns
     cells["replicate"] = cells["init_seed"].where(cells["init"] != "trained", cells["seed"])
     cells["draw"] = [draw_of(*draw) for draw in cells[["init_seed", "seed", "order"]].itertuples(index=False)]
     cells["method"] = _labels(cells)
     is_search = cells["origin"] == "search"
-    named = [
-        name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "num_context_demonstrations", "origin", "sweep")
-    ] + ["tf32"]
+    named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "num_context_demonstrations", "origin", "sweep")]
     grid = cells[~is_search].sort_values("created_at", kind="stable")
     latest = grid[~grid.duplicated(named, keep="last")].sort_values(
         ["model", "task", "method", "learning_rate", "step", "init_seed", "seed", "order"], kind="stable"

@@ -196,6 +196,7 @@ def provenance(frames: Frames) -> list[tuple[str, str]]:
         ("devices", values("device")),
         ("hosts", counted(cells["host"].nunique(), "machine")),
         ("TF32", values("tf32")),
+        ("deterministic", values("deterministic")),
         ("time", f"{cells['wall_seconds'].sum():,.0f} s in all, summed over cells"),
         ("peak memory", f"{number(memory, 2)} GiB"),
         ("committed", f"{cells['created_at'].min():%Y-%m-%d %H:%M} to {cells['created_at'].max():%Y-%m-%d %H:%M} UTC" if len(cells) else "nothing"),

@@ -8,6 +8,7 @@ from typing import Any
 
 # Read by torch when it makes its first tensor: large ones lie on huge pages. Mapping small pages anew took a tenth of the time of training.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # by cuBLAS, once: without it no product on a GPU counts as deterministic
 
 _HOMES = {"load_sweep": "config", "read_results": "store", "Store": "store"}
 __all__ = ["Store", "load_sweep", "read_results"]

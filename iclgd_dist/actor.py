@@ -115,7 +115,7 @@ class ModelHost:
 def _model_key(block: Block) -> tuple[str, ...]:
     spec, resources = block.spec, block.resources
     weights = (block.model.content_hash, spec.init, spec.init_scheme, str(spec.init_seed), block.storage_dtype)
-    return (*weights, spec.compute_dtype, str(resources.device_map), str(resources.max_memory))
+    return (*weights, spec.compute_dtype, str((spec.tf32, spec.deterministic)), str(resources.device_map), str(resources.max_memory))
 
 
 class ModelActor(tune.Trainable):

@@ -96,6 +96,8 @@ class Block:
             "family": self.model.model_type,
             "storage_dtype": self.storage_dtype,
             "compute_dtype": spec.compute_dtype,
+            "tf32": spec.tf32,
+            "deterministic": spec.deterministic,
             "init": spec.init,
             "init_scheme": spec.init_scheme if is_untrained else None,
             "init_seed": spec.init_seed,

@@ -45,7 +45,7 @@ class _TokenLosses(torch.autograd.Function):
                 loss_Y1 = top_Y1 - chance_YV.gather(1, at_Y1).log() - logits_YV.gather(1, target_Y1)
             losses.append(loss_Y1[:, 0] / num_targets)
             if has_gradient:
-                chance_YV.scatter_add_(1, target_Y1, torch.full_like(loss_Y1, -1.0))
+                chance_YV.scatter_(1, target_Y1, chance_YV.gather(1, target_Y1) - 1)
                 (flow_YD,) = torch.autograd.grad(logits_YV, [read_YD], chance_YV)
                 gradients += torch.autograd.grad(normed_YD, [hidden_YD], flow_YD / num_targets)
             del logits_YV, chance_YV

@@ -242,8 +242,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`; offloaded ones rest in the former. Those of an untrained model are drawn anew.
     Errors: SweepError for an unsupported architecture.
     """
-    torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32: part of a cell's key
-    torch.backends.cudnn.allow_tf32 = False
+    _set_precision(spec)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     family = family_of(config.model_type)
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
@@ -277,6 +276,16 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     _rebuild_buffers(model, config, compute)
     model.eval().requires_grad_(False)
     return LanguageModel(model, family, name, tokenizer, compute, folder)
+
+
+def _set_precision(spec: ModelSpec) -> None:
+    """Let this process compute as precisely and as repeatably as the model's cells say: both are part of their keys."""
+    torch.backends.cuda.matmul.allow_tf32 = spec.tf32
+    torch.backends.cudnn.allow_tf32 = spec.tf32
+    torch.use_deterministic_algorithms(spec.deterministic)
+    # The gradients of the fused kernels add in whatever order their threads finish; the plain one is a few products.
+    torch.backends.cuda.enable_flash_sdp(not spec.deterministic)
+    torch.backends.cuda.enable_mem_efficient_sdp(not spec.deterministic)
 
 
 def _layers_on_disk(config: Any, family: Family, *, main: int | str) -> dict[str, Any]:

@@ -19,9 +19,18 @@ class ModelSpec(Frozen):
     revision: str | None = None  # hub only: branch, tag or commit
     storage_dtype: DType | None = None  # weights are rounded to it; None = as stored in the files
     compute_dtype: DType = "float32"
+    tf32: bool = False  # GPUs only: float32 products may round what they multiply to TF32 (10 bits of mantissa), which is faster
+    deterministic: bool = False  # GPUs only: kernels whose sums have one order, so that two runs agree to the last bit, which is slower
     init: Literal["trained", "random", "embeddings_norms", "norms"] = "trained"  # all but these drawn anew; embeddings_norms keeps the output head too
     init_scheme: Literal["model", "fairseq"] = "model"  # transformers' own initialisation of the class, or fairseq's
     init_seeds: Annotated[tuple[Seed, ...], Field(validate_default=True)] = ()  # in the file: a model each; in a Sweep: the model's own, none if trained
+
+    @field_validator("tf32")
+    @classmethod
+    def _of_float32(cls, tf32: bool, info: ValidationInfo) -> bool:
+        if tf32 and (dtype := info.data.get("compute_dtype")) != "float32":
+            raise ValueError(f"is for compute_dtype = 'float32', got {dtype!r}; leave it out")
+        return tf32
 
     @field_validator("init_scheme")
     @classmethod

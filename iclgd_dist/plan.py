@@ -278,6 +278,7 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
         "model": model.content_hash,
         "storage_dtype": storage,
         "compute_dtype": spec.compute_dtype,
+        **{name: True for name in ("tf32", "deterministic") if getattr(spec, name)},
         "task": drawn.task,
         "template": drawn.template,
         "label_words": list(drawn.label_words),

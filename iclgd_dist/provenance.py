@@ -24,7 +24,6 @@ def provenance(lm: LanguageModel) -> dict[str, Any]:
         "versions": _versions(),
         "git_commit": git_commit(),
         "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
         "host": platform.node(),
     }
 

@@ -108,7 +108,7 @@ def test_a_good_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         ('source = "second"', "source = ''", 16, "models.source must be text that is not empty, got ''"),
         ('source = "second"', "revision = 'main'", 15, "models.source is required, got nothing"),
         ('"float64"', '"half"', 17, "models.compute_dtype must be 'float64', 'float32', 'bfloat16' or 'float16', got 'half'"),
-        ("compute_dtype", "compute_type", 17, "unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, init, init_scheme, init_seeds, revision, source, storage_dtype"),
+        ("compute_dtype", "compute_type", 17, "unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, deterministic, init, init_scheme, init_seeds, revision, source, storage_dtype, tf32"),
         ('"float64"', '"float64"\ninit = "norm"', 18, "models.init must be 'trained', 'random', 'embeddings_norms' or 'norms', got 'norm'"),
         ('"float64"', '"float64"\ninit = "norms"', 15, "models.init_seeds are required, one for each replicate, as init = 'norms'; got none"),
         ('"float64"', '"float64"\ninit = "norms"\ninit_seeds = [0, 1, 0]', 19, "models.init_seeds must be distinct, got 0 more than once"),
@@ -187,7 +187,7 @@ def test_models_and_tasks_that_are_no_tables_are_said_to_be_tables(tmp_path: Pat
     head = GOOD[: GOOD.index("[[models]]")].replace("[learning_rates]", "models = ['a']\n[learning_rates]")
     assert problems(tmp_path, head.replace(', "fruit"', "")) == ["8: models must be tables, [[models]], got 'a'"]
     assert problems(tmp_path, head.replace("models = ['a']", "models = [\n{source = 'a'},\n{source = 'b', compute_type = 1}\n]").replace(', "fruit"', "")) == [
-        "10: unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, init, init_scheme, init_seeds, revision, source, storage_dtype"
+        "10: unknown key 'compute_type' in [[models]]; did you mean 'compute_dtype'?; known: compute_dtype, deterministic, init, init_scheme, init_seeds, revision, source, storage_dtype, tf32"
     ]
 
 

@@ -14,7 +14,7 @@ from iclgd_dist.families import FAMILIES, family_of
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.model import LanguageModel, load
 from iclgd_dist.updates import METHODS, TrainingSequence, Vanilla
-from tests.tiny import ids, tiny
+from tests.tiny import VOCABULARY, ids, save_tiny, tiny
 
 
 def loaded(directory: Path, *, device_map: str = "cpu", storage: str = "float32", compute: str = "float32", **resources) -> LanguageModel:
@@ -159,3 +159,17 @@ def test_an_unknown_architecture_is_refused_with_the_list_of_families() -> None:
     with pytest.raises(SweepError, match=r"unknown architecture \(model_type\) 'bert'; known: bloom, cohere, falcon, .* stablelm, xglm") as refusal:
         family_of("bert")
     assert all(model_type in str(refusal.value) for model_type in FAMILIES)
+
+
+def test_how_precisely_a_process_computes_is_set_anew_by_each_model_that_it_loads(tmp_path: Path) -> None:
+    save_tiny(tmp_path, VOCABULARY)
+
+    def policy(**options: bool) -> tuple[bool, ...]:
+        load(tmp_path, ModelSpec(source="tiny", **options), Resources(device_map="cpu"), storage_dtype="float32")
+        fused = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+        return torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(), *fused
+
+    assert policy() == (False, False, True, True)
+    assert policy(tf32=True) == (True, False, True, True)
+    assert policy(deterministic=True) == (False, True, False, False)
+    assert policy() == (False, False, True, True)

@@ -216,7 +216,7 @@ def test_a_zero_shot_cell_alone_is_asked_of_one_block(folder: Path) -> None:
         ("[[task]]", "[capture]\nkeep = 'all'\n\n[[task]]"),
         ('source = "first"', 'source = "first"\ninit = "trained"\ninit_scheme = "model"\ninit_seeds = []'),
         ("orders = 2", "orders = 2\nquery_seed = 1\nmethods = ['layer_causal', 'vanilla']"),
-        ('source = "first"', 'source = "first"\nstorage_dtype = "float32"\ncompute_dtype = "float32"'),
+        ('source = "first"', 'source = "first"\nstorage_dtype = "float32"\ncompute_dtype = "float32"\ntf32 = false\ndeterministic = false'),
         ("[[task]]", '[protocol]\nseparator = "newline"\n\n[[task]]'),
     ],
 )  # fmt: skip
@@ -243,6 +243,8 @@ def test_keys_do_not_depend_on_the_cells_around_them_nor_on_the_folder(folder: P
         ("num_queries = 8", "num_queries = 8\nquery_seed = 2", "zero_shot icl finetuned"),
         ('source = "first"', 'source = "first"\ncompute_dtype = "float64"', "zero_shot icl finetuned"),
         ('source = "first"', 'source = "first"\nstorage_dtype = "bfloat16"', "zero_shot icl finetuned"),
+        ('source = "first"', 'source = "first"\ntf32 = true', "zero_shot icl finetuned"),
+        ('source = "first"', 'source = "first"\ndeterministic = true', "zero_shot icl finetuned"),
         ('source = "first"', 'source = "first"\ninit = "norms"\ninit_seeds = [0]', "zero_shot icl finetuned"),
         ('source = "first"', 'source = "second"', "zero_shot icl finetuned"),
         ("[[task]]", '[protocol]\nseparator = "eos"\n\n[[task]]', "zero_shot icl finetuned"),
