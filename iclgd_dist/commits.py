@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -86,12 +87,16 @@ class Committer:
                 num_queries_left_out=self.block.draw.num_queries_left_out,
             )
             rows.append((cell, row))
-        with _one_thread():
+        with _one_thread_each() as pool:
             prefix = None if self.block.is_measuring else baselines.prefix(trajectory.train_on, step)
             controls = control_measures(baseline, baselines.controls, [capture for _, _, capture in lanes]) if baselines.controls else [[] for _ in lanes]
-            for (lane, cell, capture), of_controls in zip(lanes, controls, strict=True):
+
+            def row_of(lane: int, cell: Cell, capture: Capture) -> Row:
                 record, seed = trajectory.record(lane, step), int(cell.key[:15], 16)
-                row = {} if self.block.is_measuring else finetuned_row(baseline, capture, training=record, random_seed=seed, prefix=prefix)
+                return finetuned_row(baseline, capture, training=record, random_seed=seed, prefix=prefix)
+
+            made = [{} for _ in lanes] if self.block.is_measuring else list(pool.map(row_of, *zip(*lanes, strict=True))) if lanes else []
+            for (_, cell, capture), of_controls, row in zip(lanes, controls, made, strict=True):
                 of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
                 self.problems += problems
                 measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
@@ -143,11 +148,12 @@ class Committer:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compare captures on one thread: thousands of small products, each of which would wait for the slowest thread."""
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Yield as many workers as this process has threads, each to compare captures on one: a thousand small products would wait for the slowest thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(before) as pool:
+            yield pool
     finally:
         torch.set_num_threads(before)

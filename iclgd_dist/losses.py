@@ -25,6 +25,13 @@ def lane_losses(lm: LanguageModel, hidden_NTD: Tensor, targets_T: Tensor, *, tok
     return loss_X.view(num_lanes, num_targets).sum(1)
 
 
+def normalised(logits_YV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp (Y, 1) of logits and their softmax (Y, V): two passes over the table, where logsumexp takes four."""
+    top_Y1, at_Y1 = logits_YV.max(1, keepdim=True)
+    chance_YV = logits_YV.softmax(1)
+    return top_Y1 - chance_YV.gather(1, at_Y1).log(), chance_YV
+
+
 class _TokenLosses(torch.autograd.Function):
     """Cross-entropy of each token, divided by `num_targets`. It depends on the token's own state only, so the gradient is taken while the logits are there."""
 
@@ -40,9 +47,8 @@ class _TokenLosses(torch.autograd.Function):
             # Written out, since cross_entropy and its gradient pass over the table of logits twice as often, and that is what they cost.
             with torch.no_grad():
                 target_Y1 = target_Y.to(logits_YV.device)[:, None]
-                top_Y1, at_Y1 = logits_YV.max(1, keepdim=True)
-                chance_YV = logits_YV.softmax(1)
-                loss_Y1 = top_Y1 - chance_YV.gather(1, at_Y1).log() - logits_YV.gather(1, target_Y1)
+                log_sum_Y1, chance_YV = normalised(logits_YV)
+                loss_Y1 = log_sum_Y1 - logits_YV.gather(1, target_Y1)
             losses.append(loss_Y1[:, 0] / num_targets)
             if has_gradient:
                 chance_YV.scatter_(1, target_Y1, chance_YV.gather(1, target_Y1) - 1)

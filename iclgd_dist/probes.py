@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from iclgd_dist.attention import recording_queries, recording_scores
 from iclgd_dist.deltas import Deltas, attached
 from iclgd_dist.layerwise import Prefix, Replay, to_host
+from iclgd_dist.losses import normalised
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.positions import computed_only_at
@@ -279,9 +280,9 @@ class QueryPass:
         read_Y, token_Y, slot_Y, label_Y = torch.tensor([term[:4] for term in terms]).T
         weight_Y = torch.tensor([term[4] for term in terms], dtype=torch.float64)
         for lane in range(self.num_lanes):
-            logits_XV = self.lm.early_exit(hidden_BTD[row_X + lane * len(batch.rows), position_X]).double()
+            logits_XV = self.lm.early_exit(hidden_BTD[row_X + lane * len(batch.rows), position_X]).to(self.lm.delta_dtype)
             read, token = read_Y.to(logits_XV.device), token_Y.to(logits_XV.device)
-            chosen_Y = logits_XV[read, token] - logits_XV.logsumexp(-1)[read]
+            chosen_Y = logits_XV[read, token].double() - normalised(logits_XV)[0][read, 0].double()
             self.label_scores_NQC[lane].index_put_((slot_Y, label_Y), chosen_Y.cpu() * weight_Y, accumulate=True)
 
 
