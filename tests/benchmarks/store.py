@@ -188,7 +188,10 @@ def _read(root: Path) -> dict[str, float]:
     results = read_results(root)
     rows = size = 0
     tables = {name: table for name, table in vars(results).items() if name != "attempts"}
-    sums = {name: pc.sum(table["n" if name in ("controls", "pairs", "metrics") else "nll_label" if "nll_label" in table.column_names else "sim_aou"]).as_py() for name, table in tables.items()}
+    sums = {
+        name: pc.sum(table["n" if name in ("controls", "pairs", "metrics") else "nll_label" if "nll_label" in table.column_names else "sim_aou"]).as_py()
+        for name, table in tables.items()
+    }
     for table in tables.values():
         rows += len(table)
         size += sum(pc.count(column).as_py() >= 0 and column.nbytes for column in table.columns)
@@ -250,7 +253,10 @@ def made_up(keys: list[str], options: argparse.Namespace, *, seed: int) -> pa.Ta
             CELL.field("examples").type,
             np.full(count, options.examples),
             rng,
-            {"query": _repeated_text([f"{n:016x}" for n in range(options.examples)], count), "fold": _repeated_text(["A", "B"], -(-count * options.examples // 2))},
+            {
+                "query": _repeated_text([f"{n:016x}" for n in range(options.examples)], count),
+                "fold": _repeated_text(["A", "B"], -(-count * options.examples // 2)),
+            },
         ),
         "measures": _lists(
             CELL.field("measures").type,
