@@ -1,13 +1,12 @@
 """Cells as Arrow tables: check and encode a row, decode and align files of any version, explode nested lists. Knows the schema and formats, no directories.
 
-A file is an Arrow stream and its CRC-32. It is read without decoding: its tables are views of its bytes. (The same numbers as nested Parquet take half the disk
-and ten times as long to read.) Older versions wrote Parquet, which is read too.
+A file is an Arrow stream and its checksum. It is read without decoding: its tables are views of its bytes. (The same numbers as nested Parquet take half the
+disk and ten times as long to read.) Older versions wrote Parquet, which is read too.
 """
 
 from __future__ import annotations
 
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from xxhash import xxh3_64
 
 from iclgd_dist.files import StoreError, naming
 from iclgd_dist.schema import CELL, MEASURE
@@ -32,7 +32,7 @@ _MEASURES = pa.list_(pa.struct([(name, kind) for name, kind, _ in MEASURE if nam
 # A cell as it lies in a file: the columns of CELL, the measures of each kind in a column of their own, so that no reader has to tell them apart.
 STORED = pa.schema([*(pa.field(f.name, f.type) for f in CELL if f.name != "measures"), *((name, _MEASURES) for name in KINDS.values())])
 _NESTED = ["folds", "layers", "examples", *KINDS.values()]
-_CRC_BYTES = 4
+_CHECKSUM_BYTES = xxh3_64().digest_size
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
@@ -110,12 +110,12 @@ def stored(table: pa.Table) -> pa.Table:
 
 
 def _messages(schema: pa.Schema, tables: Iterable[pa.Table]) -> Iterator[pa.Buffer | bytes]:
-    """Yield the parts of a file: an Arrow stream with a batch for each table, then the CRC-32 of the stream, which readers of Arrow streams do not look at."""
-    crc = 0
+    """Yield the parts of a file: an Arrow stream with a batch for each table, then its checksum, which readers of Arrow streams do not look at."""
+    checksum = xxh3_64()
     for message in chain([schema.serialize()], (batch.serialize() for table in tables for batch in table.combine_chunks().to_batches()), [_END]):
-        crc = zlib.crc32(message, crc)
+        checksum.update(message)
         yield message
-    yield crc.to_bytes(_CRC_BYTES, "little")
+    yield checksum.digest()
 
 
 def encode(row: dict[str, Any]) -> bytes:
@@ -149,8 +149,8 @@ def decode(data: pa.Buffer | bytes, path: Path) -> list[pa.Table]:
             with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as old:
                 return [stored(align(old.read_row_group(number), CELL, path)) for number in range(old.num_row_groups)]
         whole = memoryview(data)
-        stream, crc = whole[:-_CRC_BYTES], whole[-_CRC_BYTES:]
-        if zlib.crc32(stream) != int.from_bytes(crc, "little") or not stream:
+        stream, checksum = whole[:-_CHECKSUM_BYTES], whole[-_CHECKSUM_BYTES:]
+        if xxh3_64(stream).digest() != bytes(checksum):
             raise ValueError("its checksum is not that of its content")
         with pa.ipc.open_stream(pa.BufferReader(stream)) as reader:
             tables = [pa.Table.from_batches([batch]).replace_schema_metadata() for batch in reader]
@@ -196,8 +196,9 @@ def named(kind: str, measures: pa.Table) -> pa.Table:
 def _explode(column: pa.ChunkedArray, keys: pa.Array, first_row: int) -> pa.Table:
     lists = _whole(column)
     elements = pc.list_flatten(lists)
-    rows = pc.add(pc.list_parent_indices(lists), first_row).cast(pa.int32())
-    columns = [pa.DictionaryArray.from_arrays(rows, keys), *elements.flatten()]
+    lengths = pc.fill_null(pc.list_value_length(lists), 0)
+    rows = np.repeat(np.arange(first_row, first_row + len(lists), dtype=np.int32), lengths)
+    columns = [pa.DictionaryArray.from_arrays(rows, keys, safe=False), *elements.flatten()]
     return pa.Table.from_arrays(columns, names=["key", *(field.name for field in elements.type)])
 
 

@@ -100,7 +100,7 @@ class Store:
             _publish(self.root / "README.txt", _README.encode())
 
     def keys(self) -> set[str]:
-        """Return the keys of all committed cells, from names and the manifest: no Parquet file is opened. A missing store is empty."""
+        """Return the keys of all committed cells, from names and the manifest: no file of a cell is opened. A missing store is empty."""
         return self._loose().keys() | self._manifest().commits.keys()
 
     def __contains__(self, key: str) -> bool:
@@ -151,7 +151,7 @@ class Store:
         return sorted(self._read_json(self._sweeps).values(), key=lambda sweep: sweep.get("created_at", ""))
 
     def compact(self) -> int:
-        """Move the loose cells into one Parquet file (merging small ones when there are many) and return how many; 0 if another process is at it.
+        """Move the loose cells into one file (merging small ones when there are many) and return how many; 0 if another process is at it.
 
         Readers and writers need not stop. Memory: about cells.GROUP_CELLS cells.
         """
