@@ -35,7 +35,7 @@ from iclgd_dist.store import PART_GROUPS, Store, read_results
 
 ROOT = Path(__file__).parent.parent.parent
 GOAL = {"plan_seconds": 10.0, "plan_peak_gib": 1.0, "read_compacted_seconds": 5.0, "read_with_loose_seconds": 30.0, "torch_imported": 0}
-BYTES_PER_CELL = 180_000  # on disk at 30 layers and 64 examples, with room for what is written beside
+BYTES_PER_CELL = 110_000  # on disk at 30 layers and 64 examples, with room for what is written beside
 HEADS = 9
 SWEEP = """
 name = "stored"
@@ -233,7 +233,7 @@ def _groups(keys: list[str], options: argparse.Namespace) -> Iterator[pa.Table]:
 
 
 def commit_loose(root: Path, options: argparse.Namespace) -> None:
-    """Commit cells one by one; of every 50 only the key differs."""
+    """Commit cells one by one; of every hundredth only the key differs."""
     store = Store(root)
     rows = made_up(["0" * 64] * min(100, options.loose), options, seed=10**9).to_pylist() if options.loose else []
     for number in range(options.loose):
@@ -243,15 +243,12 @@ def commit_loose(root: Path, options: argparse.Namespace) -> None:
 def made_up(keys: list[str], options: argparse.Namespace, *, seed: int) -> pa.Table:
     """Return cells of CELL. Half of them were compared with another method, a tenth with control contexts, all have a metric of the user's own."""
     rng, count, layers = np.random.default_rng([seed, int(keys[0][:8], 16)]), len(keys), options.layers * 3
-    measures = [(name, metrics) for name, metrics in (("pair", 3), ("control", 5), ("metric", 1))]
-    with_pair, with_control = np.arange(count) % 2 == 0, np.arange(count) % 10 == 0
-    lengths = {"pair": with_pair * 3 * layers, "control": with_control * 5 * layers, "metric": np.full(count, layers)}
-    order = np.concatenate([np.repeat(np.tile(np.arange(3), 1), [lengths[name][cell] for name, _ in measures]) for cell in range(count)])
-    inside = np.concatenate([np.arange(lengths[name][cell]) for cell in range(count) for name, _ in measures])
-    others = {"key": keys, "control": ["separator"], "metric": ["0123456789abcdef"]}
-    names = np.array(["", *others["control"], *others["metric"], *keys])
-    cell_of = np.repeat(np.arange(count), sum(lengths.values()))
-    which = np.where(order == 0, 3 + (cell_of + 1) % count, order)
+    numbers, kinds = np.arange(count), ["pair", "control", "metric"]
+    lengths = np.stack([(numbers % 2 == 0) * 3 * layers, (numbers % 10 == 0) * 5 * layers, np.full(count, layers)], axis=1)  # of each cell and kind
+    kind_of = np.repeat(np.tile(np.arange(3), count), lengths.ravel())
+    inside = np.concatenate([np.arange(length) for length in lengths.ravel()])
+    cell_of = np.repeat(numbers, lengths.sum(1))
+    name_of = np.where(kind_of == 0, 2 + (cell_of + 1) % count, kind_of - 1)
     made = {
         "folds": _lists(CELL.field("folds").type, np.full(count, 2), rng, {"fold": _repeated_text(["A", "B"], count)}),
         "layers": _lists(
@@ -272,11 +269,11 @@ def made_up(keys: list[str], options: argparse.Namespace, *, seed: int) -> pa.Ta
         ),
         "measures": _lists(
             CELL.field("measures").type,
-            sum(lengths.values()),
+            lengths.sum(1),
             rng,
             {
-                "kind": _taken(["pair", "control", "metric"], order),
-                "name": _taken(names.tolist(), which),
+                "kind": _taken(kinds, kind_of),
+                "name": _taken(["separator", "0123456789abcdef", *keys], name_of),
                 "metric": _taken(["sim_aou", "sim_aou_norm", "alpha"], inside // layers % 3),
                 "layer": inside // 3 % options.layers,
                 "fold": _taken(["A", "B", "all"], inside % 3),
