@@ -79,7 +79,7 @@ def test_the_ids_of_the_model_that_comes_in_a_package_are_the_same() -> None:
 def test_a_class_with_an_encoding_of_its_own_is_not_replaced(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(PreTrainedTokenizerFast):
         def _encode_plus(self, text: Any, *given: Any, **options: Any) -> Any:
-            return super()._encode_plus([each[:3] for each in text], *given, **options)
+            return super()._encode_plus([each.replace("Mood", "mode") for each in text], *given, **options)  # in no probe that is tried
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path, **options: Own.from_pretrained(path))
     light, full = both(directory)
