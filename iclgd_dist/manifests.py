@@ -13,8 +13,8 @@ from iclgd_dist import files
 from iclgd_dist.cells import UPDATE
 from iclgd_dist.files import StoreError, naming
 
-VERSION = 1
-PART_NAME = re.compile(r"part-\d{8}-[0-9a-f]{16}\.parquet")
+VERSION = 2  # 1: all parts are Parquet
+PART_NAME = re.compile(r"part-\d{8}-[0-9a-f]{16}\.(?:arrows|parquet)")
 NAME = re.compile(r"manifest-(\d{8})\.json")
 
 

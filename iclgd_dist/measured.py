@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from iclgd_dist import files
@@ -71,8 +73,19 @@ def verify(root: Path) -> list[StoreError]:
     return errors
 
 
-def first_of_each(measures: pa.Table) -> pa.Table:
-    """Return the figures without those that were made again."""
-    numbered = measures.append_column("row", pa.array(range(len(measures)), pa.int64()))
-    kept = numbered.group_by(_NAMED, use_threads=False).aggregate([("row", "min")])["row_min"]
-    return measures.take(kept.combine_chunks().sort())
+def only_new(known: pa.Table, later: pa.Table, keys: pa.Array) -> pa.Table:
+    """Return the figures of `later`, of cells in `keys`, that neither `known` nor an earlier file has. In `known` the cell's key is a dictionary column over `keys`."""
+    rows = pc.index_in(later["key"], keys).combine_chunks()
+    found = later.set_column(0, "key", pa.DictionaryArray.from_arrays(rows, keys)).select(known.column_names).filter(rows.is_valid())
+    is_same_cell = pa.chunked_array([pc.is_in(chunk.indices, rows.drop_null()) for chunk in known["key"].chunks], pa.bool_())
+    before = known.filter(is_same_cell)
+    numbers = _firsts(pa.concat_tables([before, found]))
+    return found.take(pc.subtract(numbers.filter(pc.greater_equal(numbers, len(before))), len(before)))
+
+
+def _firsts(measures: pa.Table) -> pa.Array:
+    """Return the numbers of the rows whose figure no earlier row has; all are of one kind."""
+    columns = {name: measures[name] for name in _NAMED if name != "kind"}
+    columns["key"] = pa.chunked_array([chunk.indices for chunk in measures["key"].chunks], pa.int32())
+    numbered = pa.table(columns | {"row": np.arange(len(measures))})
+    return numbered.group_by(list(columns), use_threads=False).aggregate([("row", "min")])["row_min"].combine_chunks().sort()

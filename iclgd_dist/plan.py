@@ -19,7 +19,8 @@ from iclgd_dist.contexts import with_controls
 from iclgd_dist.cost import Cost, layers_and_width
 from iclgd_dist.encoding import Encoded, encode, fits_context
 from iclgd_dist.families import family_of
-from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify, load_tokenizer
+from iclgd_dist.light_tokenizer import light_tokenizer
+from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify
 from iclgd_dist.tasks import Draw, Task, draw_bare, draw_demonstrations, load_task, query_order, with_demonstrations
 
 KEY_SCHEMA = 1
@@ -118,7 +119,7 @@ def _planned(
             family_of(model.model_type)
             _check_methods(sweep, model)
             others = [sweep.control_task_of(name) for name in sweep.tasks if sweep.controls.need_other_task]
-            for name in (*sweep.tasks, *others):  # before a tokenizer, which takes seconds to import
+            for name in (*sweep.tasks, *others):  # before a tokenizer, which may have to be converted
                 if name not in tasks:
                     progress(f"reading {name}")
                     tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
@@ -197,7 +198,7 @@ class _Encoder:
     """Draws and token ids for one model. Each text is tokenised once and each task's queries are drawn once, however many draws share them."""
 
     def __init__(self, sweep: Sweep, model: ModelIdentity, tasks: Mapping[str, Task | None], said: _Said) -> None:
-        self.sweep, self.tasks, self.said, self.tokenizer = sweep, tasks, said, _Remembering(load_tokenizer(model))
+        self.sweep, self.tasks, self.said, self.tokenizer = sweep, tasks, said, _Remembering(light_tokenizer(model))
         self.max_positions = max_positions(model.config)
         self.bare: dict[str, Draw] = {}  # with queries, without demonstrations
 

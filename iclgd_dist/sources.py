@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -26,7 +25,9 @@ from typing import Any
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
+from iclgd_dist.apart import apart
 from iclgd_dist.config import ModelSpec, SweepError
+from iclgd_dist.hub import SourceUnreachable, answer, hub_errors, one_line
 
 CONVERSION_VERSION = 1  # raise it when a GGUF would be converted to other numbers or another tokenizer: its models get new hashes
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -35,10 +36,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")  # one of them at least makes a tokenizer
 PROBES = ("Review: a gripping, funny film.\nSentiment: good", "  two  spaces, 1234567 and tabs\t", "na\u00efve \u65e5\u672c\u8a9e \U0001f600")
 log = logging.getLogger(__name__)
-
-
-class SourceUnreachable(SweepError):
-    """The hub does not answer, so nothing can be said of the model: it may well exist."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +95,20 @@ def load_tokenizer(identity: ModelIdentity) -> Any:
     """Return the transformers tokenizer; no weights are needed, no code of the model's is run, and nothing is downloaded twice."""
     from transformers import AutoTokenizer
 
-    directory = Path(identity.location)
-    if identity.location.endswith(".gguf"):
-        directory = _gguf_header(identity.location, identity.content_hash)
-    elif identity.revision is not None:
-        directory = _download(identity.location, identity.revision, [name for name in identity.files if not name.endswith(".safetensors")])
+    directory = tokenizer_folder(identity)
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the files make the parsers raise
-        raise SweepError(f"model {identity.source!r}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+        raise SweepError(f"model {identity.source!r}: its tokenizer cannot be loaded: {one_line(error)}") from error
+
+
+def tokenizer_folder(identity: ModelIdentity) -> Path:
+    """Return a directory with the model's tokenizer files."""
+    if identity.location.endswith(".gguf"):
+        return _gguf_header(identity.location, identity.content_hash)
+    if identity.revision is not None:
+        return _download(identity.location, identity.revision, [name for name in identity.files if not name.endswith(".safetensors")])
+    return Path(identity.location)
 
 
 def _identify_directory(source: str, directory: Path, *, commit: str | None = None) -> ModelIdentity:
@@ -121,7 +123,10 @@ def _identity(source: str, name: str, digests: dict[str, str], config: Any, loca
     if not isinstance(model_type, str):
         raise SweepError(f"model {source!r}: its {CONFIG} names no model_type")
     if "auto_map" in config:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        try:
+            from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES  # imports no torch
+        except ImportError:  # an older transformers
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
         if model_type not in CONFIG_MAPPING_NAMES:
             raise SweepError(f"model {source!r}: model_type {model_type!r} needs code that comes with the model (auto_map), which is never run")
@@ -163,7 +168,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise SweepError(f"{path}: is not JSON: {_one_line(error)}") from None
+        raise SweepError(f"{path}: is not JSON: {one_line(error)}") from None
 
 
 def sha256_of(path: Path) -> str:
@@ -190,7 +195,7 @@ def sha256_of(path: Path) -> str:
             try:
                 safe_open(path, "np")  # checks the header against the file's size; reads no weights
             except SafetensorError as error:
-                raise SweepError(f"{path}: is not a whole safetensors file ({_one_line(error)})") from None
+                raise SweepError(f"{path}: is not a whole safetensors file ({one_line(error)})") from None
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     new = known.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
@@ -201,12 +206,6 @@ def sha256_of(path: Path) -> str:
 
 def _hash_files(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(digests.items()), separators=(",", ":")).encode()).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    """Return what went wrong in one line, without anything that looks like a token or a password."""
-    text = " ".join(str(error).split())
-    return re.sub(r"(\bhf_|Bearer\s+)[^\s'\"]+|(?<=//)[^/\s@]+@", "***", f"{type(error).__name__}: {text}" if text else type(error).__name__)[:300]
 
 
 def _identify_gguf(source: str, location: str) -> ModelIdentity:
@@ -238,7 +237,12 @@ def _gguf_digests(location: str) -> dict[str, str]:
 
 def _gguf_header(location: str, content_hash: str) -> Path:
     """Return a directory with the config and tokenizer of a GGUF; written once, without the weights: a plan needs no more."""
-    return make_once(cache_folder("headers") / content_hash[:32], lambda target: _convert_header(_gguf_file(location), target))
+
+    def make(target: Path) -> None:
+        log.info("reading config and tokenizer of %s once; about 10 s", _gguf_file(location).name)
+        apart(_convert_header, _gguf_file(location), target)
+
+    return make_once(cache_folder("headers") / content_hash[:32], make)
 
 
 def _convert_header(path: Path, target: Path) -> None:
@@ -247,7 +251,6 @@ def _convert_header(path: Path, target: Path) -> None:
     from transformers.integrations.gguf import read_gguf_metadata
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-    log.info("reading config and tokenizer of %s once; about 10 s", path.name)
     try:
         with _alone(path) as place:
             config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
@@ -261,7 +264,7 @@ def _convert_header(path: Path, target: Path) -> None:
             if any(again(text)["input_ids"] != tokenizer(text)["input_ids"] for text in PROBES):
                 raise ValueError("its tokenizer changes when it is saved")
     except Exception as error:  # whatever the file makes the parsers raise
-        raise SweepError(f"{path}: cannot be used as GGUF (damaged, or not supported by transformers): {_one_line(error)}") from error
+        raise SweepError(f"{path}: cannot be used as GGUF (damaged, or not supported by transformers): {one_line(error)}") from error
     kept_as = next((kind.name for kind in LlamaFileType if kind.value == metadata.get("general.file_type")), "")
     bits = re.search(r"Q(\d)", kept_as)
     (target / "notes.json").write_text(json.dumps([f"dequantised from {bits[1]}-bit GGUF" if bits else "converted from GGUF"]))
@@ -284,7 +287,7 @@ def _convert_weights(identity: ModelIdentity, target: Path) -> None:
             shutil.copytree(header, target, dirs_exist_ok=True)
             model.save_pretrained(target)
     except (ValueError, KeyError, RuntimeError, IndexError) as error:
-        raise SweepError(f"{path}: cannot be converted: {_one_line(error)}") from error
+        raise SweepError(f"{path}: cannot be converted: {one_line(error)}") from error
 
 
 @contextmanager
@@ -333,16 +336,16 @@ def _identify_hub(source: str, revision: str) -> ModelIdentity:
     from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 
     if is_offline_mode():
-        with _hub_errors(source, revision):
+        with hub_errors(source, revision):
             snapshot = Path(snapshot_download(source, revision=revision, local_files_only=True, allow_patterns=[CONFIG]))
         try:
             return _identify_directory(source, snapshot, commit=snapshot.name)
         except SweepError as error:
             raise SourceUnreachable(f"model {source!r}: HF_HUB_OFFLINE is set and the local hub cache is not complete: {error}") from None
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 3)
-    with _hub_errors(source, revision):
+    with hub_errors(source, revision):
         # In a thread: the client's timeout does not cover the name look-up, which can hang where nothing leaves the network.
-        info = _answer(lambda: HfApi().model_info(source, revision=revision, files_metadata=True, timeout=seconds), seconds)
+        info = answer(lambda: HfApi().model_info(source, revision=revision, files_metadata=True, timeout=seconds), seconds)
     stored = {sibling.rfilename: sibling.lfs for sibling in info.siblings or () if "/" not in sibling.rfilename}
     small = [file for file in stored if file in (CONFIG, INDEX) or any(fnmatch(file, pattern) for pattern in TOKENIZER_FILES)]
     directory = _download(source, info.sha, small) if small else Path()
@@ -358,41 +361,5 @@ def _download(model: str, commit: str, files: Sequence[str]) -> Path:
     """Return the directory of the local hub cache that holds `files`; what is there is not asked for again."""
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(model, commit):
+    with hub_errors(model, commit):
         return [Path(hf_hub_download(model, file, revision=commit)) for file in files].pop().parent
-
-
-def _answer(call: Callable[[], Any], seconds: float) -> Any:
-    future: Future[Any] = Future()
-
-    def ask() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:  # raised again where the answer is waited for
-            future.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    return future.result(timeout=seconds)
-
-
-@contextmanager
-def _hub_errors(model: str, revision: str) -> Iterator[None]:
-    """Say in our words what the hub's client says. Never chained: its requests carry the token."""
-    from huggingface_hub import errors, is_offline_mode
-
-    refusals: dict[type[Exception], str] = {
-        errors.HFValidationError: "is not a hub id (organisation/name)",
-        errors.GatedRepoError: "is gated; accept its terms on the hub, then log in (`hf auth login`, or set HF_TOKEN)",
-        errors.RevisionNotFoundError: f"has no revision {revision!r} on the hub",
-        errors.RepositoryNotFoundError: "no such model on the hub and no such directory; a private one needs `hf auth login` or HF_TOKEN",
-    }
-    try:
-        yield
-    except tuple(refusals) as error:
-        raise SweepError(f"model {model!r}: {next(text for kind, text in refusals.items() if isinstance(error, kind))}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError, TimeoutError, ConnectionError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):
-            raise SweepError(f"model {model!r}: the hub refuses it (status {status}); check the name and your login") from None
-        way_out = "give a local directory, or " + ("unset HF_HUB_OFFLINE" if is_offline_mode() else "set HF_HUB_OFFLINE=1 to use the local hub cache")
-        raise SourceUnreachable(f"model {model!r}: the hub cannot be reached ({_one_line(error)}); {way_out}") from None

@@ -1,10 +1,10 @@
-"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells, Parquet and manifests; nothing of models, plans or Ray.
+"""The store: a directory in which each finished cell appears once, whole, and stays. Knows cells and manifests; nothing of models, plans or Ray.
 
-    cells/<key>.parquet               one committed cell; the name is all that planning reads
-    compacted/part-<n>-<sha>.parquet  many cells; counts only if the newest manifest lists it
-    compacted/manifest-<n>.json       the parts, their sha256 and their keys; never changed once written
-    attempts/*.json  sweeps/*.json    executions of blocks; resolved sweeps with their planned keys
-    captures/*.safetensors            what captures.py keeps
+    cells/<key>.arrows               one committed cell; the name is all that planning reads
+    compacted/part-<n>-<sha>.arrows  many cells; counts only if the newest manifest lists it
+    compacted/manifest-<n>.json      the parts, their sha256 and their keys; never changed once written
+    attempts/*.json  sweeps/*.json   executions of blocks; resolved sweeps with their planned keys
+    captures/*.safetensors           what captures.py keeps
 
 A commit publishes a cell, a compaction manifest n+1: of two that both started from manifest n one fails, so none can undo the other. The lock only spares double
 work. A reader lists the loose cells first and reads the manifest last: a loose cell is deleted only after a manifest holds it, so none is missed;
@@ -38,15 +38,15 @@ from iclgd_dist.schema import ATTEMPT
 
 __all__ = ["Results", "Store", "StoreError", "read_results"]
 
-PART_GROUPS = 20  # row groups per part
+PART_GROUPS = 10  # batches per part
 MAX_SMALL_PARTS = 8  # parts of less than cells.GROUP_CELLS * PART_GROUPS cells; when there are so many, the next compaction merges them
 DEBRIS_STALE_SECONDS = 86_400  # what killed processes left is deleted when it is this old
 
-_CELL_NAME = re.compile(r"([0-9a-f]{64})\.parquet")
+_CELL_NAME = re.compile(r"([0-9a-f]{64})\.(?:arrows|parquet)")
 _ATTEMPT = pa.schema([(name, kind) for name, kind, _ in ATTEMPT])
 _README = """Results of in-context learning versus gradient descent, one row per finished grid point; written by iclgd, not to be edited by hand.
 Read it with: from iclgd_dist.store import read_results; results = read_results("this directory"); results.cells.to_pandas()
-cells/ holds one Parquet file per result, compacted/ the same many to a file (the newest manifest lists which files count), attempts/ and sweeps/ the history, captures/ what was kept.
+cells/ holds one Arrow stream per result, compacted/ the same many to a file (the newest manifest lists which files count), attempts/ and sweeps/ the history, captures/ what was kept.
 """
 
 
@@ -100,11 +100,11 @@ class Store:
             _publish(self.root / "README.txt", _README.encode())
 
     def keys(self) -> set[str]:
-        """Return the keys of all committed cells, from names and the manifest: no Parquet file is opened. A missing store is empty."""
-        return self._loose_keys() | self._manifest().commits.keys()
+        """Return the keys of all committed cells, from names and the manifest: no file of a cell is opened. A missing store is empty."""
+        return self._loose().keys() | self._manifest().commits.keys()
 
     def __contains__(self, key: str) -> bool:
-        return self._cell(key).exists() or key in self._manifest().commits
+        return self._is_loose(key) or key in self._manifest().commits
 
     def commit(self, row: dict[str, Any]) -> bool:
         """Store one cell, a row of CELL; it is on disk when this returns. Returns True if this call stored it, False if it was there.
@@ -113,7 +113,7 @@ class Store:
         """
         path = self._cell(row.get("key", ""))
         data = cells.encode(row)
-        if row["key"] in self._manifest().commits or not _publish(path, data):
+        if row["key"] in self or not _publish(path, data):
             return False
         # While we wrote, another's cell may have been committed, compacted and deleted here: then ours is a second one.
         if self._manifest().commits.get(row["key"], _short_hash(data)) != _short_hash(data):
@@ -151,12 +151,12 @@ class Store:
         return sorted(self._read_json(self._sweeps).values(), key=lambda sweep: sweep.get("created_at", ""))
 
     def compact(self) -> int:
-        """Move the loose cells into one Parquet file (merging small ones when there are many) and return how many; 0 if another process is at it.
+        """Move the loose cells into one file (merging small ones when there are many) and return how many; 0 if another process is at it.
 
         Readers and writers need not stop. Memory: about cells.GROUP_CELLS cells.
         """
         lock = self._compacted / "lock"
-        if not self._loose_keys() or not files.acquire(lock):
+        if not self._loose() or not files.acquire(lock):
             return 0
         try:
             return self._compact(lock)
@@ -172,15 +172,16 @@ class Store:
         With `set_aside` damaged files move to set_aside/ and their cells count as not run. To be called while nothing else writes to the store.
         """
         manifest, damaged, errors = self._manifest(), [], []
-        for key in sorted(self._loose_keys() - manifest.commits.keys()):
+        for key, path in self._loose().items():
             try:
-                self._load(key)
+                if key not in manifest.commits:
+                    self._load(key, path)
             except Vanished:
                 continue
             except StoreError as error:
                 errors.append(error)
                 if set_aside and error.is_damage:
-                    self.set_aside(self._cell(key))
+                    self.set_aside(path)
         for part in manifest.parts:
             try:
                 self._check(part)
@@ -205,8 +206,9 @@ class Store:
             with naming(path, "read"), open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
                     raise StoreError(f"is damaged: its sha256 is not the manifest's; it held {len(part.commits)} cells", path)
-            for _ in self._part_tables(part):
-                pass
+            for table in self._part_tables(part):
+                with naming(path, "read"):
+                    table.validate(full=True)
         except Vanished:
             raise StoreError(f"is missing; it held {len(part.commits)} cells", path) from None
 
@@ -218,10 +220,17 @@ class Store:
     def _cell(self, key: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", key):
             raise ValueError(f"key must be 64 lower-case hex digits, got {key!r}")
-        return self._cells / f"{key}.parquet"
+        return self._cells / (key + cells.SUFFIX)
 
-    def _loose_keys(self) -> set[str]:
-        return {match[1] for name in files.names_in(self._cells) if (match := _CELL_NAME.fullmatch(name))}
+    def _is_loose(self, key: str) -> bool:
+        path = self._cell(key)
+        return path.exists() or path.with_suffix(cells.OLDER_SUFFIX).exists()
+
+    def _loose(self) -> dict[str, Path]:
+        """Return the loose cells' files by key, in the order of the keys. Of a cell that an older version wrote at the same time as this one, one counts."""
+        names = sorted(files.names_in(self._cells), reverse=True)
+        found = {match[1]: self._cells / name for name in names if (match := _CELL_NAME.fullmatch(name))}
+        return dict(reversed(found.items()))
 
     def _manifest(self) -> Manifest:
         """Return the newest manifest. A manifest never changes, so one that was read is not read again."""
@@ -244,35 +253,34 @@ class Store:
                 raise StoreError("is damaged: must be a JSON object", path)
         return rows
 
-    def _load(self, key: str) -> tuple[pa.Table, str]:
+    def _load(self, key: str, path: Path) -> tuple[pa.Table, str]:
         """Return a loose cell as a table of one row, and the hash of its file."""
-        path = self._cell(key)
         data = files.read(path)
-        table = cells.decode(data, path)
-        if table["key"].to_pylist() != [key]:
+        tables = cells.decode(data, path)
+        if [each for table in tables for each in table["key"].to_pylist()] != [key]:
             raise StoreError("is damaged: it does not hold the one cell of its name", path)
-        return table, _short_hash(data)
+        return tables[0], _short_hash(data)
 
-    def _loose_tables(self, keys: list[str], commits: dict[str, str]) -> Iterator[pa.Table]:
+    def _loose_tables(self, loose: dict[str, Path], commits: dict[str, str]) -> Iterator[pa.Table]:
         """Yield loose cells, many to a table; the hashes of their files go into `commits`."""
+        every = list(loose.items())
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(keys), cells.GROUP_CELLS):
-                batch = keys[start : start + cells.GROUP_CELLS]
-                loaded = list(pool.map(self._load, batch))
-                commits.update({key: commit for key, (_, commit) in zip(batch, loaded, strict=True)})
+            for start in range(0, len(every), cells.GROUP_CELLS):
+                batch = every[start : start + cells.GROUP_CELLS]
+                loaded = list(pool.map(lambda one: self._load(*one), batch))
+                commits.update({key: commit for (key, _), (_, commit) in zip(batch, loaded, strict=True)})
                 yield pa.concat_tables([table for table, _ in loaded]).combine_chunks()
 
-    def _part_tables(self, part: Part) -> Iterator[pa.Table]:
-        keys: list[str] = []
-        for table in cells.row_groups(self._compacted / part.file):
-            keys += table["key"].to_pylist()
-            yield table
-        if keys != list(part.commits):
-            raise StoreError("is damaged: it does not hold the cells that the manifest lists", self._compacted / part.file)
+    def _part_tables(self, part: Part) -> list[pa.Table]:
+        path = self._compacted / part.file
+        tables = cells.decode(files.contents(path), path)
+        if [key for table in tables for key in table["key"].to_pylist()] != list(part.commits):
+            raise StoreError("is damaged: it does not hold the cells that the manifest lists", path)
+        return tables
 
     def _compact(self, lock: Path) -> int:
         base = self._manifest()
-        fresh = sorted(self._loose_keys() - base.commits.keys())
+        fresh = {key: path for key, path in self._loose().items() if key not in base.commits}
         small = [part for part in base.parts if len(part.commits) < cells.GROUP_CELLS * PART_GROUPS]
         merged = small if fresh and len(small) >= MAX_SMALL_PARTS else []
         commits = {key: commit for part in merged for key, commit in part.commits.items()}
@@ -301,7 +309,7 @@ class Store:
                 with open(temporary, "rb") as file:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                     os.fsync(file.fileno())
-                name = f"part-{number:08d}-{sha256[:16]}.parquet"
+                name = f"part-{number:08d}-{sha256[:16]}{cells.SUFFIX}"
                 os.rename(temporary, self._compacted / name)
         finally:
             with contextlib.suppress(OSError):
@@ -312,8 +320,9 @@ class Store:
         """Delete loose cells that the newest manifest holds, parts it does not list any more, and what killed processes left long ago."""
         newest = self._manifest()
         listed = {part.file for part in newest.parts}
-        for key in self._loose_keys() & newest.commits.keys():
-            files.remove(self._cell(key))
+        for key in self._loose().keys() & newest.commits.keys():
+            for suffix in (cells.SUFFIX, cells.OLDER_SUFFIX):
+                files.remove(self._cell(key).with_suffix(suffix))
         for name in replaced - listed:
             files.remove(self._compacted / name)
         for name in files.names_in(self._compacted):
@@ -331,13 +340,15 @@ class Store:
 
     def _tables(self) -> list[pa.Table]:
         """Return all cells, each once: parts in the manifest's order, then loose cells by key."""
-        loose = sorted(self._loose_keys() - self._manifest().commits.keys())
+        known = self._manifest().commits
+        loose = {key: path for key, path in self._loose().items() if key not in known}
         tables = list(self._loose_tables(loose, {}))
         manifest = self._manifest()  # after the loose files were read: whichever of them had been compacted meanwhile are in it
-        compacted = pa.array(manifest.commits.keys() & set(loose), pa.string())
+        compacted = pa.array(manifest.commits.keys() & loose.keys(), pa.string())
         if len(compacted):
             tables = [table.filter(pc.invert(pc.is_in(table["key"], compacted))).combine_chunks() for table in tables]
-        return [table for part in manifest.parts for table in self._part_tables(part)] + tables
+        with ThreadPoolExecutor() as pool:
+            return [table for part in pool.map(self._part_tables, manifest.parts) for table in part] + tables
 
 
 def _touching(lock: Path, table: pa.Table) -> pa.Table:
@@ -367,8 +378,8 @@ def read_results(store: str | Path | Store) -> Results:
     else:
         raise StoreError("is listed in the newest manifest and missing", str(missing))
     flat = cells.flatten(tables)
-    nested, later = flat.pop("measures"), measured.read(store.root)
-    if len(later):  # what was measured with the cell comes first and counts
-        of_cells = later.filter(pc.is_in(later["key"], flat["cells"]["key"].combine_chunks()))
-        nested = measured.first_of_each(pa.concat_tables([nested.set_column(0, "key", nested["key"].cast(pa.string())), of_cells]))
-    return Results(**flat, **cells.by_kind(nested), attempts=store.attempts())
+    later = measured.read(store.root)
+    for kind, name in cells.KINDS.items():  # what was measured with the cell comes first and counts
+        new = measured.only_new(flat[name], later.filter(pc.equal(later["kind"], kind)), flat["cells"]["key"].combine_chunks()) if len(later) else []
+        flat[name] = cells.named(kind, pa.concat_tables([flat[name], new] if len(new) else [flat[name]]))
+    return Results(**flat, attempts=store.attempts())

@@ -26,10 +26,10 @@ FLOORS = {
     2: ("model", "plan"),
     1.8: ("blocks",),
     1.5: ("cost", "captures", "untrained", "prepared"),
-    1.2: ("encoding", "contexts"),  # draws as token ids, draws of controls
+    1.2: ("encoding", "contexts", "light_tokenizer"),  # draws as token ids, draws of controls
     1: ("metrics", "ranking", "shared_attention", "tasks", "families", "sources", "store"),
     0.6: ("measured", "manifests"),
-    0.5: ("embedded", "cells", "own_code"),  # what tasks reads, what the store encodes
+    0.5: ("embedded", "cells", "own_code", "apart", "hub"),  # what tasks reads, what the store encodes
     0.2: ("files",),
     0.1: ("config",),
     0.06: ("extensions", "model_spec", "task_spec", "resources"),

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from iclgd_dist import cli
+from iclgd_dist.config import load_sweep
+from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
 
 SLOW_IMPORTS = ("torch", "transformers", "pandas", "ray", "datasets", "accelerate", "scipy", "plotly")
@@ -127,6 +129,20 @@ def test_the_paper_is_planned_from_its_file_alone_without_slow_imports(tmp_path:
         assert errors.startswith("model 'KoboldAI/fairseq-dense-1.3B': ")
         assert errors.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_what_computes_nothing_imports_no_torch(sweep_file: Path, is_finished: bool) -> None:
+    folder, store = sweep_file.parent, Store(sweep_file.parent / "results" / "tiny")
+    store.prepare()
+    if is_finished:
+        for key in make_plan(load_sweep(sweep_file)).keys:
+            assert store.commit({"key": key})
+    for arguments in (["--help"], ["plan", "tiny.toml"], ["status", "tiny.toml"]):
+        code, out, errors, imported = iclgd(folder, *arguments)
+        assert (code, errors, imported & {"torch", "transformers", "ray"}) == (0, "", set()), arguments
+        if arguments[0] == "plan":
+            assert ("to run" in out) is not is_finished
 
 
 def test_a_name_server_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:

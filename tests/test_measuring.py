@@ -211,8 +211,15 @@ def test_a_damaged_file_of_measures_is_named_and_can_be_set_aside(tmp_path: Path
 
 
 def test_of_figures_that_were_made_twice_the_first_counts() -> None:
-    row = {"key": "0" * 64, "kind": "control", "name": "a", "metric": "sim_aou", "layer": None, "fold": "all", "n": 3, "mean": 0.5, "sd": 0.1}
-    table = measured.SCHEMA.empty_table()
-    rows = [row, row | {"mean": 0.6}, row | {"layer": 0, "mean": 0.7}, row | {"name": "b", "mean": 0.8}]
-    made = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=measured.SCHEMA)])
-    assert measured.first_of_each(made)["mean"].to_pylist() == [0.5, 0.7, 0.8]
+    keys = pa.array(["0" * 64, "1" * 64])
+    row = {"key": "1" * 64, "kind": "control", "name": "a", "metric": "sim_aou", "layer": None, "fold": "all", "n": 3, "mean": 0.5, "sd": 0.1}
+    rows = [row, row | {"mean": 0.6}, row | {"layer": 0, "mean": 0.7}, row | {"name": "b", "mean": 0.8}, row | {"key": "2" * 64, "mean": 0.9}]
+    later = pa.Table.from_pylist(rows, schema=measured.SCHEMA)
+    none = later.slice(0, 0).drop_columns(["kind"])
+    none = none.set_column(0, "key", pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), keys))
+    found = measured.only_new(none, later, keys)
+    assert found["mean"].to_pylist() == [0.5, 0.7, 0.8]
+    assert set(found["key"].to_pylist()) == {"1" * 64}
+    assert measured.only_new(found.slice(1), later, keys)["mean"].to_pylist() == [0.5], "what is there is not there again"
+    other = found.set_column(0, "key", pa.DictionaryArray.from_arrays(pa.array([0, 0, 0], pa.int32()), keys))
+    assert len(measured.only_new(other, later, keys)) == 3, "another cell's figures of the same name"

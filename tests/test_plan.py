@@ -88,7 +88,7 @@ class Models:
             raise SourceUnreachable(f"model {spec.source!r}: the hub cannot be reached")
         return ModelIdentity(spec.source, spec.source, self.content[spec.source], "llama", CONFIG, None)
 
-    def load_tokenizer(self, identity: ModelIdentity) -> Words:
+    def light_tokenizer(self, identity: ModelIdentity) -> Words:
         self.tokenizers.append(Words())
         return self.tokenizers[-1]
 
@@ -97,7 +97,7 @@ class Models:
 def models(monkeypatch: pytest.MonkeyPatch) -> Models:
     found = Models()
     monkeypatch.setattr(planning, "identify", found.identify)
-    monkeypatch.setattr(planning, "load_tokenizer", found.load_tokenizer)
+    monkeypatch.setattr(planning, "light_tokenizer", found.light_tokenizer)
     return found
 
 

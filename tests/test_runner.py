@@ -43,7 +43,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
 
 
 def committed(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (store / "cells").glob("[0-9a-f]*.parquet")}
+    return {path.name: path.read_bytes() for path in (store / "cells").glob("[0-9a-f]*.arrows")}
 
 
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:
@@ -80,7 +80,7 @@ def test_a_driver_killed_in_the_middle_loses_nothing_and_nothing_is_computed_twi
     clean = sum(8 * 4 // 2 for _ in planned.blocks)
     recomputed = sum(attempt["num_training_steps"] for attempt in done) - clean
     assert recomputed <= 16
-    after = {path.name for path in (store / "cells").glob("[0-9a-f]*.parquet")}
+    after = {path.name for path in (store / "cells").glob("[0-9a-f]*.arrows")}
     assert after == set() or all((store / "cells" / name).read_bytes() == before[name] for name in after & before.keys())
 
 

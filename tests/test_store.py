@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -45,7 +46,12 @@ def row(number: int, **values: Any) -> dict[str, Any]:
         "folds": [{"fold": fold, "n": number, "accuracy": None} for fold in ("A", "B")],
         "layers": [{"layer": layer, "fold": fold, "sim_aou": layer / (number + 1), "sim_aou_n": number} for layer in range(3) for fold in ("A", "B", "all")],
         "examples": [{"query": f"q{query}", "fold": "A", "gold": query, "label_scores": [-float(number), None]} for query in range(number % 4)],
+        "measures": [measure(kind, number + n, layer) for layer in (None, 0) for n, kind in enumerate(("metric", "control", "pair") * (number % 3))],
     } | values
+
+
+def measure(kind: str, number: int, layer: int | None) -> dict[str, Any]:
+    return {"kind": kind, "name": f"{kind} {number}", "metric": "sim_aou", "layer": layer, "fold": "all", "n": number, "mean": number / 3, "sd": None}
 
 
 def prepared(path: Path, *rows: dict[str, Any]) -> Store:
@@ -75,6 +81,12 @@ def assert_holds(results: Results, rows: list[dict[str, Any]]) -> None:
                 expected.append({"key": each} | full(element, inner))
         table = getattr(results, name)
         assert table.column_names == ["key", *inner]
+        assert table.to_pylist() == expected
+    for kind, names in {"control": ["cell", "control"], "pair": ["cell_a", "cell_b"], "metric": ["cell", "version"]}.items():
+        table = getattr(results, f"{kind}s")
+        assert table.column_names == [*names, "layer", "fold", "metric", "n", "mean", "sd"]
+        measures = [(each, m) for each in results.cells["key"].to_pylist() for m in by_key[each].get("measures") or [] if m["kind"] == kind]
+        expected = [{names[0]: each, names[1]: m["name"]} | {n: m[n] for n in table.column_names[2:]} for each, m in measures]
         assert table.to_pylist() == expected
 
 
@@ -455,23 +467,22 @@ def test_a_reader_that_polls_sees_every_acknowledged_cell_once_and_whole(tmp_pat
     assert num_reads > 3
 
 
-@pytest.mark.parametrize("name", ["read", "row_groups"])
+@pytest.mark.parametrize("name", ["read", "contents"])
 def test_a_reader_finds_the_cells_of_a_file_that_is_compacted_before_it_can_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     made, other = prepared(tmp_path, row(1)), Store(tmp_path / "store")
     made.compact()
     made.commit(row(2))
     monkeypatch.setattr(store, "MAX_SMALL_PARTS", 1)  # the part vanishes too
-    module = files if name == "read" else cells
-    real, folder = getattr(module, name), "cells" if name == "read" else "compacted"
+    real, folder = getattr(files, name), "cells" if name == "read" else "compacted"
 
     def overtaken(path: Path) -> Any:
         if path.parent.name == folder:
-            monkeypatch.setattr(module, name, real)
+            monkeypatch.setattr(files, name, real)
             assert other.compact() == 1
             assert not path.exists()
         return real(path)
 
-    monkeypatch.setattr(module, name, overtaken)
+    monkeypatch.setattr(files, name, overtaken)
     assert_holds(read_results(made), [row(1), row(2)])
 
 
@@ -507,7 +518,7 @@ def test_a_writer_whose_cell_is_compacted_under_its_hands_is_told_that_it_was_fi
 def test_a_cell_both_loose_and_compacted_counts_once_and_the_manifest_wins(tmp_path: Path) -> None:
     made = prepared(tmp_path, row(1), row(2))
     made.compact()
-    (made.root / "cells" / f"{key(1)}.parquet").write_bytes(cells.encode(row(1, accuracy=0.5)))
+    (made.root / "cells" / f"{key(1)}.arrows").write_bytes(cells.encode(row(1, accuracy=0.5)))
     assert_holds(read_results(made), [row(1), row(2)])
     assert made.compact() == 0
     assert os.listdir(made.root / "cells") == []
@@ -580,8 +591,8 @@ def test_many_compactions_keep_few_parts_and_all_rows(tmp_path: Path, monkeypatc
     assert sum(name.startswith("manifest") for name in compacted) <= 2
     assert {name for name in compacted if name.startswith("part")} == {part.file for part in made._manifest().parts}
     for part in made._manifest().parts:
-        content = pq.ParquetFile(made.root / "compacted" / part.file)
-        assert all(content.metadata.row_group(group).num_rows >= 3 for group in range(content.num_row_groups - 1))
+        path = made.root / "compacted" / part.file
+        assert all(len(table) >= 3 for table in cells.decode(path.read_bytes(), path)[:-1])
 
 
 # Foreign, damaged, older and newer files.
@@ -591,7 +602,7 @@ def test_temporary_and_foreign_files_are_no_data(tmp_path: Path) -> None:
     made = prepared(tmp_path, row(1))
     folder = made.root / "cells"
     content = cells.encode(row(2))
-    for name in (".tmp-old", ".tmp-new", f"{key(2)}.parquet.tmp", f"{key(2)}.parquet~", f".{key(2)}.parquet", "part-0.parquet", "README"):
+    for name in (".tmp-old", ".tmp-new", f"{key(2)}.arrows.tmp", f"{key(2)}.arrows~", f".{key(2)}.arrows", "part-0.arrows", "README"):
         (folder / name).write_bytes(content)
     (folder / "folder").mkdir()
     old = files.now(folder) - store.DEBRIS_STALE_SECONDS - 1
@@ -625,7 +636,7 @@ def test_a_damaged_file_is_named_by_readers_and_can_be_set_aside(tmp_path: Path,
     made.commit(row(2))
     if is_compacted:
         made.compact()
-    path = made.root / "compacted" / made._manifest().parts[1].file if is_compacted else made.root / "cells" / f"{key(2)}.parquet"
+    path = made.root / "compacted" / made._manifest().parts[1].file if is_compacted else made.root / "cells" / f"{key(2)}.arrows"
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(StoreError, match="verify") as caught:
         read_results(made)
@@ -645,7 +656,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(tmp_path: Path, is_compact
     made = prepared(tmp_path, row(3))
     if is_compacted:
         made.compact()
-    path = next((made.root / ("compacted" if is_compacted else "cells")).glob("*.parquet"))
+    path = next((made.root / ("compacted" if is_compacted else "cells")).glob("*.arrows"))
     data, choose, num_errors = path.read_bytes(), random.Random(1), 0
     for _ in range(60):
         place = choose.randrange(len(data))
@@ -665,7 +676,7 @@ def test_a_changed_figure_is_an_error(tmp_path: Path, is_compacted: bool) -> Non
     made = prepared(tmp_path, row(3))
     if is_compacted:
         made.compact()
-    path = next((made.root / ("compacted" if is_compacted else "cells")).glob("*.parquet"))
+    path = next((made.root / ("compacted" if is_compacted else "cells")).glob("*.arrows"))
     figure = struct.pack("<d", 3 / 7)
     assert path.read_bytes().count(figure) == 1
     path.write_bytes(path.read_bytes().replace(figure, struct.pack("<d", 4 / 7)))
@@ -688,7 +699,7 @@ def test_a_missing_part_is_an_error_not_a_smaller_table(tmp_path: Path) -> None:
 
 def test_a_cell_under_another_cells_name_is_damage(tmp_path: Path) -> None:
     made = prepared(tmp_path, row(1))
-    (made.root / "cells" / f"{key(1)}.parquet").rename(made.root / "cells" / f"{key(2)}.parquet")
+    (made.root / "cells" / f"{key(1)}.arrows").rename(made.root / "cells" / f"{key(2)}.arrows")
     with pytest.raises(StoreError, match="one cell of its name"):
         read_results(made)
 
@@ -699,7 +710,7 @@ def test_a_manifest_that_is_torn_newer_or_points_elsewhere_is_an_error(tmp_path:
     path = next((made.root / "compacted").glob("manifest-*"))
     content = json.loads(path.read_text())
     stolen = [content["parts"][0] | {"file": "../../secret.parquet"}]
-    for text in ("", "{", "[]", "{}", '{"version": 1, "parts": [{}]}', json.dumps(content | {"parts": stolen}), json.dumps(content | {"version": 2})):
+    for text in ("", "{", "[]", "{}", '{"version": 1, "parts": [{}]}', json.dumps(content | {"parts": stolen}), json.dumps(content | {"version": 3})):
         path.write_text(text)
         for read in (lambda: Store(made.root).keys(), lambda: read_results(made.root)):
             with pytest.raises(StoreError) as caught:
@@ -720,11 +731,19 @@ def without(kind: pa.DataType, name: str) -> pa.DataType:
 
 
 def write_as(path: Path, schema: pa.Schema, *rows: dict[str, Any]) -> None:
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
+    """Write rows as a version with this schema would: Parquet with one column of measures, or a stream in which each kind has a column."""
+    if path.suffix == ".arrows":
+        kinds = {name: [m for m in rows[0].get("measures") or [] if f"{m['kind']}s" == name] for name in ("controls", "pairs", "metrics")}
+        schema = pa.schema([field for field in schema if field.name != "measures"] + [field for field in cells.STORED if field.name in kinds])
+        table = pa.Table.from_pylist([each | kinds for each in rows], schema=schema)
+        path.write_bytes(b"".join(cells._messages(schema, [table])))
+    else:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrows"])
 @pytest.mark.parametrize("is_compacted", [False, True])
-def test_files_of_an_older_version_read_with_null_for_what_it_did_not_know(tmp_path: Path, is_compacted: bool) -> None:
+def test_files_of_an_older_version_read_with_null_for_what_it_did_not_know(tmp_path: Path, is_compacted: bool, suffix: str) -> None:
     made = prepared(tmp_path, row(1))
     old = pa.schema(
         [
@@ -736,8 +755,8 @@ def test_files_of_an_older_version_read_with_null_for_what_it_did_not_know(tmp_p
             if field.name != "accuracy"
         ]
     )
-    write_as(made.root / "cells" / f"{key(2)}.parquet", old, row(2))
-    write_as(made.root / "cells" / f"{key(3)}.parquet", old, row(3, layers=None))
+    write_as(made.root / "cells" / f"{key(2)}{suffix}", old, row(2))
+    write_as(made.root / "cells" / f"{key(3)}{suffix}", old, row(3, layers=None))
     if is_compacted:
         assert made.compact() == 3
     expected = [row(2), row(3, layers=None)]
@@ -752,13 +771,14 @@ def test_a_part_of_an_older_version_is_read_and_merged(tmp_path: Path, monkeypat
     old = pa.schema(
         [pa.field(field.name, without(field.type, "noise_floor") if field.name == "layers" else field.type) for field in CELL if field.name != "peak_gib"]
     )
-    with monkeypatch.context() as older:
-        older.setattr(cells, "CELL", old)
-        made = prepared(tmp_path, row(1), row(2))
-        assert made.compact() == 2
-    part = made.root / "compacted" / made._manifest().parts[0].file
-    assert pq.read_schema(part).equals(old)
+    made = prepared(tmp_path)
+    part = made.root / "compacted" / f"part-00000001-{'0' * 16}.parquet"
+    write_as(part, old, row(1), row(2))
+    listed = {"file": part.name, "sha256": hashlib.sha256(part.read_bytes()).hexdigest(), "commits": {key(1): "1" * 16, key(2): "2" * 16}}
+    (part.parent / "manifest-00000001.json").write_text(json.dumps({"version": 1, "parts": [listed]}))
+    assert made.keys() == {key(1), key(2)}
     assert_holds(read_results(made), [row(1), row(2)])
+    assert made.verify() == []
     monkeypatch.setattr(store, "MAX_SMALL_PARTS", 1)
     made.commit(row(3))
     assert made.compact() == 1
@@ -766,8 +786,37 @@ def test_a_part_of_an_older_version_is_read_and_merged(tmp_path: Path, monkeypat
     assert_holds(read_results(made), [row(1), row(2), row(3)])
 
 
+def test_a_cell_that_an_older_version_wrote_is_there(tmp_path: Path) -> None:
+    made = prepared(tmp_path, row(1))
+    for number in (1, 2):  # the first at the same time as this version
+        write_as(made.root / "cells" / f"{key(number)}.parquet", CELL, row(number))
+    assert key(2) in made
+    assert not made.commit(row(2, accuracy=0.5))
+    assert made.keys() == {key(1), key(2)}
+    assert_holds(read_results(made), [row(1), row(2)])
+    assert made.compact() == 2
+    assert os.listdir(made.root / "cells") == []
+    assert_holds(read_results(made), [row(1), row(2)])
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_what_was_read_stays_when_its_file_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mapped: bool) -> None:
+    made = prepared(tmp_path, row(1), row(2))
+    made.compact()
+    mapped = []
+    real = pa.memory_map
+    monkeypatch.setattr(pa, "memory_map", lambda path: (mapped.append(path), real(path))[1])
+    monkeypatch.setattr(os, "major", lambda device: 8 if is_mapped else 0)  # 0: no disk of this machine
+    results = read_results(made)
+    (part,) = (made.root / "compacted").glob("part-*")
+    assert mapped == [str(part)] * is_mapped
+    part.unlink()
+    assert_holds(results, [row(1), row(2)])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrows"])
 @pytest.mark.parametrize("where", ["row", "layers", "type"])
-def test_files_of_a_newer_version_are_refused_with_the_advice_to_update_and_never_set_aside(tmp_path: Path, where: str) -> None:
+def test_files_of_a_newer_version_are_refused_with_the_advice_to_update_and_never_set_aside(tmp_path: Path, where: str, suffix: str) -> None:
     made = prepared(tmp_path)
     newer = CELL.append(pa.field("entropy", pa.float64()))
     if where == "layers":
@@ -775,7 +824,7 @@ def test_files_of_a_newer_version_are_refused_with_the_advice_to_update_and_neve
         newer = CELL.set(CELL.get_field_index("layers"), pa.field("layers", longer))
     if where == "type":
         newer = CELL.set(CELL.get_field_index("step"), pa.field("step", pa.float64()))
-    write_as(made.root / "cells" / f"{key(2)}.parquet", newer, row(2))
+    write_as(made.root / "cells" / f"{key(2)}{suffix}", newer, row(2))
     with pytest.raises(StoreError, match="step as double" if where == "type" else "entropy") as caught:
         read_results(made)
     assert "update iclgd" in str(caught.value)

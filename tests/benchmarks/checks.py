@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iclgd_dist import updates
 from iclgd_dist.updates import METHODS, TrainingSequence
-from tests.benchmarks import flops, grid, lanes, loop, papers, reference, roofline
+from tests.benchmarks import flops, grid, lanes, loop, papers, reference, roofline, store
 from tests.benchmarks.agreement import Stored
 from tests.benchmarks.flops import Sizes
 from tests.tiny import save_tiny, tiny
@@ -87,6 +87,20 @@ def test_lanes_times_every_number_of_lanes() -> None:
     assert is_line_of_json(figures)
     assert figures["seconds_per_learning_rate"]["vanilla"].keys() == {1, 2, 8}
     assert figures["value"] == min(figures["times_faster_at_8"][method] / goal for method, goal in (("layer_causal", 1.8), ("vanilla", 2.0)))
+
+
+def test_store_reads_and_plans_against_what_it_made_up() -> None:
+    figures = store.run(["--cells", "300", "--loose", "3", "--layers", "2", "--examples", "8", "--repeats", "1"])
+    assert is_line_of_json(figures)
+    assert figures["holds"], figures["value"]  # far below the goals at this size; torch is imported at none
+    assert (figures["num_cells"], figures["read_with_loose"]["cells"]) == (340, 343)
+    # Of each cell: itself, two folds, six layers and folds, eight examples, six rows of a metric. Pairs and controls: of some.
+    assert figures["read_with_loose"]["rows"] == (1 + 2 + 6 + 8 + 6) * 343 + 3 * 6 * (170 + 2) + 5 * 6 * (34 + 1)
+
+
+def test_store_says_when_the_disk_is_too_small() -> None:
+    with pytest.raises(SystemExit, match="GiB of free disk are needed"):
+        store.run(["--cells", str(10**12)])
 
 
 @pytest.mark.parametrize("benchmark", [reference, loop])

@@ -1,0 +1,41 @@
+"""Calls that need seconds of imports, made in a process of their own: this one stays without torch. Knows SweepError; knows nothing of what is done."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from iclgd_dist.config import SweepError
+
+_REFUSED = 2  # exit code of a call that ended in a SweepError
+_PROGRAM = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from iclgd_dist.apart import _answer; _answer()"
+
+
+def apart(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a module's function with plain data, for what it writes to disk; in this process where torch is loaded already.
+
+    Errors: SweepError, where the function raises it or its process dies.
+    """
+    if "torch" in sys.modules:
+        return function(*arguments)
+    given = pickle.dumps(sys.path) + pickle.dumps((function, arguments))
+    done = subprocess.run([sys.executable, "-P", "-c", _PROGRAM], input=given, capture_output=True)
+    if done.returncode == _REFUSED:
+        raise SweepError(done.stdout.decode())
+    if done.returncode:
+        last = (done.stderr.decode(errors="replace").splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise SweepError(f"{function.__module__}.{function.__name__} failed in a process of its own: {last[:300]}")
+
+
+def _answer() -> None:
+    function, arguments = pickle.load(sys.stdin.buffer)
+    answer, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    try:
+        function(*arguments)
+    except SweepError as error:
+        answer.write(str(error))
+        answer.flush()
+        raise SystemExit(_REFUSED) from None
