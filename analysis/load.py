@@ -26,20 +26,8 @@ from iclgd_dist.store import Results, Store, read_results
 from .intervals import Estimate, estimate, geometric_mean
 from .text import counted
 
-BASE = [
-    "model_hash",
-    "storage_dtype",
-    "compute_dtype",
-    "tf32",
-    "deterministic",
-    "init",
-    "init_scheme",
-    "init_seed",
-    "task",
-    "protocol",
-    "num_queries",
-    "query_seed",
-]
+PRECISION = ["storage_dtype", "compute_dtype", "tf32", "deterministic"]
+BASE = ["model_hash", *PRECISION, "init", "init_scheme", "init_seed", "task", "protocol", "num_queries", "query_seed"]
 DRAW = ["num_demonstrations", "seed", "order"]  # with BASE, which is one zero-shot cell each: one in-context cell each
 SETTING = [*(name for name in BASE if name != "init_seed"), "num_demonstrations"]  # for random weights the seed of the weights is the replicate
 ACCURACIES = ("accuracy", "balanced_accuracy")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,15 @@ def light_tokenizer(identity: ModelIdentity) -> Any:
     folder = tokenizer_folder(identity)  # what has to be downloaded is, in this process
     made_by = [identity.content_hash, VERSION, version("transformers"), version("tokenizers")]
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
-    made = make_once(cache_folder("tokenizers") / name, lambda target: apart(_save, identity, target))
+    made = make_once(cache_folder("tokenizers") / name, lambda target: apart(_save, asdict(identity), str(target)))
     return LightTokenizer(made, str(folder)) if (made / _TOKENIZER).exists() else load_tokenizer(identity)
 
 
-def _save(identity: ModelIdentity, target: Path) -> None:
+def _save(of_model: dict[str, Any], folder: str) -> None:
     """Write what a LightTokenizer reads, or nothing where it would not give the same ids."""
     from transformers import TokenizersBackend
 
-    tokenizer = load_tokenizer(identity)
+    tokenizer, target = load_tokenizer(ModelIdentity(**of_model)), Path(folder)
     plain: Any = TokenizersBackend
     if not isinstance(tokenizer, plain) or any(getattr(type(tokenizer), name) is not getattr(plain, name) for name in ("__call__", "_encode_plus")):
         return

@@ -240,17 +240,18 @@ def _gguf_header(location: str, content_hash: str) -> Path:
 
     def make(target: Path) -> None:
         log.info("reading config and tokenizer of %s once; about 10 s", _gguf_file(location).name)
-        apart(_convert_header, _gguf_file(location), target)
+        apart(_convert_header, str(_gguf_file(location)), str(target))
 
     return make_once(cache_folder("headers") / content_hash[:32], make)
 
 
-def _convert_header(path: Path, target: Path) -> None:
+def _convert_header(file: str, folder: str) -> None:
     from gguf import LlamaFileType
     from transformers import AutoConfig, AutoTokenizer, TokenizersBackend
     from transformers.integrations.gguf import read_gguf_metadata
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+    path, target = Path(file), Path(folder)
     try:
         with _alone(path) as place:
             config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
