@@ -110,13 +110,16 @@ class Lanes:
             gradients = torch.autograd.grad(loss_N.sum(), self.tensors)
         with torch.no_grad():
             home = self.rate_N.device  # a sharded model has its deltas, and a loss, on several devices
-            squares = torch.stack([gradient.flatten(1).square().sum(1).to(home) for gradient in gradients])
-            norm_NL = torch.stack([part.sum(0) for part in squares.split(self.counts)], dim=1).sqrt()
+            norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1).to(home) for gradient in gradients])
+            norm_NL = torch.stack([torch.linalg.vector_norm(part, dim=0) for part in norms.split(self.counts)], dim=1)
             loss_N = loss_N.detach().to(home)
             self.alive_N = self.alive_N & loss_N.isfinite() & norm_NL.isfinite().all(1)
             for tensor, gradient, state in zip(self.tensors, gradients, self.states, strict=True):
                 alive, rate = (lane.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)) for lane in (self.alive_N, self.rate_N))
-                tensor.copy_(torch.where(alive, tensor - rate * self.direction(gradient, state), tensor))
+                direction = self.direction(gradient, state)
+                if tensor.device.type != "cpu" or not alive.all():  # on a CPU asking is free, and a pass over all deltas is not
+                    direction = torch.where(alive, direction, 0.0)
+                tensor.addcmul_(direction, rate, value=-1.0)
             self._note(loss_N, norm_NL)
 
     def rest(self) -> None:

@@ -68,7 +68,7 @@ def test_results_do_not_depend_on_packing_offload_or_lanes(
     expected = results_of(sweep_file, text + MORE.format(resources=""), tmp_path / "plain")
     resources, chunk, worth = drawn(variant, 1)
     monkeypatch.setattr(shared_attention, "NUM_WORTH", worth)
-    monkeypatch.setattr(losses, "TOKENS_PER_CHUNK", {"cpu": chunk, "cuda": chunk})
+    monkeypatch.setattr(losses, "tokens_per_chunk", lambda *_: chunk)
     got = results_of(sweep_file, text + MORE.format(resources=resources), tmp_path / "packed")
     for table, rows in expected.items():
         assert len(got[table]) == len(rows) > 0

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iclgd_dist import losses
 from iclgd_dist.losses import lane_losses
 from tests.tiny import VOCABULARY, WIDTH, ids, tiny
 
@@ -36,9 +37,10 @@ def states(dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 4, NUM_TOKENS, 1000])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "opt_projected"])
-def test_loss_and_gradient_in_chunks_equal_those_of_all_logits_at_once(family: str, chunk: int) -> None:
+def test_loss_and_gradient_in_chunks_equal_those_of_all_logits_at_once(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "tokens_per_chunk", lambda *_: chunk)
     lm, hidden_NTD, target_T = tiny(family), states(), torch.tensor(ids(NUM_TOKENS, seed=1))
-    loss_N = lane_losses(lm, hidden_NTD, target_T, tokens_per_chunk=chunk)
+    loss_N = lane_losses(lm, hidden_NTD, target_T)
     weight_N = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)  # lanes do not all count alike; powers of two: norms round to float32
     (gradient,) = torch.autograd.grad(loss_N @ weight_N, hidden_NTD)
     plain_N = torch.stack([cross_entropy(lm.early_exit(hidden_TD), target_T) for hidden_TD in hidden_NTD])
@@ -47,13 +49,15 @@ def test_loss_and_gradient_in_chunks_equal_those_of_all_logits_at_once(family: s
     assert float((gradient - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
 
-def test_no_more_logits_than_a_chunk_exist_at_once() -> None:
+def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "MIB_PER_CHUNK", {"cpu": 2 * VOCABULARY * 8 / 2**20, "cuda": 0})  # two rows of float64
     lm, hidden_NTD, target_T = tiny("llama"), states(), torch.tensor(ids(NUM_TOKENS, seed=1))
     with MostLogits() as most:
-        torch.autograd.grad(lane_losses(lm, hidden_NTD, target_T, tokens_per_chunk=2).sum(), hidden_NTD)
+        torch.autograd.grad(lane_losses(lm, hidden_NTD, target_T).sum(), hidden_NTD)
     assert most.rows == 2
+    monkeypatch.undo()
     with MostLogits() as most:
-        lane_losses(lm, hidden_NTD, target_T, tokens_per_chunk=1000)
+        lane_losses(lm, hidden_NTD, target_T)
     assert most.rows == NUM_LANES * NUM_TOKENS, "the test would not see a table that is too large"
 
 

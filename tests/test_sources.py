@@ -447,7 +447,7 @@ def test_a_new_version_of_the_conversion_is_a_new_model(gguf_file: Path, monkeyp
     monkeypatch.setattr(
         sources,
         "_convert_header",
-        lambda path, target: [(target / n).write_text(t) for n, t in (("config.json", '{"model_type": "llama"}'), ("notes.json", "[]"))],
+        lambda file, folder: [(Path(folder) / n).write_text(t) for n, t in (("config.json", '{"model_type": "llama"}'), ("notes.json", "[]"))],
     )
     before = identify(gguf_file).content_hash
     monkeypatch.setattr(sources, "CONVERSION_VERSION", sources.CONVERSION_VERSION + 1)
