@@ -91,16 +91,19 @@ class Committer:
             prefix = None if self.block.is_measuring else baselines.prefix(trajectory.train_on, step)
             controls = control_measures(baseline, baselines.controls, [capture for _, _, capture in lanes]) if baselines.controls else [[] for _ in lanes]
 
-            def row_of(lane: int, cell: Cell, capture: Capture) -> Row:
+            def row_of(lane: int, cell: Cell, capture: Capture) -> tuple[Row, list[Row]]:
+                pairs = [row for other, captured in self.held.get(self._point(cell), ()) for row in pair_measures(baseline, other.key, captured, capture)]
+                if self.block.is_measuring:
+                    return {}, pairs
                 record, seed = trajectory.record(lane, step), int(cell.key[:15], 16)
-                return finetuned_row(baseline, capture, training=record, random_seed=seed, prefix=prefix)
+                return finetuned_row(baseline, capture, training=record, random_seed=seed, prefix=prefix), pairs
 
-            made = [{} for _ in lanes] if self.block.is_measuring else list(pool.map(row_of, *zip(*lanes, strict=True))) if lanes else []
-            for (_, cell, capture), of_controls, row in zip(lanes, controls, made, strict=True):
-                of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
-                self.problems += problems
-                measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
-                rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
+            made = list(pool.map(row_of, *zip(*lanes, strict=True))) if lanes else []
+        for (_, cell, capture), of_controls, (row, pairs) in zip(lanes, controls, made, strict=True):
+            of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
+            self.problems += problems
+            rows.append((cell, row | {"measures": of_controls + pairs + of_metrics} | self._kept(cell, capture)))
+            self._hold(cell, capture)
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 
     @staticmethod
@@ -108,15 +111,12 @@ class Committer:
         assert cell.learning_rate is not None and cell.step is not None
         return cell.train_on, cell.learning_rate, cell.step
 
-    def _pairs(self, baseline: Baseline, cell: Cell, capture: Capture) -> list[Row]:
-        """Compare a cell with those of other methods at the same point, and keep its capture if more are to come."""
+    def _hold(self, cell: Cell, capture: Capture) -> None:
+        """Keep a cell's capture while cells of other methods at the same point are to come."""
         point = self._point(cell)
-        others = self.held.setdefault(point, [])
-        rows = [row for other, captured in others for row in pair_measures(baseline, other.key, captured, capture)]
         if self.to_come[point] > 1:
-            others.append((cell, capture.clone()))  # a view would keep all lanes alive
+            self.held.setdefault(point, []).append((cell, capture.clone()))  # a view would keep all lanes alive
         self._settle(point)
-        return rows
 
     def _settle(self, point: Point) -> None:
         self.to_come[point] -= 1

@@ -37,13 +37,24 @@ def measure_rows(kind: str, name: str, figures: Figures, fold_masks: Mapping[str
     """Return one row per figure, layer and fold: how many queries are defined, their mean and standard deviation."""
     rows: list[Row] = []
     for metric, values in figures.items():
-        for layer, values_Q in enumerate(values) if values.dim() == 2 else [(None, values)]:
-            for fold, mask_Q in fold_masks.items():
-                defined = values_Q[mask_Q]
-                defined = defined[defined.isfinite()].double()
-                mean, sd = (float(defined.mean()) if len(defined) else None), (float(defined.std()) if len(defined) > 1 else None)
-                rows.append({"kind": kind, "name": name, "metric": metric, "layer": layer, "fold": fold, "n": len(defined), "mean": mean, "sd": sd})
+        values_LQ = values.double() if values.dim() == 2 else values.double()[None]
+        layers = range(len(values_LQ)) if values.dim() == 2 else [None]
+        by_fold = {fold: _moments(values_LQ[:, mask_Q]) for fold, mask_Q in fold_masks.items()}
+        for number, layer in enumerate(layers):
+            for fold, (counts, means, deviations) in by_fold.items():
+                n, mean, sd = counts[number], means[number], deviations[number]
+                spread = {"n": n, "mean": mean if n else None, "sd": sd if n > 1 else None}
+                rows.append({"kind": kind, "name": name, "metric": metric, "layer": layer, "fold": fold} | spread)
     return rows
+
+
+def _moments(values_LQ: Tensor) -> tuple[list[int], list[float], list[float]]:
+    """Return how many values of each layer are finite, their mean and their standard deviation; NaN of none, or of one."""
+    is_defined_LQ = values_LQ.isfinite()
+    n_L = is_defined_LQ.sum(1)
+    mean_L = torch.where(is_defined_LQ, values_LQ, 0.0).sum(1) / n_L
+    sd_L = (torch.where(is_defined_LQ, values_LQ - mean_L[:, None], 0.0).square().sum(1) / (n_L - 1)).sqrt()
+    return n_L.tolist(), mean_L.tolist(), sd_L.tolist()
 
 
 def _similarities(baseline: Baseline, layer: int, a: tuple[AttentionChange, ScoreChange], b: tuple[AttentionChange, ScoreChange]) -> dict[str, Tensor]:

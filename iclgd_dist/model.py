@@ -33,6 +33,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from iclgd_dist import shared_attention
 from iclgd_dist.config import ModelSpec, Resources, SweepError
 from iclgd_dist.families import Family, family_of, num_key_heads
+from iclgd_dist.head import Head
 from iclgd_dist.untrained import redraw
 
 RECORDED = "iclgd_recorded"
@@ -182,21 +183,27 @@ class LanguageModel:
 
     def early_exit(self, hidden_XD: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states after any layer: final norm, projection where the model has one, output head, scaling or cap."""
-        return self.logits(self.normed(hidden_XD))
+        normed_XD = self.normed(hidden_XD)
+        with self.head() as head:
+            return head.logits(normed_XD.to(head.weight_VD.device))
 
     def normed(self, hidden_XD: Tensor) -> Tensor:
         """Return what the output head reads of hidden states after any layer."""
         return self._through((self.family.norm, self.family.project_out), hidden_XD)
 
-    def logits(self, normed_XD: Tensor) -> Tensor:
-        logits_XV = self._through((self.family.head,), normed_XD)
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Head]:
+        """Yield the output head with its weights where it computes: offloaded ones come in once and go when the block ends."""
+        module = module_at(self.model, self.family.head)
+        hook = getattr(module, "_hf_hook", None)
         how, name = self.family.logits or ("times", None)
-        number = getattr(self.model.config, name) if name else None
-        if number is None:
-            return logits_XV
-        if how == "cap":
-            return torch.tanh(logits_XV / number) * number
-        return logits_XV * number if how == "times" else logits_XV / number
+        if hook is not None:
+            hook.pre_forward(module)
+        try:
+            yield Head(module.weight, module.bias, how, getattr(self.model.config, name) if name else None)
+        finally:
+            if hook is not None:
+                hook.post_forward(module, None)
 
     def _through(self, paths: Iterable[str | None], states: Tensor) -> Tensor:
         for module in (module_at(self.model, path) for path in paths):

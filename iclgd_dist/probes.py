@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from iclgd_dist.attention import recording_queries, recording_scores
 from iclgd_dist.deltas import Deltas, attached
 from iclgd_dist.layerwise import Prefix, Replay, to_host
-from iclgd_dist.losses import normalised
+from iclgd_dist.losses import log_chances
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.positions import computed_only_at
@@ -252,7 +252,7 @@ class QueryPass:
         self.arrivals.wait()
         for batch in self.batches:
             assert batch.replay.next_layer == self.lm.num_layers, f"{batch.replay.next_layer} of {self.lm.num_layers} layers were climbed"
-            self._score_labels(batch)
+        self._score_labels()
         is_whole = len(self.ranked_LNQT) == self.lm.num_layers
         ranked_LNQT = [self.ranked_LNQT[index] for index in sorted(self.ranked_LNQT)] if is_whole else []
         return [
@@ -265,25 +265,27 @@ class QueryPass:
             for n in range(self.num_lanes)
         ]
 
-    def _score_labels(self, batch: _MicroBatch) -> None:
-        """Add each label's mean log-probability; the output head reads only the positions that predict a label token."""
-        hidden_BTD = batch.replay.hidden_BTD.to(self.lm.input_device)
-        reads: dict[tuple[int, int], int] = {}  # (row, position) -> index of its logits
-        terms = []  # (index of logits, token, query slot, label, weight)
-        for n, row in enumerate(batch.rows):
-            for label in row.labels:
-                tokens = self.label_ids[label]
-                for offset, token in enumerate(tokens):
-                    read = reads.setdefault((n, batch.lead + row.num_prompt - 1 + offset), len(reads))
-                    terms.append((read, token, self.slot[row.query], label, 1 / len(tokens)))
-        row_X, position_X = torch.tensor(list(reads)).T.to(hidden_BTD.device)
-        read_Y, token_Y, slot_Y, label_Y = torch.tensor([term[:4] for term in terms]).T
-        weight_Y = torch.tensor([term[4] for term in terms], dtype=torch.float64)
-        for lane in range(self.num_lanes):
-            logits_XV = self.lm.early_exit(hidden_BTD[row_X + lane * len(batch.rows), position_X]).to(self.lm.delta_dtype)
-            read, token = read_Y.to(logits_XV.device), token_Y.to(logits_XV.device)
-            chosen_Y = logits_XV[read, token].double() - normalised(logits_XV)[0][read, 0].double()
-            self.label_scores_NQC[lane].index_put_((slot_Y, label_Y), chosen_Y.cpu() * weight_Y, accumulate=True)
+    def _score_labels(self) -> None:
+        """Add each label's mean log-probability; the output head reads only the states that predict a label's token, of all micro-batches at once."""
+        states, read, tokens, places, weights = list[Tensor](), 0, list[tuple[int, int]](), list[int](), list[float]()
+        for batch in self.batches:
+            reads: dict[tuple[int, int], int] = {}  # (row, position) -> which of a lane's states
+            for n, row in enumerate(batch.rows):
+                for label in row.labels:
+                    ids = self.label_ids[label]
+                    for offset, token in enumerate(ids):
+                        at = reads.setdefault((n, batch.lead + row.num_prompt - 1 + offset), read + len(reads))
+                        tokens.append((at, token))
+                        places.append(self.slot[row.query] * len(self.label_ids) + label)
+                        weights.append(1 / len(ids))
+            read += len(reads)
+            row_X, position_X = torch.tensor(list(reads)).T.to(batch.replay.hidden_BTD.device)
+            states.append(batch.replay.hidden_BTD.unflatten(0, (self.num_lanes, -1))[:, row_X, position_X].to(self.lm.input_device))
+        normed_XD = self.lm.normed(torch.cat(states, dim=1).flatten(0, 1))
+        at_Y, word_Y = torch.tensor(tokens).T
+        at_NY = at_Y + read * torch.arange(self.num_lanes)[:, None]
+        chance_NY = log_chances(self.lm, normed_XD, at_NY.flatten(), word_Y.repeat(self.num_lanes)).cpu().view(self.num_lanes, -1)
+        self.label_scores_NQC.flatten(1).index_add_(1, torch.tensor(places), chance_NY * torch.tensor(weights, dtype=torch.float64))
 
 
 def _packed(

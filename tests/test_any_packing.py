@@ -1,4 +1,4 @@
-"""How work is packed changes no result: micro-batches, lanes at once, chunks of the loss, how a shared context is attended to and where weights rest are drawn
+"""How work is packed changes no result: micro-batches, lanes at once, wordss of the loss, how a shared context is attended to and where weights rest are drawn
 at random, for every family."""
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ RANKED = 0.1  # a token that stands twice ties with itself in layer 0, and round
 
 
 def drawn(variant: str, number: int) -> tuple[str, int, int]:
-    """Return the [resources] of a random packing, tokens of a chunk of the loss, and of the shortest context that is attended to apart."""
+    """Return the [resources] of a random packing, words of a part of the vocabulary, and of the shortest context that is attended to apart."""
     pick = random.Random(f"{variant}-{number}")
     lines = [f"tokens_per_batch = {pick.choice([1, 90, 400, 10_000])}"]
     lines += [f"lanes = {lanes}"] if (lanes := pick.choice([1, 2, 3, None])) else []
     lines += pick.choice([['device_map = "disk"'], ['device_map = "auto"', 'max_memory = { "cpu" = "150kB" }'], ['device_map = "cpu"']])
-    return "\n".join(lines), pick.choice([1, 7, 1000]), pick.choice([1, 20])
+    return "\n".join(lines), pick.choice([5, 31, 1000]), pick.choice([1, 20])
 
 
 def results_of(sweep: Path, text: str, root: Path) -> dict[str, list[dict[str, Any]]]:
@@ -66,15 +66,15 @@ def test_results_do_not_depend_on_packing_offload_or_lanes(
     text = sweep_file.read_text().replace("seeds = [1, 2]", "seeds = [1]").replace('source = "model"', f'source = "{variant}"\ncompute_dtype = "float64"')
     text = text.replace("num_queries = 8", "num_queries = 4").replace("= [0.003, 0.05]", "= [0.003, 0.01, 0.05]")
     expected = results_of(sweep_file, text + MORE.format(resources=""), tmp_path / "plain")
-    resources, chunk, worth = drawn(variant, 1)
+    resources, words, worth = drawn(variant, 1)
     monkeypatch.setattr(shared_attention, "NUM_WORTH", worth)
-    monkeypatch.setattr(losses, "tokens_per_chunk", lambda *_: chunk)
+    monkeypatch.setattr(losses, "WORDS", {"cpu": words})
     got = results_of(sweep_file, text + MORE.format(resources=resources), tmp_path / "packed")
     for table, rows in expected.items():
         assert len(got[table]) == len(rows) > 0
         for ours, theirs in zip(got[table], rows, strict=True):
             for name, value in theirs.items():
-                where = (table, name, resources, chunk, worth, ours[name], value)
+                where = (table, name, resources, words, worth, ours[name], value)
                 if isinstance(value, float) and isinstance(ours[name], float):
                     is_rank = any(kind in f"{name} {theirs.get('metric')}" for kind in ("kendall", "topk"))
                     assert math.isclose(ours[name], value, rel_tol=TOLERANCE, abs_tol=RANKED if is_rank else TOLERANCE), where

@@ -1,4 +1,4 @@
-"""The chunked loss equals the plain one, and no table of all tokens x vocabulary is made."""
+"""The loss of a part of the vocabulary after the other equals the plain one, and no table of tokens x vocabulary is made."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NUM_LANES, NUM_TOKENS = 3, 7
 
 
 class MostLogits(TorchDispatchMode):
-    """Notes the most rows of a table of (rows x vocabulary) that any operation makes; the output head turned round is none."""
+    """Notes the most numbers in a table with a row per token that any operation makes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = 0
+        self.numbers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for each in made if isinstance(made, tuple | list) else [made]:
-            if func is not torch.ops.aten.t.default and isinstance(each, torch.Tensor) and each.dim() and each.shape[-1] == VOCABULARY:
-                self.rows = max(self.rows, each.numel() // VOCABULARY)
+            if isinstance(each, torch.Tensor) and each.dim() == 2 and len(each) == NUM_LANES * NUM_TOKENS:
+                self.numbers = max(self.numbers, each.numel())
         return made
 
 
@@ -35,10 +35,10 @@ def states(dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(NUM_LANES, NUM_TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("chunk", [1, 4, NUM_TOKENS, 1000])
+@pytest.mark.parametrize("words", [1, 40, VOCABULARY, 100_000])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "opt_projected"])
-def test_loss_and_gradient_in_chunks_equal_those_of_all_logits_at_once(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "tokens_per_chunk", lambda *_: chunk)
+def test_loss_and_gradient_in_parts_equal_those_of_all_logits_at_once(family: str, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "WORDS", {"cpu": words})
     lm, hidden_NTD, target_T = tiny(family), states(), torch.tensor(ids(NUM_TOKENS, seed=1))
     loss_N = lane_losses(lm, hidden_NTD, target_T)
     weight_N = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)  # lanes do not all count alike; powers of two: norms round to float32
@@ -49,16 +49,38 @@ def test_loss_and_gradient_in_chunks_equal_those_of_all_logits_at_once(family: s
     assert float((gradient - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
 
-def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "MIB_PER_CHUNK", {"cpu": 2 * VOCABULARY * 8 / 2**20, "cuda": 0})  # two rows of float64
+def test_no_more_logits_than_a_part_of_the_vocabulary_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, hidden_NTD, target_T = tiny("llama"), states(), torch.tensor(ids(NUM_TOKENS, seed=1))
+    monkeypatch.setattr(losses, "WORDS", {"cpu": WIDTH + 2})
     with MostLogits() as most:
         torch.autograd.grad(lane_losses(lm, hidden_NTD, target_T).sum(), hidden_NTD)
-    assert most.rows == 2
+    assert most.numbers == (WIDTH + 2) * NUM_LANES * NUM_TOKENS
     monkeypatch.undo()
     with MostLogits() as most:
         lane_losses(lm, hidden_NTD, target_T)
-    assert most.rows == NUM_LANES * NUM_TOKENS, "the test would not see a table that is too large"
+    assert most.numbers == VOCABULARY * NUM_LANES * NUM_TOKENS, "the test would not see a table that is too large"
+
+
+@pytest.mark.parametrize("words", [7, 100_000])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_chances_of_words_are_those_of_the_softmax(family: str, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "WORDS", {"cpu": words})
+    lm, hidden_XD = tiny(family), states().detach().flatten(0, 1)
+    at_Y, word_Y = torch.tensor([0, 5, 5, 20]), torch.tensor([3, 0, VOCABULARY - 1, 17])
+    expected_Y = lm.early_exit(hidden_XD).log_softmax(1)[at_Y, word_Y]
+    assert torch.allclose(losses.log_chances(lm, lm.normed(hidden_XD), at_Y, word_Y), expected_Y, rtol=1e-12)
+
+
+def test_a_state_that_is_not_finite_spoils_its_own_lane_only() -> None:
+    lm, hidden_NTD, target_T = tiny("llama"), states(), torch.tensor(ids(NUM_TOKENS, seed=1))
+    spoilt_NTD = hidden_NTD.detach().clone()
+    spoilt_NTD[1, 2] = torch.nan
+    spoilt_NTD.requires_grad_()
+    loss_N, spoilt_N = lane_losses(lm, hidden_NTD, target_T), lane_losses(lm, spoilt_NTD, target_T)
+    (gradient,), (spoilt,) = torch.autograd.grad(loss_N.sum(), hidden_NTD), torch.autograd.grad(spoilt_N.sum(), spoilt_NTD)
+    assert spoilt_N.isnan().tolist() == [False, True, False]
+    assert all(torch.equal(spoilt_N[n], loss_N[n]) and torch.equal(spoilt[n], gradient[n]) for n in (0, 2))
+    assert spoilt[1, 2].isnan().all()
 
 
 def test_without_a_gradient_no_graph_is_made() -> None:

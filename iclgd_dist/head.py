@@ -1,0 +1,42 @@
+"""The output head, some words of the vocabulary at a time.
+
+Knows its weights, and what a model does to the product with them. Knows nothing of layers, tokens or losses.
+"""
+
+# Shapes: X states  D width  V vocabulary  P words of a part
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+@dataclass(frozen=True)
+class Head:
+    """Weights where they compute, and what follows the product: logits times or over a number, or softly capped at it."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    how: Literal["times", "over", "cap"] = "times"
+    number: float | None = None
+
+    def logits(self, normed_XD: Tensor, words: slice = slice(None)) -> Tensor:
+        """Return the logits (..., P) of some words."""
+        logits_XP = linear(normed_XD, self.weight_VD[words], None if self.bias_V is None else self.bias_V[words])
+        if self.number is None:
+            return logits_XP
+        if self.how == "cap":
+            return torch.tanh(logits_XP / self.number) * self.number
+        return logits_XP * self.number if self.how == "times" else logits_XP / self.number
+
+    def slope(self, logits_XP: Tensor) -> Tensor | float:
+        """Return the derivative of the logits in the product."""
+        if self.number is None:
+            return 1.0
+        if self.how == "cap":
+            return 1 - (logits_XP / self.number).square()
+        return self.number if self.how == "times" else 1 / self.number
