@@ -5,16 +5,12 @@ Knows blocks, captures, rows and the store. Knows nothing of how captures are ma
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
@@ -25,7 +21,7 @@ from iclgd_dist.measures import context_measures, control_measures, metric_measu
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.provenance import peak_gib, provenance
-from iclgd_dist.rows import Baseline, Row, diverged_row, finetuned_row, icl_row, zero_shot_row
+from iclgd_dist.rows import Baseline, Lane, Row, diverged_row, finetuned_rows, icl_row, zero_shot_row
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
 
@@ -87,23 +83,17 @@ class Committer:
                 num_queries_left_out=self.block.draw.num_queries_left_out,
             )
             rows.append((cell, row))
-        with _one_thread_each() as pool:
-            prefix = None if self.block.is_measuring else baselines.prefix(trajectory.train_on, step)
-            controls = control_measures(baseline, baselines.controls, [capture for _, _, capture in lanes]) if baselines.controls else [[] for _ in lanes]
-
-            def row_of(lane: int, cell: Cell, capture: Capture) -> tuple[Row, list[Row]]:
-                pairs = [row for other, captured in self.held.get(self._point(cell), ()) for row in pair_measures(baseline, other.key, captured, capture)]
-                if self.block.is_measuring:
-                    return {}, pairs
-                record, seed = trajectory.record(lane, step), int(cell.key[:15], 16)
-                return finetuned_row(baseline, capture, training=record, random_seed=seed, prefix=prefix), pairs
-
-            made = list(pool.map(row_of, *zip(*lanes, strict=True))) if lanes else []
-        for (_, cell, capture), of_controls, (row, pairs) in zip(lanes, controls, made, strict=True):
+        captured = [capture for _, _, capture in lanes]
+        controls = control_measures(baseline, baselines.controls, captured) if baselines.controls else [[] for _ in lanes]
+        made: list[Row] = [{} for _ in lanes]
+        if lanes and not self.block.is_measuring:
+            seeded = [Lane(capture, trajectory.record(lane, step), int(cell.key[:15], 16)) for lane, cell, capture in lanes]
+            made = finetuned_rows(baseline, seeded, prefix=baselines.prefix(trajectory.train_on, step))
+        for (_, cell, capture), of_controls, row in zip(lanes, controls, made, strict=True):
             of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
             self.problems += problems
-            rows.append((cell, row | {"measures": of_controls + pairs + of_metrics} | self._kept(cell, capture)))
-            self._hold(cell, capture)
+            measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
+            rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 
     @staticmethod
@@ -111,12 +101,15 @@ class Committer:
         assert cell.learning_rate is not None and cell.step is not None
         return cell.train_on, cell.learning_rate, cell.step
 
-    def _hold(self, cell: Cell, capture: Capture) -> None:
-        """Keep a cell's capture while cells of other methods at the same point are to come."""
+    def _pairs(self, baseline: Baseline, cell: Cell, capture: Capture) -> list[Row]:
+        """Compare a cell with those of other methods at the same point, and keep its capture if more are to come."""
         point = self._point(cell)
+        others = self.held.setdefault(point, [])
+        rows = [row for other, captured in others for row in pair_measures(baseline, other.key, captured, capture)]
         if self.to_come[point] > 1:
-            self.held.setdefault(point, []).append((cell, capture.clone()))  # a view would keep all lanes alive
+            others.append((cell, capture.clone()))  # a view would keep all lanes alive
         self._settle(point)
+        return rows
 
     def _settle(self, point: Point) -> None:
         self.to_come[point] -= 1
@@ -145,15 +138,3 @@ class Committer:
         if rows:
             self.since = time.perf_counter()
         return num_committed
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """Yield as many workers as this process has threads, each to compare captures on one: a thousand small products would wait for the slowest thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(before) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)

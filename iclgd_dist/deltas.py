@@ -43,7 +43,7 @@ class Delta:
         return change if self.bias_NO is None else change + self.bias_NO[:, None]
 
     def squared_norm_N(self) -> Tensor:
-        return torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in self.tensors()]).sum(0)
+        return torch.stack([torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64).square() for tensor in self.tensors()]).sum(0)
 
 
 @dataclass(frozen=True)

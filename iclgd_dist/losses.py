@@ -57,7 +57,7 @@ def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *
     with lm.head() as head:
         weight_VD = head.weight_VD
         normed_XD, at_Y, word_Y = (each.to(weight_VD.device) for each in (normed_XD, at_Y, word_Y))
-        made = {"dtype": lm.delta_dtype, "device": weight_VD.device}
+        made: dict[str, Any] = {"dtype": lm.delta_dtype, "device": weight_VD.device}
         top_X1, sum_X1 = torch.full((len(normed_XD), 1), -torch.inf, **made), torch.zeros(len(normed_XD), 1, **made)
         logit_Y, pull_XD = torch.zeros(len(word_Y), **made), torch.zeros(normed_XD.shape, **made) if pulls else None
         size = WORDS["cpu" if weight_VD.device.type == "cpu" else "cuda"]

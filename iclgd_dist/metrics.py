@@ -9,6 +9,7 @@ Knows captures, norms and the noise floor. Knows nothing of models, files, folds
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,19 +169,28 @@ def sim_aou_norm(in_context: AttentionChange, finetuned: AttentionChange, *, flo
     return defined_where(_both_above(in_context, finetuned, floor_L), cosine(in_context.unit, finetuned.unit))
 
 
-def uniform_update(zero_shot: Vectors, generator: torch.Generator) -> AttentionChange:
+Generators = torch.Generator | Sequence[torch.Generator]  # several: one per lane, and what is drawn has a dimension of lanes in front
+
+
+def _drawn(draw: Callable[..., Tensor], like: Tensor, generators: Generators) -> Tensor:
+    # In float32: several times as fast as float64, and any random numbers will do.
+    if isinstance(generators, torch.Generator):
+        return draw(like.shape, generator=generators).to(like)
+    return torch.stack([draw(like.shape, generator=generator) for generator in generators]).to(like)
+
+
+def uniform_update(zero_shot: Vectors, generators: Generators) -> AttentionChange:
     """Return a random change, of the outputs and of the normalised outputs alike: i.i.d. uniform [0, 1) numbers, whatever the size of the real one.
 
     Source: the code of Deutch et al. 2024.
     """
-    # Drawn in float32, here and below: several times as fast as float64, and any random numbers will do.
-    update = vectors(torch.rand(zero_shot.values.shape, generator=generator))
+    update = vectors(_drawn(torch.rand, zero_shot.values, generators))
     return AttentionChange(raw=update, unit=update)
 
 
-def gaussian_state(zero_shot: Vectors, update_norm_LQ: Tensor, generator: torch.Generator) -> Tensor:
+def gaussian_state(zero_shot: Vectors, update_norm_LQ: Tensor, generators: Generators) -> Tensor:
     """Return a random state: zero-shot plus a gaussian update of the given norm per layer and query."""
-    random = vectors(torch.randn(zero_shot.values.shape, generator=generator).to(zero_shot.values))
+    random = vectors(_drawn(torch.randn, zero_shot.values, generators))
     return random.values.mul_((update_norm_LQ / random.norm)[..., None]).add_(zero_shot.values)
 
 

@@ -3,7 +3,7 @@
 Knows the columns, the folds and how figures are averaged. Knows nothing of models, training or files. NULL is None; no NaN leaves this module.
 """
 
-# L layers  Q queries  H query heads  T positions  D width  C labels
+# N lanes  L layers  Q queries  H query heads  T positions  D width  C labels  X queries whose attention is ranked
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from iclgd_dist.schema import ACCURACY, EXAMPLE, FOLD, FOLDS, LAYER, NESTED, OUT
 
 Row = dict[str, Any]
 PARTS = ("median", "lower", "middle", "upper")
+NUMBERS_AT_ONCE = 2**21  # of one layer of the lanes that are compared together: 16 MB in float64
 ICL_COUNTS = ("rec2ftp_base", "num_zs_wrong", "num_zs_wrong_icl_right")  # those of rec2ftp's figures that need no finetuning
 
 
@@ -33,6 +34,15 @@ class TrainingRecord:
     loss_L: Sequence[float] | Tensor | None  # None where layers have no loss of their own
     gradient_norm_L: Sequence[float] | Tensor
     delta_norms_L: Mapping[str, Sequence[float] | Tensor]  # part (q, k, v, o, mlp) -> norms
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A finetuned cell that is to become a row; `random_seed` (from the cell's key) draws its random baselines."""
+
+    finetuned: Capture
+    training: TrainingRecord
+    random_seed: int
 
 
 @dataclass(frozen=True)
@@ -166,27 +176,39 @@ def icl_row(baseline: Baseline) -> Row:
     )
 
 
-def finetuned_row(baseline: Baseline, finetuned: Capture, *, training: TrainingRecord, random_seed: int, prefix: InContext | None = None) -> Row:
-    """Return the row of a finetuned cell whose captures are all finite; `random_seed` (from the cell's key) draws the random baselines.
+def finetuned_rows(baseline: Baseline, lanes: Sequence[Lane], *, prefix: InContext | None = None) -> list[Row]:
+    """Return the rows of finetuned cells whose captures are all finite.
 
     `prefix`: the queries after exactly the demonstrations trained on.
     """
-    _check(finetuned, baseline.zero_shot)
-    similarities, inner, norm_LQ = _compare(baseline, finetuned, prefix, random_seed)
+    for lane in lanes:
+        _check(lane.finetuned, baseline.zero_shot)
+    of_layer = max(baseline.zero_shot.attention_LQD[0].numel(), baseline.zero_shot.scores_LQHT[0].numel())
+    size = max(1, NUMBERS_AT_ONCE // of_layer)
+    rows = []
+    for start in range(0, len(lanes), size):
+        some = lanes[start : start + size]
+        rows += [_finetuned_row(baseline, lane, of_lane, prefix) for lane, of_lane in zip(some, _compare(baseline, some, prefix), strict=True)]
+    return rows
+
+
+def _finetuned_row(baseline: Baseline, lane: Lane, compared: dict[str, Tensor], prefix: InContext | None) -> Row:
+    finetuned, training, norm_LQ = lane.finetuned, lane.training, compared["norm"]
+    similarities = {name: compared[name] for name in SIMILARITIES}
     columns = {}
     floor_L = torch.stack([baseline.floors(layer)[0] for layer in range(len(norm_LQ))])
     for fold, mask in baseline.fold_masks.items():
         icl_norm, norm = baseline.in_context.norm_LQ[:, mask], norm_LQ[:, mask]
         columns[fold] = _means(similarities, mask) | _in_context_sizes(baseline, mask)
         columns[fold] |= {
-            "sim_aou_pooled": metrics.sim_aou_pooled(inner["icl"][:, mask], icl_norm, norm, floor_L=floor_L),
-            "recovered_aou": metrics.recovered_aou(inner["icl"][:, mask], icl_norm, norm),
+            "sim_aou_pooled": metrics.sim_aou_pooled(compared["inner"][:, mask], icl_norm, norm, floor_L=floor_L),
+            "recovered_aou": metrics.recovered_aou(compared["inner"][:, mask], icl_norm, norm),
             "update_ratio": metrics.update_ratio(norm, icl_norm),
             "relative_update": metrics.relative_update(norm, baseline.zero_shot_norm_LQ[:, mask]),
             "update_norm": norm.mean(1),
         }
         if prefix is not None:
-            pooled = metrics.sim_aou_pooled(inner["prefix"][:, mask], prefix.norm_LQ[:, mask], norm, floor_L=floor_L)
+            pooled = metrics.sim_aou_pooled(compared["inner_prefix"][:, mask], prefix.norm_LQ[:, mask], norm, floor_L=floor_L)
             columns[fold] |= {"sim_aou_pooled_prefix": pooled}
     gradient = _float64(training.gradient_norm_L)
     delta_norms = {part: _float64(norms) for part, norms in training.delta_norms_L.items()}
@@ -229,23 +251,24 @@ def diverged_row(*, num_queries: int, label_words: Sequence[str], step: int, las
 # --- Figures per layer and query
 
 
-def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Return every similarity (L, Q), <u_ICL, u_FT> with ICL on all and on the prefix (L, Q), and |u_FT| (L, Q)."""
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[Tensor]] = defaultdict(list)
+def _compare(baseline: Baseline, lanes: Sequence[Lane], prefix: InContext | None) -> list[dict[str, Tensor]]:
+    """Return for each lane every similarity (L, Q), and as `inner`, `inner_prefix` and `norm` <u_ICL, u_FT>, that of the prefix, and |u_FT|."""
+    generators = [torch.Generator().manual_seed(lane.random_seed) for lane in lanes]
+    states = [lane.finetuned for lane in lanes]
+    found: dict[str, list[Tensor]] = defaultdict(list)  # of each layer, (N, Q)
     # One layer at a time stays in the processor's cache: five times as fast as all layers at once.
     for layer, (icl, icl_scores) in enumerate(zip(baseline.in_context.attention, baseline.in_context.scores, strict=True)):
         zero_shot, (floor, floor_H) = metrics.vectors(baseline.zero_shot.attention_LQD[layer]), baseline.floors(layer)
-        ft = metrics.attention_change(zero_shot, finetuned.attention_LQD[layer])
-        ft_scores = metrics.score_change(baseline.zero_shot.scores_LQHT[layer], finetuned.scores_LQHT[layer])
-        states = {
-            "uniform_update": metrics.uniform_update(zero_shot, generator),
-            "gaussian_state": metrics.attention_change(zero_shot, metrics.gaussian_state(zero_shot, ft.raw.norm, generator)),
+        ft = metrics.attention_change(zero_shot, torch.stack([state.attention_LQD[layer] for state in states]))
+        ft_scores = metrics.score_change(baseline.zero_shot.scores_LQHT[layer], torch.stack([state.scores_LQHT[layer] for state in states]))
+        random = {
+            "uniform_update": metrics.uniform_update(zero_shot, generators),
+            "gaussian_state": metrics.attention_change(zero_shot, metrics.gaussian_state(zero_shot, ft.raw.norm, generators)),
         }
-        moved_Q = metrics.is_above_floor(ft.raw.norm, floor)  # a random baseline stands beside a similarity or not at all
-        for name, state in states.items():
-            found[f"sim_aou_{name}"].append(metrics.defined_where(moved_Q, metrics.sim_aou(icl, state, floor_L=floor)))
-            found[f"sim_aou_norm_{name}"].append(metrics.defined_where(moved_Q, metrics.sim_aou_norm(icl, state, floor_L=floor)))
+        moved_NQ = metrics.is_above_floor(ft.raw.norm, floor)  # a random baseline stands beside a similarity or not at all
+        for name, state in random.items():
+            found[f"sim_aou_{name}"].append(metrics.defined_where(moved_NQ, metrics.sim_aou(icl, state, floor_L=floor)))
+            found[f"sim_aou_norm_{name}"].append(metrics.defined_where(moved_NQ, metrics.sim_aou_norm(icl, state, floor_L=floor)))
         contexts = {"": (icl, icl_scores)} | ({} if prefix is None else {"_prefix": (prefix.attention[layer], prefix.scores[layer])})
         for ending, (attention, scores) in contexts.items():
             found[f"sim_aou{ending}"].append(metrics.sim_aou(attention, ft, floor_L=floor))
@@ -254,22 +277,29 @@ def _compare(baseline: Baseline, finetuned: Capture, prefix: InContext | None, s
             found[f"sim_am_delta{ending}"].append(metrics.sim_am_delta(scores, ft_scores, floor_LH=floor_H))
             found[f"inner{ending}"].append(metrics.inner(attention.raw, ft.raw))
         found["norm"].append(ft.raw.norm)
-        if prefix is not None and prefix.capture.ranked_LQT is not None and finetuned.ranked_LQT is not None:
-            ranked = ranking.compare_attention(prefix.capture.ranked_LQT[layer], finetuned.ranked_LQT[layer], prefix.items)
-            ranked |= {name: ranks_LQ[layer] for name, ranks_LQ in prefix.random_ranks.items()}
-            for name, values in ranked.items():
-                values = metrics.defined_where(moved_Q[: len(values)], values)
-                found[name].append(torch.cat([values, values.new_full((len(moved_Q) - len(values),), math.nan)]))
-    stacked = {name: torch.stack(layers) for name, layers in found.items()}
-    norm_LQ, inner = stacked.pop("norm"), {"icl": stacked.pop("inner"), "prefix": stacked.pop("inner_prefix", torch.empty(0))}
+        if prefix is not None:
+            for name, values_NX in _ranked(prefix, states, layer).items():
+                values_NX = metrics.defined_where(moved_NQ[:, : values_NX.shape[1]], values_NX)
+                found[name].append(torch.nn.functional.pad(values_NX, (0, moved_NQ.shape[1] - values_NX.shape[1]), value=math.nan))
+    stacked = {name: torch.stack(layers, dim=1) for name, layers in found.items()}
     if baseline.is_first_layer_still:
-        for name in ("sim_am_delta", "sim_am_delta_prefix"):
-            if name in stacked:
-                stacked[name][0] = math.nan
+        for name in stacked.keys() & {"sim_am_delta", "sim_am_delta_prefix"}:
+            stacked[name][:, 0] = math.nan
     # Over the layers and queries that sim_am speaks of, so that the two can be set side by side; ICL's own row has it for all.
     stacked["sim_am_zs"] = torch.where(stacked["sim_am"].isnan(), math.nan, baseline.sim_am_zs_LQ)
-    similarities = {name: stacked.get(name, torch.full_like(norm_LQ, math.nan)) for name in SIMILARITIES}
-    return {name: baseline.settle(figure) if name.startswith("sim_") and name in stacked else figure for name, figure in similarities.items()}, inner, norm_LQ
+    stacked = {name: baseline.settle(figure) if name.startswith("sim_") else figure for name, figure in stacked.items()}
+    missing = {name: torch.full_like(stacked["norm"], math.nan) for name in SIMILARITIES if name not in stacked}
+    return [{name: figure[lane] for name, figure in (stacked | missing).items()} for lane in range(len(lanes))]
+
+
+def _ranked(prefix: InContext, states: Sequence[Capture], layer: int) -> dict[str, Tensor]:
+    """Return how alike the prefix and each state rank the demonstrations (N, X), and how alike the prefix and random maps do; nothing where none is recorded."""
+    maps = [state.ranked_LQT[layer] for state in states if state.ranked_LQT is not None]
+    if prefix.capture.ranked_LQT is None or len(maps) < len(states):
+        return {}
+    ranked = ranking.compare_attention(prefix.capture.ranked_LQT[layer].repeat(len(maps), 1), torch.cat(maps), prefix.items)
+    by_lane = {name: values_X.view(len(maps), -1) for name, values_X in ranked.items()}
+    return by_lane | {name: ranks_LX[layer].expand(len(maps), -1) for name, ranks_LX in prefix.random_ranks.items()}
 
 
 def _check(capture: Capture, zero_shot: Capture) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from iclgd_dist import rows
 from iclgd_dist.metrics import Capture, NoiseFloor
-from iclgd_dist.rows import Baseline, Row, TrainingRecord
+from iclgd_dist.rows import Baseline, Lane, Row, TrainingRecord
 from iclgd_dist.schema import ACCURACY, CELL, EXAMPLE, FOLD, LAYER, NESTED, OUTCOME, POOLED, SIMILARITIES
 
 L, Q, H, T, D, C = 7, 10, 3, 6, 8, 3
@@ -69,12 +69,17 @@ ZS, ICL, PREFIX = capture(1), capture(2), capture(4)
 FT = moved_from(ZS, capture(3), still=[*((3, query) for query in range(Q)), (1, 0), (5, 1)])
 
 
+def finetuned_row(base: Baseline, state: Capture, *, training: TrainingRecord, random_seed: int, prefix: rows.InContext | None = None) -> Row:
+    (row,) = rows.finetuned_rows(base, [Lane(state, training, random_seed)], prefix=prefix)
+    return row
+
+
 def compared(
     base: Baseline, finetuned: Capture, *, keep: list[int] | None = None, prefix: Capture = PREFIX, training: TrainingRecord = TRAINING, seed: int = 11
 ) -> Row:
     state = prefix if keep is None else some(prefix, keep)
     context = replace(rows.changed(base.zero_shot, state), items=ITEMS, random_ranks=rows.random_ranks(state, ITEMS))
-    return rows.finetuned_row(base, finetuned if keep is None else some(finetuned, keep), training=training, random_seed=seed, prefix=context)
+    return finetuned_row(base, finetuned if keep is None else some(finetuned, keep), training=training, random_seed=seed, prefix=context)
 
 
 def finetuned(seed: int = 11, training: TrainingRecord = TRAINING) -> Row:
@@ -192,7 +197,7 @@ def test_accuracy_is_that_of_the_cells_own_predictions() -> None:
 def test_comparisons_of_predictions_keep_zero_shot_icl_and_finetuning_in_their_roles() -> None:
     best = [0] * 10, [1, 1, 1, 1, 1, 0, 2, 0, 2, 0], [1, 1, 1, 0, 2, 1, 2, 0, 2, 1]
     zs, icl, ft = (replace(state, label_scores_QC=torch.eye(C, dtype=torch.float64)[labels]) for state, labels in zip((ZS, ICL, FT), best, strict=True))
-    row = rows.finetuned_row(baseline(zs, icl), ft, training=TRAINING, random_seed=1)
+    row = finetuned_row(baseline(zs, icl), ft, training=TRAINING, random_seed=1)
     assert row["jaccard_changed"] == pytest.approx(5 / (7 + 8 - 5))
     assert row["agreement_icl"] == pytest.approx(6 / 10)
     assert row["kappa_icl"] == pytest.approx((0.6 - 0.37) / (1 - 0.37))
@@ -204,7 +209,7 @@ def test_comparisons_of_predictions_keep_zero_shot_icl_and_finetuning_in_their_r
 def test_ties_are_counted_per_fold() -> None:
     tied = FT.label_scores_QC.clone()
     tied[0], tied[3], tied[9] = 0.0, -1.0, torch.tensor([-2.0, -1.0, -1.0])
-    row = rows.finetuned_row(baseline(ZS, ICL), replace(FT, label_scores_QC=tied), training=TRAINING, random_seed=1)
+    row = finetuned_row(baseline(ZS, ICL), replace(FT, label_scores_QC=tied), training=TRAINING, random_seed=1)
     assert row["num_ties"] == 3
     assert {entry["fold"]: entry["num_ties"] for entry in row["folds"]} == {"A": 2, "B": 1}
     assert [row["examples"][query]["prediction"] for query in (0, 3, 9)] == [0, 0, 1]
@@ -247,7 +252,7 @@ def test_changes_within_the_noise_leave_every_similarity_undefined() -> None:
 
 
 def test_finetuning_that_lands_on_icl_scores_1() -> None:
-    row = rows.finetuned_row(baseline(ZS, ICL), ICL, training=TRAINING, random_seed=1)
+    row = finetuned_row(baseline(ZS, ICL), ICL, training=TRAINING, random_seed=1)
     for name in ("sim_aou", "sim_aou_norm", "sim_am", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "update_ratio", "agreement_icl"):
         assert row[name] == pytest.approx(1, abs=1e-12), name
     assert row["kl_label_icl"] == pytest.approx(0, abs=1e-12)
@@ -275,7 +280,7 @@ def test_the_update_ratio_is_the_geometric_mean_over_layers() -> None:
     scales = [0.5, 2.0, 4.0, 1.0, 0.25, 8.0, 3.0]
     zs = ZS.attention_LQD.double()
     scaled = zs + torch.tensor(scales).double()[:, None, None] * (ICL.attention_LQD.double() - zs)
-    row = rows.finetuned_row(baseline(ZS, ICL), replace(FT, attention_LQD=scaled), training=TRAINING, random_seed=1)
+    row = finetuned_row(baseline(ZS, ICL), replace(FT, attention_LQD=scaled), training=TRAINING, random_seed=1)
     assert [layer["update_ratio"] for layer in layers_of(row, "all")] == pytest.approx(scales)
     assert row["update_ratio"] == pytest.approx(math.prod(scales) ** (1 / L))
     moved = [layer["update_ratio"] for layer in layers_of(finetuned(), "all") if layer["layer"] != 3]  # layer 3 never moves
@@ -284,7 +289,7 @@ def test_the_update_ratio_is_the_geometric_mean_over_layers() -> None:
 
 def test_the_update_ratio_is_undefined_when_icl_leaves_a_layer_as_it_is() -> None:
     still = moved_from(ZS, ICL, still=[(0, query) for query in range(Q)])
-    row = rows.finetuned_row(baseline(ZS, still), FT, training=TRAINING, random_seed=1)
+    row = finetuned_row(baseline(ZS, still), FT, training=TRAINING, random_seed=1)
     assert layers_of(row, "all")[0]["update_ratio"] is None and row["update_ratio"] is None
     assert layers_of(row, "all")[0]["recovered_aou"] is None and row["recovered_aou"] is not None
 
@@ -309,7 +314,7 @@ def test_random_baselines_score_what_unrelated_changes_score() -> None:
     width = 4000
     zs, ft = capture(1, width=width), capture(3, width=width)
     icl = replace(ICL, attention_LQD=zs.attention_LQD + 1.0)
-    row = rows.finetuned_row(baseline(zs, icl), ft, training=TRAINING, random_seed=1)
+    row = finetuned_row(baseline(zs, icl), ft, training=TRAINING, random_seed=1)
     # Between a constant and uniform numbers: E[u] / sqrt(E[u^2]) = (1/2) / sqrt(1/3). 70 cosines of width 4,000 have a standard error of .002.
     assert row["sim_aou_uniform_update"] == pytest.approx(math.sqrt(3) / 2, abs=0.01)
     assert row["sim_aou_gaussian_state"] == pytest.approx(0, abs=0.01)
@@ -318,7 +323,7 @@ def test_random_baselines_score_what_unrelated_changes_score() -> None:
 
 
 def test_a_fold_without_queries_has_n_0_and_nothing_else() -> None:
-    row = rows.finetuned_row(baseline(ZS, ICL, folds=["A"] * Q), FT, training=TRAINING, random_seed=1)
+    row = finetuned_row(baseline(ZS, ICL, folds=["A"] * Q), FT, training=TRAINING, random_seed=1)
     (empty,) = [entry for entry in row["folds"] if entry["fold"] == "B"]
     assert empty["n"] == 0 and empty["accuracy"] is empty["collapsed"] is empty["kappa_icl"] is empty["nll_label"] is None
     assert all(layer["update_ratio"] is layer["sim_aou"] is layer["sim_aou_pooled"] is None for layer in layers_of(row, "B"))
@@ -335,18 +340,18 @@ def test_a_capture_that_is_not_finite_gets_no_row() -> None:
     bad = replace(FT, attention_LQD=FT.attention_LQD.clone())
     bad.attention_LQD[0, 0, 0] = math.nan
     with pytest.raises(AssertionError, match="diverged"):
-        rows.finetuned_row(baseline(ZS, ICL), bad, training=TRAINING, random_seed=1)
+        finetuned_row(baseline(ZS, ICL), bad, training=TRAINING, random_seed=1)
 
 
 def test_a_capture_of_other_queries_is_refused() -> None:
     with pytest.raises(AssertionError, match="shaped as zero-shot's"):
-        rows.finetuned_row(baseline(ZS, ICL), some(FT, [0, 1]), training=TRAINING, random_seed=1)
+        finetuned_row(baseline(ZS, ICL), some(FT, [0, 1]), training=TRAINING, random_seed=1)
 
 
 def test_where_positions_are_relative_layer_0_has_no_sim_am_delta_and_its_other_figures_stay() -> None:
     for is_still in (False, True):
         held = replace(baseline(ZS, ICL), is_first_layer_still=is_still)
-        first, second, *_ = layers_of(rows.finetuned_row(held, capture(3), training=TRAINING, random_seed=1), "all")
+        first, second, *_ = layers_of(finetuned_row(held, capture(3), training=TRAINING, random_seed=1), "all")
         assert (first["sim_am_delta"] is None) == is_still
         assert (first["sim_am_delta_n"] == 0) == is_still
         assert first["sim_am"] is not None
@@ -359,7 +364,7 @@ def test_prefix_figures_compare_with_the_prefix_and_with_nothing_else() -> None:
     for name in ("sim_aou", "sim_aou_norm", "sim_am", "sim_am_delta", "sim_aou_pooled"):
         assert row[f"{name}_prefix"] == pytest.approx(row[name], rel=1e-12)  # where the prefix is all there is
         assert of_icl[f"{name}_prefix"] != row[f"{name}_prefix"] and of_icl[name] == row[name]
-    alone = rows.finetuned_row(base, FT, training=TRAINING, random_seed=11)
+    alone = finetuned_row(base, FT, training=TRAINING, random_seed=11)
     assert {name for name in (*SIMILARITIES, *POOLED) if alone[name] is None} == {
         n for n in (*SIMILARITIES, *POOLED) if n.endswith("_prefix") or "kendall" in n or "topk" in n
     }
@@ -385,3 +390,15 @@ def test_R_is_over_the_layers_that_move_beyond_the_noise() -> None:
         row = compared(baseline(ZS, ICL, noise=noise), replace(state, attention_LQD=shaken))
         assert row["update_ratio"] == pytest.approx(layers_of(row, "all")[6]["update_ratio"], rel=1e-12)
     assert compared(baseline(ZS, ICL, noise=noise), ZS)["update_ratio"] == 0
+
+
+def test_a_lane_has_the_same_row_among_others_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, prefix = baseline(ZS, ICL), replace(rows.changed(ZS, PREFIX), items=ITEMS, random_ranks=rows.random_ranks(PREFIX, ITEMS))
+    lanes = [
+        Lane(state, TRAINING, seed) for seed, state in enumerate((FT, capture(5), moved_from(ZS, capture(6), still=[(2, 1)]), replace(FT, ranked_LQT=None)))
+    ]
+    alone = [finetuned_row(base, lane.finetuned, training=lane.training, random_seed=lane.random_seed, prefix=prefix) for lane in lanes]
+    assert rows.finetuned_rows(base, lanes[:3], prefix=prefix) == alone[:3]
+    monkeypatch.setattr(rows, "NUMBERS_AT_ONCE", 1)
+    assert rows.finetuned_rows(base, lanes, prefix=prefix) == alone
+    assert rows.finetuned_rows(base, [], prefix=prefix) == []

@@ -13,11 +13,12 @@ from torch import nn
 
 from iclgd_dist.block import block_steps
 from iclgd_dist.model import LanguageModel
+from iclgd_dist.probes import TOKENS_PER_BATCH
 from tests.benchmarks import flops, grid
 from tests.benchmarks.agreement import Stored
 from tests.benchmarks.grid import Work, say
 
-GOAL, TOKENS, REPEATS = 0.70, 1024, 8  # tokens: of a micro-batch, where the block does not say
+GOAL, REPEATS = 0.70, 8
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _useful(work: Work) -> dict[str, float]:
 @torch.no_grad()
 def product_rates(lm: LanguageModel, work: Work) -> dict[str, float]:
     """Return the best rate [FLOP/s] of each product of a layer at one micro-batch, and of the output head at the rows that training reads."""
-    tokens, training = work.block.resources.tokens_per_batch or TOKENS, work.encoded.training
+    tokens, training = work.block.resources.tokens_per_batch or TOKENS_PER_BATCH["cpu"], work.encoded.training
     targets = [len(ids) - first for ids, first in zip(training.sequences, training.first_loss, strict=True)]
     num_lanes = max(num_rates for num_rates, _ in work.passes.values())
     products = {name: (module, tokens) for name, module in lm.layers[0].named_modules() if isinstance(module, nn.Linear)}
