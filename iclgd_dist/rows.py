@@ -297,9 +297,8 @@ def _ranked(prefix: InContext, states: Sequence[Capture], layer: int) -> dict[st
     maps = [state.ranked_LQT[layer] for state in states if state.ranked_LQT is not None]
     if prefix.capture.ranked_LQT is None or len(maps) < len(states):
         return {}
-    ranked = ranking.compare_attention(prefix.capture.ranked_LQT[layer].repeat(len(maps), 1), torch.cat(maps), prefix.items)
-    by_lane = {name: values_X.view(len(maps), -1) for name, values_X in ranked.items()}
-    return by_lane | {name: ranks_LX[layer].expand(len(maps), -1) for name, ranks_LX in prefix.random_ranks.items()}
+    ranked = ranking.compare_attention(prefix.capture.ranked_LQT[layer], torch.stack(maps), prefix.items)
+    return ranked | {name: ranks_LX[layer].expand(len(maps), -1) for name, ranks_LX in prefix.random_ranks.items()}
 
 
 def _check(capture: Capture, zero_shot: Capture) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iclgd_dist import losses
+from iclgd_dist import cost, losses
 from iclgd_dist.losses import lane_losses
 from tests.tiny import VOCABULARY, WIDTH, ids, tiny
 
@@ -81,6 +81,10 @@ def test_a_state_that_is_not_finite_spoils_its_own_lane_only() -> None:
     assert spoilt_N.isnan().tolist() == [False, True, False]
     assert all(torch.equal(spoilt_N[n], loss_N[n]) and torch.equal(spoilt[n], gradient[n]) for n in (0, 2))
     assert spoilt[1, 2].isnan().all()
+
+
+def test_the_plan_counts_as_many_logits_as_there_are_at_most() -> None:
+    assert max(losses.WORDS.values()) == cost.MOST_WORDS
 
 
 def test_without_a_gradient_no_graph_is_made() -> None:

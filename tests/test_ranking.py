@@ -34,6 +34,15 @@ def test_kendall_equals_scipy_with_and_without_ties(num_items: int, num_values: 
         assert torch.allclose(kendall_tau_b(a, b), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14, equal_nan=True)
 
 
+@pytest.mark.parametrize("num_values", [None, 5])
+def test_lanes_are_each_compared_with_the_same_map(num_values: int | None) -> None:
+    a, lanes = maps(1, 130, num_values), torch.stack([maps(2, 130, num_values), maps(3, 130)])
+    together = compare_attention(a, lanes, ITEMS)
+    for lane, b in enumerate(lanes):
+        assert {name: values.tolist() for name, values in compare_attention(a, b, ITEMS).items()} == {n: v[lane].tolist() for n, v in together.items()}
+    assert torch.equal(kendall_tau_b(a, lanes)[1], kendall_tau_b(a, lanes[1]))
+
+
 def test_kendall_is_1_with_itself_minus_1_with_the_reverse_and_undefined_with_a_constant() -> None:
     a = maps(1, 40)
     assert torch.allclose(kendall_tau_b(a, a.exp()), torch.ones(20).double(), rtol=0, atol=1e-15)
