@@ -52,7 +52,8 @@ class _TokenLosses(torch.autograd.Function):
 def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *, pulls: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the log-sum-exp (X,) of each state's logits, the logits (Y,) of some words, and with `pulls` the gradient (X, D) of the first less the second.
 
-    Sums that are under way are relative to the largest logit so far, as in attention that never holds its scores; the gradient asks for one word per state.
+    Sums that are under way are relative to the largest logit so far, as in attention that never holds its scores. The gradient asks for one word per
+    state and keeps it apart: as the model grows sure of it, the sum of all others keeps its digits, where 1 less its probability would lose them.
     """
     with lm.head() as head:
         weight_VD = head.weight_VD
@@ -64,12 +65,14 @@ def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *
         for start in range(0, len(weight_VD), size):
             words = slice(start, start + size)
             logits_XP = head.logits(normed_XD, words).to(lm.delta_dtype)
-            place_Y = word_Y - start
-            found_Y = logits_XP[at_Y, place_Y.clamp(0, logits_XP.shape[1] - 1)]
-            logit_Y = torch.where((place_Y >= 0) & (place_Y < logits_XP.shape[1]), found_Y, logit_Y)
+            is_here_Y = (word_Y >= start) & (word_Y < start + logits_XP.shape[1])
+            place_Y = (word_Y - start).clamp(0, logits_XP.shape[1] - 1)
+            logit_Y = torch.where(is_here_Y, logits_XP[at_Y, place_Y], logit_Y)
             slope = head.slope(logits_XP) if pulls else 1.0
             before_X1, top_X1 = top_X1, torch.maximum(top_X1, logits_XP.amax(1, keepdim=True))
             chance_XP, less_X1 = logits_XP.sub_(top_X1).exp_(), before_X1.sub_(top_X1).exp_()
+            if pulls:
+                chance_XP.scatter_(1, place_Y[:, None], chance_XP.gather(1, place_Y[:, None]).masked_fill_(is_here_Y[:, None], 0.0))
             sum_X1.mul_(less_X1).add_(chance_XP.sum(1, keepdim=True))
             if pull_XD is not None:
                 flow_XP = chance_XP if isinstance(slope, float) and slope == 1 else chance_XP.mul_(slope)
@@ -79,7 +82,8 @@ def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *
                 else:
                     pull_XD.add_(flow_XP.to(weight_VD.dtype) @ weight_VD[words])
         if pull_XD is not None:
-            slope_X = head.slope(logit_Y)
-            own_XD = weight_VD[word_Y].to(pull_XD.dtype)
-            pull_XD.div_(sum_X1).sub_(own_XD.mul_(slope_X[:, None] if isinstance(slope_X, Tensor) else slope_X))
+            others_X1, slope_X = sum_X1, head.slope(logit_Y)
+            sum_X1 = others_X1 + (logit_Y[:, None] - top_X1).exp()
+            own_XD = weight_VD[word_Y].to(pull_XD.dtype).mul_(slope_X[:, None] if isinstance(slope_X, Tensor) else slope_X)
+            pull_XD.addcmul_(others_X1, own_XD, value=-1).div_(sum_X1)
         return (top_X1 + sum_X1.log())[:, 0], logit_Y, pull_XD

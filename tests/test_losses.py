@@ -71,6 +71,19 @@ def test_chances_of_words_are_those_of_the_softmax(family: str, words: int, monk
     assert torch.allclose(losses.log_chances(lm, lm.normed(hidden_XD), at_Y, word_Y), expected_Y, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_the_gradient_keeps_its_digits_where_the_model_is_sure(dtype: torch.dtype, tolerance: float) -> None:
+    lm, word_X = tiny("llama", dtype), torch.tensor([5, 17])
+    head_VD = lm.model.lm_head.weight.double()
+    sure_XD = (head_VD[word_X] * 12 / head_VD[word_X].square().sum(1, keepdim=True)).to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(losses._TokenLosses.apply(sure_XD, word_X, lm).sum(), sure_XD)
+    exact_XD = sure_XD.detach().double().requires_grad_()
+    loss_X = cross_entropy(exact_XD @ head_VD.T, word_X, reduction="none")
+    (expected,) = torch.autograd.grad(loss_X.sum(), exact_XD)
+    assert (loss_X < 0.01).all(), "the model must be sure for the test to see anything"
+    assert float((gradient.double() - expected).norm() / expected.norm()) < tolerance
+
+
 def test_a_state_that_is_not_finite_spoils_its_own_lane_only() -> None:
     lm, hidden_NTD, target_T = tiny("llama"), states(), torch.tensor(ids(NUM_TOKENS, seed=1))
     spoilt_NTD = hidden_NTD.detach().clone()
