@@ -1,7 +1,10 @@
-"""How many lanes run at once: what the sweep file says, or what memory holds."""
+"""How much runs at once: lanes, as the sweep file says or memory holds; queries of a micro-batch."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from iclgd_dist import packing
+from iclgd_dist import packing, probes
 from iclgd_dist.blocks import Block, max_positions, with_cells
 from iclgd_dist.config import load_sweep
 from iclgd_dist.encoding import Encoded, encode
@@ -107,3 +110,23 @@ def test_neighbours_are_the_actors_that_a_machine_holds(block: Block, monkeypatc
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     for resources, expected in ((Resources(), 8), (Resources(cpus_per_actor=3), 2), (Resources(max_actors=3), 3), (Resources(cpus_per_actor=16), 1)):
         assert num_neighbours(replace(block, resources=resources)) == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_micro_batches_are_within_the_budget_and_cost_the_least(seed: int) -> None:
+    pick = random.Random(seed)
+    queries = sorted(([0] * pick.randint(1, 40) for _ in range(9)), key=len)
+    labels, num_lanes, lead, budget = [[1] * pick.randint(1, 3) for _ in range(3)], pick.choice([1, 4]), 1, pick.choice([1, 100, 300, 1000])
+    rows = max(1, sum(len(label) > 1 for label in labels)) * num_lanes
+
+    def cost(groups: list[list[int]]) -> float:
+        tokens = [rows * len(group) * (lead + len(queries[group[-1]]) + max(map(len, labels)) - 1) for group in groups]
+        fit = all(total <= budget or len(group) == 1 for total, group in zip(tokens, groups, strict=True))
+        return sum(tokens) + len(groups) * probes.CALLS * budget if fit else math.inf
+
+    def cut(at: tuple[int, ...]) -> list[list[int]]:
+        return [list(range(start, stop)) for start, stop in itertools.pairwise((0, *at, 9))]
+
+    found = probes._packed(range(9), queries, labels, num_lanes, lead, budget)
+    assert [number for group in found for number in group] == list(range(9))
+    assert cost(found) == min(cost(cut(at)) for num in range(9) for at in itertools.combinations(range(1, 9), num)) < math.inf
