@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from iclgd_dist.blocks import Block
+from iclgd_dist.comparison import Baseline, InContext, changed, make_baseline, random_ranks
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.layerwise import Prefix
 from iclgd_dist.metrics import Capture, noise_floor
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.probes import Context, QueryPass
-from iclgd_dist.rows import Baseline, InContext, changed, make_baseline, random_ranks
 from iclgd_dist.schema import NUM_NOISE_QUERIES
 
 Items = tuple[tuple[int, int], ...]  # per demonstration, its (start, stop)

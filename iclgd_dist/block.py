@@ -19,6 +19,7 @@ from torch import Tensor
 from iclgd_dist.baselines import Baselines, queries_of
 from iclgd_dist.blocks import Block, max_positions
 from iclgd_dist.commits import Committer
+from iclgd_dist.comparison import Baseline
 from iclgd_dist.deltas import check_names
 from iclgd_dist.encoding import Encoded, encode
 from iclgd_dist.measures import MetricError
@@ -26,7 +27,6 @@ from iclgd_dist.model import LanguageModel, empty_cache, is_out_of_memory
 from iclgd_dist.packing import Parts, budget_gib, num_neighbours
 from iclgd_dist.probes import QueryPass
 from iclgd_dist.random_deltas import random_measures
-from iclgd_dist.rows import Baseline
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
 from iclgd_dist.updates import BottomUp, LaneInputs, Probe, TrainingSequence, is_bottom_up, make_method

@@ -16,12 +16,13 @@ from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
 from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block, Cell
+from iclgd_dist.comparison import Baseline
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.provenance import peak_gib, provenance
-from iclgd_dist.rows import Baseline, Lane, Row, diverged_row, finetuned_rows, icl_row, zero_shot_row
+from iclgd_dist.rows import Lane, Row, diverged_row, finetuned_rows, icl_row, zero_shot_row
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
 

@@ -13,7 +13,7 @@ from iclgd_dist.encoding import Encoded
 from iclgd_dist.families import FAMILIES, num_key_heads
 from iclgd_dist.schema import NUM_KENDALL_QUERIES, NUM_NOISE_QUERIES
 
-MOST_WORDS = 16_384  # of the vocabulary, whose logits exist at once: losses.WORDS, of a GPU
+MOST_WORDS, MOST_LOGITS = 16_384, 2**28  # that exist at once: losses.WORDS and losses.LOGITS, of a GPU
 FRAMEWORK_GIB = 0.7  # torch, transformers and Ray in one process, before any model (measured)
 
 
@@ -103,8 +103,9 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
         reads += 0 if is_bottom_up else 2 * max(steps) + len(steps)  # forward and backward of each step, captures of each probe
         captured += probed * query_tokens
         layers = 1 if is_bottom_up else sizes.layers
-        graph = num_lanes * longest * (layers * (10 * sizes.width + 4 * sizes.inner) + 3 * min(sizes.vocabulary, MOST_WORDS))
-        live = max(live, 3 * num_lanes * trained * layers + graph)
+        graph = num_lanes * longest * layers * (10 * sizes.width + 4 * sizes.inner)
+        logits = min(num_lanes * max(longest, label_rows) * min(sizes.vocabulary, MOST_WORDS), MOST_LOGITS)
+        live = max(live, 3 * num_lanes * trained * layers + graph + 3 * logits)
         states = max(states, 2.0 + (probed if is_bottom_up else num_lanes))
     widest = _widest(encoded)
     capture = num_queries * sizes.layers * (sizes.width + widest * sizes.width / 64)  # attention outputs, and scores at 64 channels a head

@@ -1,4 +1,4 @@
-"""Cross-entropy of an early exit, some words of the vocabulary at a time: no table of (tokens x vocabulary) ever exists.
+"""Cross-entropy of an early exit, some words of the vocabulary at a time: of a large one no table of (tokens x vocabulary) ever exists.
 
 Knows the output head and cross-entropy. Knows nothing of layers, deltas or optimisers.
 """
@@ -17,6 +17,7 @@ from iclgd_dist.model import LanguageModel
 # Of a part of the vocabulary. On two CPU cores the logits of 2,048 words and their rows of the head stay in the cache: forward and backward together
 # take .87 of the time of whole rows of 49,152, and the head multiplies at 9/10 of the machine's rate.
 WORDS = {"cpu": 2048, "cuda": 16384}
+LOGITS = {"cpu": 2**24, "cuda": 2**28}  # of a part, at most: fewer words of very many states
 
 
 def lane_losses(lm: LanguageModel, hidden_NTD: Tensor, targets_T: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_XD,) = ctx.saved_tensors
-        return gradient_XD * gradients[0][:, None].to(gradient_XD), None, None
+        # In the wider dtype: 1 / number of targets, rounded to bfloat16, would be a learning rate of its own.
+        return (gradient_XD * gradients[0][:, None].to(gradient_XD.device)).to(gradient_XD.dtype), None, None
 
 
 @torch.no_grad()
@@ -60,8 +62,9 @@ def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *
         normed_XD, at_Y, word_Y = (each.to(weight_VD.device) for each in (normed_XD, at_Y, word_Y))
         made: dict[str, Any] = {"dtype": lm.delta_dtype, "device": weight_VD.device}
         top_X1, sum_X1 = torch.full((len(normed_XD), 1), -torch.inf, **made), torch.zeros(len(normed_XD), 1, **made)
-        logit_Y, pull_XD = torch.zeros(len(word_Y), **made), torch.zeros(normed_XD.shape, **made) if pulls else None
-        size = WORDS["cpu" if weight_VD.device.type == "cpu" else "cuda"]
+        logit_Y, pull_XD = torch.full((len(word_Y),), torch.nan, **made), torch.zeros(normed_XD.shape, **made) if pulls else None
+        kind = "cpu" if weight_VD.device.type == "cpu" else "cuda"
+        size = max(1, min(WORDS[kind], LOGITS[kind] // max(1, len(normed_XD))))
         for start in range(0, len(weight_VD), size):
             words = slice(start, start + size)
             logits_XP = head.logits(normed_XD, words).to(lm.delta_dtype)
@@ -79,8 +82,9 @@ def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *
                 pull_XD.mul_(less_X1)
                 if weight_VD.dtype == pull_XD.dtype:
                     pull_XD.addmm_(flow_XP, weight_VD[words])
-                else:
-                    pull_XD.add_(flow_XP.to(weight_VD.dtype) @ weight_VD[words])
+                else:  # shares of at most 1, so that no sum of many words leaves the range of float16
+                    share_X1 = chance_XP.sum(1, keepdim=True).clamp_(min=1)
+                    pull_XD.addcmul_((flow_XP / share_X1).to(weight_VD.dtype) @ weight_VD[words], share_X1)
         if pull_XD is not None:
             others_X1, slope_X = sum_X1, head.slope(logit_Y)
             sum_X1 = others_X1 + (logit_Y[:, None] - top_X1).exp()

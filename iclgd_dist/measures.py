@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from iclgd_dist import metrics, own_code
+from iclgd_dist.comparison import Baseline
 from iclgd_dist.config import SweepError
 from iclgd_dist.extensions import MetricSpec
 from iclgd_dist.metrics import AttentionChange, Capture, ScoreChange, Vectors
-from iclgd_dist.rows import Baseline, Row
+from iclgd_dist.rows import Row
 
 Figures = Mapping[str, Tensor]  # metric -> (L, Q), or (Q,) for a figure of the whole model; NaN = undefined
 

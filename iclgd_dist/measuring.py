@@ -16,12 +16,12 @@ import torch
 from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
 from iclgd_dist.blocks import Block, Cell, RandomTarget
+from iclgd_dist.comparison import make_baseline
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.families import family_of
 from iclgd_dist.measures import MetricError, metric_measures
 from iclgd_dist.metrics import Capture, NoiseFloor
 from iclgd_dist.random_deltas import NUM_DRAWS
-from iclgd_dist.rows import make_baseline
 from iclgd_dist.store import Results, Store
 
 OF_CONTEXTS = ("other_query", "centred")  # controls that come with any context

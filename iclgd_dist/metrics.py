@@ -4,7 +4,7 @@ Knows captures, norms and the noise floor. Knows nothing of models, files, folds
 """
 
 # L layers  Q queries  H query heads  T positions (the query's own tokens, zero-padded at the end)  D width  C labels
-# A function written for (L, Q, ...) also takes one layer, (Q, ...), with that layer's floor.
+# A function written for (L, Q, ...) also takes one layer, (Q, ...), with that layer's floor, and several lanes of it, (N, Q, ...).
 
 from __future__ import annotations
 

@@ -70,16 +70,18 @@ class _Arrivals:
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self.devices: set[torch.device] = set()
 
     def send(self, tensor: Tensor, put: Callable[[Tensor], None]) -> None:
         if tensor.device.type == "cpu":
             put(tensor)
         else:
             self.waiting.append((to_host(tensor), put))
+            self.devices.add(tensor.device)
 
     def wait(self) -> None:
-        if self.waiting:
-            torch.cuda.synchronize()
+        for device in self.devices:
+            torch.cuda.synchronize(device)
         for tensor, put in self.waiting:
             put(tensor)
         self.waiting.clear()

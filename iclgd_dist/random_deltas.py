@@ -19,12 +19,13 @@ from torch import Tensor
 from iclgd_dist import metrics
 from iclgd_dist.baselines import queries_of
 from iclgd_dist.blocks import Block, RandomTarget
+from iclgd_dist.comparison import Baseline
 from iclgd_dist.deltas import ALL_PARTS, Delta
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.measures import measure_rows, similarities_of
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.rows import Baseline, Row, whole_ratio
+from iclgd_dist.rows import Row, whole_ratio
 from iclgd_dist.sites import Site, sites
 
 NUM_DRAWS = 3

@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 
 from iclgd_dist.schema import TOP_EXAMPLES, TOP_TOKENS
 
+NUMBERS_AT_ONCE = 2**21  # of one table, while pairs are counted: 16 MB
+
 
 def kendall_tau_b(a_XT: Tensor, b_NXT: Tensor) -> Tensor:
     """Return the pairs in the same order minus the pairs in opposite order, as a share of the pairs not tied in a and not tied in b (geometric mean).
@@ -77,25 +79,32 @@ def _falling_pairs(place_XT: Tensor) -> Tensor:
 
     Places and numbers are cut into blocks: pairs that lie in different blocks of both are counted by block, the others one by one.
     """
-    num_items, shift = place_XT.shape[-1], 4 if place_XT.shape[-1] < 1000 else 5
+    num_items = place_XT.shape[-1]
+    shift = max(4, num_items.bit_length() // 2)
+    at_once = max(1, NUMBERS_AT_ONCE // ((num_items >> shift) + 1) ** 2)
+    return torch.cat([_falling_in_blocks(some_XT, shift) for some_XT in place_XT.flatten(0, -2).split(at_once)]).unflatten(0, place_XT.shape[:-1])
+
+
+def _falling_in_blocks(place_XT: Tensor, shift: int) -> Tensor:
+    num_items = place_XT.shape[1]
     size, num_blocks = 1 << shift, (num_items >> shift) + 1
-    maps_XT, everywhere_T = place_XT.flatten(0, -2), torch.arange(num_blocks * size, device=place_XT.device)
-    maps_XT = torch.cat([maps_XT, everywhere_T[num_items:].expand(len(maps_XT), -1)], dim=1)
-    inverse_XT = torch.empty_like(maps_XT).scatter_(1, maps_XT, everywhere_T.expand_as(maps_XT))
+    everywhere_T = torch.arange(num_blocks * size, device=place_XT.device)
+    place_XT = torch.cat([place_XT, everywhere_T[num_items:].expand(len(place_XT), -1)], dim=1)
+    inverse_XT = torch.empty_like(place_XT).scatter_(1, place_XT, everywhere_T.expand_as(place_XT))
     # In one block of places; then in one block of numbers, but different blocks of places.
-    falling_sXB = torch.zeros(size, len(maps_XT), num_blocks, dtype=torch.int32, device=maps_XT.device)
+    falling_sXB = torch.zeros(size, len(place_XT), num_blocks, dtype=torch.int32, device=place_XT.device)
     larger_sXB = torch.empty_like(falling_sXB)
-    for values_XT in (maps_XT, inverse_XT >> shift):
+    for values_XT in (place_XT, inverse_XT >> shift):
         values_sXB = values_XT.to(torch.int32).unflatten(1, (num_blocks, size)).permute(2, 0, 1).contiguous()
         for apart in range(1, size):
             falling_sXB[:-apart] += torch.gt(values_sXB[:-apart], values_sXB[apart:], out=larger_sXB[:-apart])
     # In different blocks of both: the numbers in each pair of blocks, times those in earlier blocks of places and later blocks of numbers.
-    cell_XT = (everywhere_T >> shift) * num_blocks + (maps_XT >> shift)
-    counts_XC = torch.zeros(len(maps_XT), num_blocks**2, dtype=torch.int64, device=maps_XT.device).scatter_add_(1, cell_XT, torch.ones_like(cell_XT))
+    cell_XT = (everywhere_T >> shift) * num_blocks + (place_XT >> shift)
+    counts_XC = torch.zeros(len(place_XT), num_blocks**2, dtype=torch.int64, device=place_XT.device).scatter_add_(1, cell_XT, torch.ones_like(cell_XT))
     counts_XBB = counts_XC.unflatten(1, (num_blocks, num_blocks))
     earlier_XBB = counts_XBB.cumsum(1) - counts_XBB
     later_XBB = earlier_XBB.sum(2, keepdim=True) - earlier_XBB.cumsum(2)
-    return (falling_sXB.sum((0, 2)) + (counts_XBB * later_XBB).sum((1, 2))).unflatten(0, place_XT.shape[:-1])
+    return falling_sXB.sum((0, 2)) + (counts_XBB * later_XBB).sum((1, 2))
 
 
 def topk_recall(a_XT: Tensor, b_NXT: Tensor, k: int) -> Tensor:
@@ -116,7 +125,7 @@ def attention_over_items(scores_XT: Tensor) -> Tensor:
 
 
 def summed_per_example(map_XT: Tensor, items: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the mass of each demonstration (X, M); `items` holds its first item and the one after its last."""
+    """Return the mass of each demonstration (..., X, M); `items` holds its first item and the one after its last."""
     return torch.stack([map_XT[..., start:end].sum(-1) for start, end in items], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""How work is packed changes no result: micro-batches, lanes at once, wordss of the loss, how a shared context is attended to and where weights rest are drawn
+"""How work is packed changes no result: micro-batches, lanes at once, parts of the vocabulary, how a shared context is attended to and where weights rest are drawn
 at random, for every family."""
 
 from __future__ import annotations

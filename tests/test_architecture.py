@@ -19,6 +19,7 @@ FLOORS = {
     4.6: ("baselines",),
     4.5: ("measures", "trajectory"),
     4: ("updates", "probes", "rows"),
+    3.5: ("comparison",),
     3: ("deltas", "attention", "layerwise", "losses"),
     2.7: ("positions",),
     2.5: ("sites",),

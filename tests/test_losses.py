@@ -97,12 +97,44 @@ def test_a_state_that_is_not_finite_spoils_its_own_lane_only() -> None:
 
 
 def test_the_plan_counts_as_many_logits_as_there_are_at_most() -> None:
-    assert max(losses.WORDS.values()) == cost.MOST_WORDS
+    assert (max(losses.WORDS.values()), max(losses.LOGITS.values())) == (cost.MOST_WORDS, cost.MOST_LOGITS)
 
 
 def test_without_a_gradient_no_graph_is_made() -> None:
     loss_N = lane_losses(tiny("llama"), states().detach(), torch.tensor(ids(NUM_TOKENS, seed=1)))
     assert loss_N.grad_fn is None
+
+
+@pytest.mark.parametrize("num_targets", [3, 7, 13])
+def test_the_number_of_targets_is_no_learning_rate_in_half_precision(num_targets: int) -> None:
+    lm, target_T = tiny("llama", torch.bfloat16), torch.tensor(ids(num_targets, seed=1))
+    normed_XD = torch.randn(num_targets, WIDTH, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_()
+    (summed,) = torch.autograd.grad(losses._TokenLosses.apply(normed_XD, target_T, lm).sum(), normed_XD)
+    (mean,) = torch.autograd.grad(losses._TokenLosses.apply(normed_XD, target_T, lm).mean(), normed_XD)
+    along = float((mean.double() * summed.double()).sum() / summed.double().square().sum()) * num_targets
+    assert along == pytest.approx(1, abs=5e-4)  # the factor alone, in bfloat16, is off by up to 3e-3
+
+
+def test_fewer_words_at_once_of_very_many_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, hidden_NTD, target_T = tiny("llama"), states(), torch.tensor(ids(NUM_TOKENS, seed=1))
+    expected_N = lane_losses(lm, hidden_NTD, target_T)
+    monkeypatch.setattr(losses, "LOGITS", {"cpu": (WIDTH + 2) * NUM_LANES * NUM_TOKENS})
+    with MostLogits() as most:
+        assert torch.allclose(lane_losses(lm, hidden_NTD, target_T), expected_N, rtol=1e-12)
+    assert most.numbers == (WIDTH + 2) * NUM_LANES * NUM_TOKENS
+
+
+def test_many_words_that_are_alike_do_not_leave_the_range_of_float16() -> None:
+    lm = tiny("llama", torch.float16)
+    lm.model.lm_head.weight = torch.nn.Parameter(torch.full((60_000, WIDTH), 6.0, dtype=torch.float16), requires_grad=False)
+    normed_XD = torch.zeros(2, WIDTH, dtype=torch.float16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses._TokenLosses.apply(normed_XD, torch.tensor([3, 59_999]), lm).sum(), normed_XD)
+    assert gradient.abs().max() < 0.01  # all words pull alike
+
+
+def test_a_word_beyond_the_vocabulary_has_no_chance() -> None:
+    lm = tiny("llama")
+    assert losses.log_chances(lm, lm.normed(states().detach().flatten(0, 1)), torch.tensor([0]), torch.tensor([VOCABULARY])).isnan().all()
 
 
 def test_half_precision_states_are_scored_in_float32() -> None:

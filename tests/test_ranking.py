@@ -9,6 +9,7 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
+from iclgd_dist import ranking
 from iclgd_dist.ranking import attention_over_items, compare_attention, kendall_tau_b, random_attention, summed_per_example, topk_recall
 from iclgd_dist.schema import SIMILARITIES, TOP_EXAMPLES, TOP_TOKENS
 
@@ -25,13 +26,22 @@ def maps(seed: int, num_items: int, num_values: int | None = None) -> Tensor:
     return torch.randn(20, num_items, generator=draw).double() if num_values is None else torch.randint(num_values, (20, num_items), generator=draw).double()
 
 
-@pytest.mark.parametrize("num_items", [2, 3, 7, 8, 9, 50, 300])
+@pytest.mark.parametrize("num_items", [2, 3, 7, 15, 16, 17, 50, 256, 300])
 @pytest.mark.parametrize("num_values", [None, 2, 5, 60])
 def test_kendall_equals_scipy_with_and_without_ties(num_items: int, num_values: int | None) -> None:
     a = maps(1, num_items, num_values)
     for b in (maps(2, num_items, num_values), maps(3, num_items), a + maps(4, num_items, num_values)):
         expected = [kendalltau(x, y).statistic for x, y in zip(a, b, strict=True)]
         assert torch.allclose(kendall_tau_b(a, b), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_items", [512, 1000, 1024, 5000])
+def test_kendall_of_long_contexts_equals_scipy_however_many_maps_are_counted_at_once(num_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = maps(1, num_items)[:3], maps(2, num_items, 900)[:3]
+    expected = [kendalltau(x, y).statistic for x, y in zip(a, b, strict=True)]
+    for at_once in (ranking.NUMBERS_AT_ONCE, 1):
+        monkeypatch.setattr(ranking, "NUMBERS_AT_ONCE", at_once)
+        assert kendall_tau_b(a, b).tolist() == pytest.approx(expected, rel=0, abs=1e-14)
 
 
 @pytest.mark.parametrize("num_values", [None, 5])

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from iclgd_dist import rows
+from iclgd_dist import comparison, rows
+from iclgd_dist.comparison import Baseline
 from iclgd_dist.metrics import Capture, NoiseFloor
-from iclgd_dist.rows import Baseline, Lane, Row, TrainingRecord
+from iclgd_dist.rows import Lane, Row, TrainingRecord
 from iclgd_dist.schema import ACCURACY, CELL, EXAMPLE, FOLD, LAYER, NESTED, OUTCOME, POOLED, SIMILARITIES
 
 L, Q, H, T, D, C = 7, 10, 3, 6, 8, 3
@@ -47,7 +48,7 @@ def moved_from(zero_shot: Capture, state: Capture, *, still: list[tuple[int, int
 
 def baseline(zero_shot: Capture, in_context: Capture, *, keep: list[int] | None = None, noise: NoiseFloor = NO_NOISE, folds: list[str] = FOLD_OF) -> Baseline:
     keep = list(range(Q)) if keep is None else keep
-    return rows.make_baseline(
+    return comparison.make_baseline(
         zero_shot=some(zero_shot, keep),
         in_context=some(in_context, keep),
         noise=noise,
@@ -69,7 +70,7 @@ ZS, ICL, PREFIX = capture(1), capture(2), capture(4)
 FT = moved_from(ZS, capture(3), still=[*((3, query) for query in range(Q)), (1, 0), (5, 1)])
 
 
-def finetuned_row(base: Baseline, state: Capture, *, training: TrainingRecord, random_seed: int, prefix: rows.InContext | None = None) -> Row:
+def finetuned_row(base: Baseline, state: Capture, *, training: TrainingRecord, random_seed: int, prefix: comparison.InContext | None = None) -> Row:
     (row,) = rows.finetuned_rows(base, [Lane(state, training, random_seed)], prefix=prefix)
     return row
 
@@ -78,7 +79,7 @@ def compared(
     base: Baseline, finetuned: Capture, *, keep: list[int] | None = None, prefix: Capture = PREFIX, training: TrainingRecord = TRAINING, seed: int = 11
 ) -> Row:
     state = prefix if keep is None else some(prefix, keep)
-    context = replace(rows.changed(base.zero_shot, state), items=ITEMS, random_ranks=rows.random_ranks(state, ITEMS))
+    context = replace(comparison.changed(base.zero_shot, state), items=ITEMS, random_ranks=comparison.random_ranks(state, ITEMS))
     return finetuned_row(base, finetuned if keep is None else some(finetuned, keep), training=training, random_seed=seed, prefix=context)
 
 
@@ -393,12 +394,12 @@ def test_R_is_over_the_layers_that_move_beyond_the_noise() -> None:
 
 
 def test_a_lane_has_the_same_row_among_others_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, prefix = baseline(ZS, ICL), replace(rows.changed(ZS, PREFIX), items=ITEMS, random_ranks=rows.random_ranks(PREFIX, ITEMS))
+    base, prefix = baseline(ZS, ICL), replace(comparison.changed(ZS, PREFIX), items=ITEMS, random_ranks=comparison.random_ranks(PREFIX, ITEMS))
     lanes = [
         Lane(state, TRAINING, seed) for seed, state in enumerate((FT, capture(5), moved_from(ZS, capture(6), still=[(2, 1)]), replace(FT, ranked_LQT=None)))
     ]
     alone = [finetuned_row(base, lane.finetuned, training=lane.training, random_seed=lane.random_seed, prefix=prefix) for lane in lanes]
     assert rows.finetuned_rows(base, lanes[:3], prefix=prefix) == alone[:3]
-    monkeypatch.setattr(rows, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(comparison, "NUMBERS_AT_ONCE", 1)
     assert rows.finetuned_rows(base, lanes, prefix=prefix) == alone
     assert rows.finetuned_rows(base, [], prefix=prefix) == []
