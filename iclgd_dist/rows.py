@@ -3,7 +3,7 @@
 Knows the columns, the folds and how figures are averaged. Knows nothing of models, training or files. NULL is None; no NaN leaves this module.
 """
 
-# N lanes  L layers  Q queries  H query heads  T positions  D width  C labels  X queries whose attention is ranked
+# N lanes  L layers  Q queries  H query heads  T positions  D width  C labels
 
 from __future__ import annotations
 

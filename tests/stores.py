@@ -90,6 +90,19 @@ def no_link(code: int) -> Callable[..., None]:
     return link
 
 
+class FailsOnce:
+    """A system call that fails the nth time it is made."""
+
+    def __init__(self, real: Callable[..., Any], nth: int, code: int) -> None:
+        self.real, self.nth, self.code, self.calls = real, nth, code, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.nth:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.real(*arguments, **options)
+
+
 def at(point: str, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `action` happen, once, while a commit or a compaction stands at `point`."""
 

@@ -126,7 +126,7 @@ def test_fewer_words_at_once_of_very_many_states(monkeypatch: pytest.MonkeyPatch
 
 def test_many_words_that_are_alike_do_not_leave_the_range_of_float16() -> None:
     lm = tiny("llama", torch.float16)
-    lm.model.lm_head.weight = torch.nn.Parameter(torch.full((60_000, WIDTH), 6.0, dtype=torch.float16), requires_grad=False)
+    lm.model.lm_head.weight = torch.nn.Parameter(torch.full((60_000, WIDTH), 40.0, dtype=torch.float16), requires_grad=False)
     normed_XD = torch.zeros(2, WIDTH, dtype=torch.float16, requires_grad=True)
     (gradient,) = torch.autograd.grad(losses._TokenLosses.apply(normed_XD, torch.tensor([3, 59_999]), lm).sum(), normed_XD)
     assert gradient.abs().max() < 0.01  # all words pull alike

@@ -6,12 +6,11 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from iclgd_dist.store import Store, StoreError, read_results
-from tests.stores import assert_holds, key, no_link, prepared, row, run_python
+from tests.stores import FailsOnce, assert_holds, key, no_link, prepared, row, run_python
 
 
 @pytest.mark.parametrize("point", ["mid_write", "before_link", "after_link"])
@@ -55,15 +54,7 @@ def test_a_failing_system_call_leaves_a_cell_committed_or_absent(tmp_path: Path,
     made, real, failures = prepared(tmp_path, row(0)), getattr(os, name), 0
     rows = [row(0)]
     for nth in range(1, 6):
-        calls = 0
-
-        def fail(*arguments: Any, nth: int = nth, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == nth:
-                raise OSError(code, os.strerror(code))
-            return real(*arguments, **options)
-
+        fail = FailsOnce(real, nth, code)
         monkeypatch.setattr(os, name, fail)
         error = None
         try:
@@ -71,7 +62,7 @@ def test_a_failing_system_call_leaves_a_cell_committed_or_absent(tmp_path: Path,
         except StoreError as caught:
             error = caught
         monkeypatch.setattr(os, name, real)
-        if calls >= nth:
+        if fail.calls >= nth:
             failures += 1
             assert error is not None
             assert error.errno == code
@@ -90,15 +81,7 @@ def test_a_failing_system_call_in_a_compaction_loses_nothing(tmp_path: Path, mon
     rows, real = [row(0)], getattr(os, name)
     made = prepared(tmp_path, row(0))
     for nth in range(1, 6):
-        calls = 0
-
-        def fail(*arguments: Any, nth: int = nth, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == nth:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return real(*arguments, **options)
-
+        fail = FailsOnce(real, nth, errno.EIO)
         made.commit(row(nth))
         rows.append(row(nth))
         monkeypatch.setattr(os, name, fail)
@@ -109,7 +92,7 @@ def test_a_failing_system_call_in_a_compaction_loses_nothing(tmp_path: Path, mon
             message = str(error)
         monkeypatch.setattr(os, name, real)
         assert message is None or str(made.root) in message
-        assert message or calls < nth
+        assert message or fail.calls < nth
         assert_holds(read_results(Store(made.root)), rows)
     assert {part.file for part in Store(made.root)._manifest().parts} == {n for n in os.listdir(made.root / "compacted") if n.startswith("part")}
 
