@@ -21,7 +21,8 @@ from ray import tune
 from iclgd_dist import model as models
 from iclgd_dist import sources
 from iclgd_dist.block import Progress, block_steps
-from iclgd_dist.blocks import Block
+from iclgd_dist.blocks import Block, Cell
+from iclgd_dist.claims import claimed
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.prepared import prepared
@@ -47,9 +48,25 @@ class ModelHost:
 
         What cannot be run here leaves its cells pending.
         """
+        try:
+            if not self._missing(block):
+                yield from self._run(block)
+                return
+            with claimed(self.store, block, self.run) as claim:
+                if claim is None:
+                    yield self._report(block, Progress(block.cost.flops).at("elsewhere")) | {"outcome": "elsewhere", "reason": "another driver computes it"}
+                else:
+                    yield from self._run(_with_fewer_lanes(block, claim.num_deaths))
+        except StoreError as error:  # before anything could be computed, or recorded
+            yield self._report(block, Progress(block.cost.flops).at("storage")) | {"outcome": "storage", "reason": str(error)}
+
+    def _missing(self, block: Block) -> tuple[Cell, ...]:
+        """Return what is to be computed. Some may be there by now: from another driver, or from before this actor was restarted."""
+        return block.cells if block.is_measuring else tuple(cell for cell in block.cells if cell.key not in self.store)
+
+    def _run(self, block: Block) -> Generator[dict[str, Any], None, None]:
         before = time.perf_counter()
-        # Some may be there by now: from another driver, or from before this actor was restarted. Cells that are measured again are there anyway.
-        missing = block.cells if block.is_measuring else tuple(cell for cell in block.cells if cell.key not in self.store)
+        missing = self._missing(block)
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
         num_loads, outcome, reason, trace = 0, "interrupted", "the run was stopped", ""
@@ -80,9 +97,7 @@ class ModelHost:
         yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
 
     def _record(self, block: Block, counts: Progress, since: float, *, outcome: str, **more: Any) -> None:
-        made: dict[str, Any] = {"block": block.name, "outcome": outcome, "host": platform.node(), "actor": self.actor, "run": self.run}
-        made |= {name: getattr(counts, name) for name in ("num_baselines", "num_lanes", "num_training_steps", "num_cells")}
-        made |= {"wall_seconds": time.perf_counter() - since, "peak_gib": peak_gib(), "gflops": self.gflops}
+        made = self._described(block, counts) | {"outcome": outcome, "run": self.run, "wall_seconds": time.perf_counter() - since}
         made |= {"created_at": datetime.datetime.now(datetime.UTC).isoformat()}
         with contextlib.suppress(StoreError) if outcome != "done" else contextlib.nullcontext():  # a full store takes no record of that either
             self.store.record_attempt(made | more)
@@ -101,15 +116,24 @@ class ModelHost:
         self.lm = models.load(directory, block.spec, block.resources, storage_dtype=storage_dtype, name=block.model.name, tokenizer=tokenizer)
         self.held = _model_key(block)
 
+    def _described(self, block: Block, counts: Progress) -> dict[str, Any]:
+        """Return the columns of an attempt that are known while it runs."""
+        made: dict[str, Any] = {"block": block.name, "host": platform.node(), "actor": self.actor, "gflops": self.gflops, "peak_gib": peak_gib()}
+        made |= {name: getattr(counts, name) for name in ("num_baselines", "num_lanes", "num_training_steps", "num_cells")}
+        return made | {"cpus": block.resources.cpus_per_actor, "gpus": block.resources.gpus_per_actor}
+
     def _report(self, block: Block, counts: Progress) -> dict[str, Any]:
-        return {
-            "block": block.name,
-            "fraction": counts.done_flops / counts.total_flops if counts.total_flops else 1.0,
-            "stage": counts.stage,
-            "num_cells": counts.num_cells,
-            "outcome": "",
-            "gflops": self.gflops,
-        }
+        fraction = counts.done_flops / counts.total_flops if counts.total_flops else 1.0
+        return self._described(block, counts) | {"fraction": fraction, "stage": counts.stage, "outcome": ""}
+
+
+def _with_fewer_lanes(block: Block, num_deaths: int) -> Block:
+    """Return the block with half as many learning rates at once for each actor that died over it: what killed them may have been the memory they took."""
+    if not num_deaths:
+        return block
+    widest = max((len(block.learning_rates(*trained)) for trained in block.trained()), default=1)
+    limit = widest if block.resources.lanes == "auto" else min(widest, block.resources.lanes)
+    return replace(block, resources=block.resources.model_copy(update={"lanes": max(1, limit >> num_deaths)}))
 
 
 def _model_key(block: Block) -> tuple[str, ...]:

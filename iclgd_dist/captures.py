@@ -6,16 +6,15 @@ Knows the tensors of a Capture and how files appear whole. Knows nothing of mode
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import Tensor
 
 from iclgd_dist import cells, files
 from iclgd_dist import store as stores
-from iclgd_dist.files import StoreError, Vanished, naming
+from iclgd_dist.files import Location, StoreError, Vanished
 from iclgd_dist.metrics import Capture
 from iclgd_dist.store import Store, read_results
 
@@ -29,12 +28,10 @@ def keep(store: Store, key: str, capture: Capture) -> tuple[str, str]:
     path = _path(store, key)
     tensors = {field.name: value for field in fields(Capture) if isinstance(value := getattr(capture, field.name), Tensor)}
     data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    with naming(path.parent, "made a directory"):
-        os.makedirs(path.parent, exist_ok=True)
-        files.sync_folder(store.root)
+    files.make_folder(path.parent)
     if not files.publish(path, data, reach=stores.fault_point):
         data = files.read(path)  # of another process, or of one that was killed before it committed the row
-    return str(path.relative_to(store.root)), hashlib.sha256(data).hexdigest()
+    return f"captures/{path.name}", hashlib.sha256(data).hexdigest()
 
 
 def recall(store: Store, key: str, sha256: str) -> Capture | None:
@@ -55,11 +52,13 @@ def recall(store: Store, key: str, sha256: str) -> Capture | None:
     return Capture(**tensors)
 
 
-def verify(store: Store, *, set_aside: bool = False) -> list[StoreError]:
+def verify(store: Store, *, aside: Callable[[Location], None] | None = None) -> list[StoreError]:
     """Read every kept capture that a row names and return what is wrong; one that was deleted is no error. For a store whose cells are whole.
 
-    With `set_aside` damaged files move to set_aside/, as if they had been deleted.
+    Damaged files are handed to `aside`, which takes them away as if they had been deleted.
     """
+    if not files.names_in(store.root / "captures"):
+        return []
     errors = []
     for row in read_results(store).cells.select(["key", "capture_sha256"]).to_pylist():
         try:
@@ -67,10 +66,10 @@ def verify(store: Store, *, set_aside: bool = False) -> list[StoreError]:
                 recall(store, row["key"], row["capture_sha256"])
         except StoreError as error:
             errors.append(error)
-            if set_aside and error.is_damage:
-                store.set_aside(_path(store, row["key"]))
+            if aside and error.is_damage:
+                aside(_path(store, row["key"]))
     return errors
 
 
-def _path(store: Store, key: str) -> Path:
+def _path(store: Store, key: str) -> Location:
     return store.root / "captures" / f"{key}.safetensors"

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from xxhash import xxh3_64
 
-from iclgd_dist.files import StoreError, naming
+from iclgd_dist.files import Location, StoreError, naming
 from iclgd_dist.schema import CELL, MEASURE
 
 GROUP_CELLS = 1_000  # cells per batch: what is held in memory while a part is written
@@ -71,7 +71,7 @@ def _first_non_finite(array: pa.Array, path: str) -> str | None:
     return None
 
 
-def align(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
+def align(table: pa.Table, schema: pa.Schema, path: Location) -> pa.Table:
     """Return `table` with the columns of `schema`: those an older version did not write are NULL; those of a newer version are an error."""
     if table.schema.equals(schema):
         return table
@@ -139,7 +139,7 @@ def write_part(path: Path, groups: Iterable[pa.Table]) -> list[str]:
     return keys
 
 
-def decode(data: pa.Buffer | bytes, path: Path) -> list[pa.Table]:
+def decode(data: pa.Buffer | bytes, path: Location) -> list[pa.Table]:
     """Return what `encode` or `write_part` wrote, now or in an older version, as tables of STORED that share the memory of `data`.
 
     Errors: StoreError naming `path`.

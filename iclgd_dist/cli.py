@@ -1,4 +1,4 @@
-"""The command line: iclgd plan | run | measure | status | report | check-method. Knows words, exit codes and where results go; the work is elsewhere.
+"""The command line: iclgd plan | run | measure | status | report | check-method, and the commands of stores and jobs. Knows words, exit codes and where results go; the work is elsewhere.
 
 Exit codes: 0 every planned cell has a final row; 2 wrong usage, found before any model loads; 3 some cells failed; 74 storage; 75 stopped by
 SIGTERM, resumable; 130 Ctrl-C. After 75 and 130 the last line is the command that resumes.
@@ -11,7 +11,6 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -22,9 +21,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from iclgd_dist import job_commands, store_commands
 from iclgd_dist.config import MAX_CELLS_UNASKED, Sweep, SweepError, load_sweep
-from iclgd_dist.runner import CONTROL_C, DONE, FAILED, INTERRUPTED, STORAGE, USAGE, check_machine, in_words, run_sweep
+from iclgd_dist.progress import in_words
+from iclgd_dist.runner import CONTROL_C, DONE, FAILED, INTERRUPTED, STORAGE, USAGE, Budget, run_sweep
+from iclgd_dist.session import check_machine
 from iclgd_dist.store import Store, StoreError
+from iclgd_dist.terminal import StoreOption, SweepFile, Where, console, counted, existing, say, store_of
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
@@ -47,17 +50,17 @@ iclgd measure SWEEP.toml        metrics and controls that were added since
 iclgd check-method FILE:NAME    a training rule of your own
 
 \b
+iclgd submit | stop             a sweep as a job of a Ray cluster
+iclgd verify | compact          is a store whole; make it quick to read
+iclgd forget | gc               run cells again; delete what is left over
+
+\b
 Exit codes: 0 every cell is final; 2 wrong usage; 3 some cells failed;
 74 storage; 75 stopped by SIGTERM; 130 by Ctrl-C. Run again to resume.""",
 )
-console = Console(highlight=False)
-
-SweepFile = Annotated[str, typer.Argument(help="Sweep file, e.g. sweeps/demo.toml", metavar="SWEEP")]
-StoreOption = Annotated[Path | None, typer.Option("--store", help="Directory of results. Default: results/<name of the sweep>", show_default=False)]
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
 ]
-Where = Annotated[str, typer.Argument(help="Store directory, or the sweep file whose store it is", metavar="STORE")]
 
 
 @app.command()
@@ -70,7 +73,7 @@ def plan(sweep: SweepFile, store: StoreOption = None) -> None:
     """
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "2")  # seconds; where the hub does not answer, the file alone does
     loaded = load_sweep(sweep)
-    results = Store(store or _store_of(loaded))
+    results = store_of(loaded, store)
     planned = _plan(loaded, results, tolerate_unreachable=True)
     _show_plan(loaded, planned, results)
 
@@ -81,6 +84,8 @@ def run(
     store: StoreOption = None,
     address: AddressOption = None,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
+    hours: Annotated[float | None, typer.Option(min=0, help="Stop after so many hours; the same command resumes", show_default=False)] = None,
+    gpu_hours: Annotated[float | None, typer.Option(min=0, help="Stop when blocks have used GPUs for so many hours together", show_default=False)] = None,
 ) -> None:
     """Run every cell that is not in the store yet.
 
@@ -94,7 +99,7 @@ def run(
     loaded = load_sweep(sweep)
     if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
         raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
-    results = Store(store or _store_of(loaded))
+    results = store_of(loaded, store)
     planned = _plan(loaded, results)
     _show_plan(loaded, planned, results)
     if planned.blocks and address is None:
@@ -105,7 +110,7 @@ def run(
     results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
     code = DONE
     if planned.blocks:
-        code = run_sweep(loaded, planned, results, address=address, console=console)
+        code = run_sweep(loaded, planned, results, address=address, console=console, budget=Budget(hours, gpu_hours))
     else:
         console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True, markup=False)
     if code == DONE and loaded.controls.random_delta:
@@ -128,7 +133,7 @@ def _random_deltas(sweep: Sweep, store: Store, *, address: str | None) -> int:
     from iclgd_dist.store import read_results
 
     results = read_results(store)
-    targets = random_targets(results, cited(load(store.root)), Missing(results))
+    targets = random_targets(results, cited(load(str(store.root))), Missing(results))
     planned = make_plan(sweep, choose=lambda block, encoded: with_targets(block, targets, lambda cells: with_cells(block, cells, encoded)))
     if not planned.blocks:
         return DONE
@@ -154,7 +159,7 @@ def measure(sweep: SweepFile, store: StoreOption = None, address: AddressOption 
 
     loaded = load_sweep(sweep)
     _try_code(loaded)
-    results = _existing(str(store or _store_of(loaded)))
+    results = existing(store_of(loaded, store))
     results.prepare()
     missing, num_kept = Missing(read_results(results)), 0
 
@@ -179,42 +184,22 @@ def measure(sweep: SweepFile, store: StoreOption = None, address: AddressOption 
 
 
 @app.command()
-def status(store: Where) -> None:
-    """Show how far a store is, also while a sweep runs.
+def status(
+    store: Annotated[str | None, typer.Argument(help="Store, or the sweep file whose store it is", metavar="STORE")] = None,
+    address: Annotated[str | None, typer.Option(help="Dashboard of a Ray cluster, e.g. http://127.0.0.1:8265: show its sweeps", show_default=False)] = None,
+) -> None:
+    """Show how far a store is, also while a sweep runs; or, with --address, the sweeps of a cluster.
 
-    Cells planned and committed, blocks run, models loaded, attempts that failed.
+    Cells planned and committed, blocks run, models loaded, cost, attempts that failed.
 
     Example: iclgd status results/demo
     """
-    results = _existing(store)
-    keys = results.keys()
-    planned = {key for sweep in results.sweeps() for key in sweep["keys"]}
-    attempts = results.attempts().to_pylist()
-    table = Table(title=Text(str(results.root)), title_justify="left", show_header=False, box=None)
-    for name, value in (
-        ("cells planned", len(planned)),
-        ("cells committed", len(keys)),
-        ("cells missing", len(planned - keys)),
-        ("cells no sweep asks for", len(keys - planned) if planned else 0),
-        ("blocks run", sum(a["outcome"] == "done" for a in attempts)),
-        ("baselines computed", f"{sum(a['num_baselines'] for a in attempts)} (zero-shot and in-context, once each per block)"),
-        ("training steps", f"{sum(a['num_training_steps'] for a in attempts)} (summed over learning rates)"),
-        ("actors", len({a["actor"] for a in attempts})),
-        (
-            "models loaded",
-            f"{sum(a['num_model_loads'] for a in attempts)} (at most {max(Counter(a['actor'] for a in attempts if a['num_model_loads']).values(), default=0)} by one actor)",
-        ),
-        (
-            "attempts not done",
-            ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(a["outcome"] for a in attempts).items()) if outcome != "done") or "0",
-        ),
-    ):
-        table.add_row(name, str(value))
-    console.print(table)
-    for attempt in [a for a in attempts if a["outcome"] not in ("done", "interrupted")][-5:]:
-        console.print(
-            f"  {attempt['created_at'][:19]} {attempt['block']} on {attempt['host']}: {attempt['outcome']}: {attempt['reason']}", markup=False, soft_wrap=True
-        )
+    if (store is None) == (address is None):
+        raise SweepError("status: give a store, e.g. results/demo, or the --address of a cluster's dashboard")
+    if address is not None:
+        job_commands.show_jobs(address)
+    else:
+        store_commands.show_status(existing(str(store)))
 
 
 @app.command()
@@ -228,9 +213,11 @@ def report(
     from iclgd_analysis import load, write_report
     from iclgd_analysis.table import show
 
-    results = _existing(store)
-    show(load(results.root), console)
-    console.print(f"page: {write_report(results.root, out)}", soft_wrap=True, markup=False)
+    root = str(existing(store).root)
+    if out is None and "://" in root:
+        raise SweepError(f"{root}: is no directory to write the page to; give --out PAGE.html")
+    show(load(root), console)
+    say(f"page: {write_report(root, out)}")
 
 
 @app.command("check-method")
@@ -266,6 +253,10 @@ def check_method_command(
     raise typer.Exit(0 if all(finding.holds for finding in findings) else USAGE)
 
 
+for _command in (store_commands.verify, store_commands.compact, store_commands.forget, store_commands.gc, job_commands.submit, job_commands.stop):
+    app.command()(_command)
+
+
 def _try_code(sweep: Sweep) -> None:
     """Import the code of the sweep's own methods and metrics, so that a mistake is found before a model is loaded. Errors: SweepError."""
     methods = [method for method in map(sweep.method_spec, sweep.methods) if method.code is not None]
@@ -279,21 +270,6 @@ def _try_code(sweep: Sweep) -> None:
 
         for metric in sweep.metric:
             make_metric(metric)
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _existing(where: str) -> Store:
-    path = _store_of(load_sweep(where)) if where.endswith(".toml") else Path(where)
-    if not path.is_dir():
-        raise SweepError(f"{path}: no such store; `iclgd run SWEEP` makes one, by default results/<name of the sweep>")
-    return Store(path)
-
-
-def _store_of(sweep: Sweep) -> Path:
-    return Path("results") / sweep.name
 
 
 def _plan(sweep: Sweep, store: Store, *, tolerate_unreachable: bool = False) -> Plan:

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, first writer first. Knows local and NFS directories; knows nothing of cells or tables.
+"""Files that appear whole or not at all, first writer first. Knows local and NFS directories, and where objects of a bucket take their place.
 
-Everything the store promises rests on `publish`: create this name with these bytes unless it exists. Here: temporary file, fsync, hard link, fsync of the
-directory; a variant for an object store would use a conditional put and replace this module only. Where hard links are missing, the file goes into a directory that
+Everything the store promises rests on `publish`: create this name with these bytes unless it exists. In a directory: temporary file, fsync, hard link, fsync of the
+directory; in a bucket a conditional put (objects.py). Where hard links are missing, the file goes into a directory that
 is renamed to the final name: a rename onto a directory that holds something fails, so the first writer still wins. (Creating the final name with O_EXCL would show
 half a file; renaming a file would replace the first one.) Windows is not supported.
 """
@@ -10,75 +10,62 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
+import hashlib
 import os
-import socket
 import stat
-import time
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
-LOCK_STALE_SECONDS = 600  # by the clock of the directory
+from iclgd_dist.objects import URL, ObjectPath, object_path
+from iclgd_dist.store_errors import StoreError, Vanished, naming
+
+__all__ = ["Location", "StoreError", "Vanished", "naming"]
+
+Location = Path | ObjectPath
+T = TypeVar("T")
+P = TypeVar("P", bound=Location)
 _INNER = "content"  # the file in the directory that stands for a file where hard links are missing
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
-_AGAIN = "then run the same command again: finished cells are kept"
-_DAMAGED = "`iclgd verify` lists damaged files and can set them aside, so that their cells run again"
-_WAY_OUT = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free space, {_AGAIN}"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a directory that this user can write to"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "choose a directory for the store, not a file"),
-    errno.ENOENT: "check the path and that the disk is mounted; `iclgd run` makes a new store",
-}
 
 
-class StoreError(OSError):
-    """The store cannot be read or written; names the file and the way out. The command line prints it and exits with 74."""
-
-    def __init__(self, what: str, path: str | Path, errno: int | None = None, way_out: str = _DAMAGED) -> None:
-        super().__init__(errno, what, str(path))
-        self.way_out = way_out
-
-    @property
-    def is_damage(self) -> bool:
-        """Whether the file's content is at fault, not the disk, the permissions or this version's age."""
-        return self.way_out == _DAMAGED
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StoreError, (self.strerror, self.filename, self.errno, self.way_out)
-
-    def __str__(self) -> str:
-        code = f" ({errno.errorcode.get(self.errno, self.errno)})" if self.errno else ""
-        return f"{self.filename}: {self.strerror}{code}; {self.way_out}"
+def location(where: str | Location) -> Location:
+    """Return where a store lies: a directory, or s3://bucket/prefix and its like. Errors: StoreError for a URL that cannot be used."""
+    if isinstance(where, Path | ObjectPath):
+        return where
+    if URL.fullmatch(where):
+        return object_path(where)
+    if "://" in where:
+        raise StoreError("is no store", where, way_out="give a directory, s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix")
+    return Path(where)
 
 
-class Vanished(Exception):
-    """A file that was listed is gone: a compaction ran in between."""
+def make_folder(folder: Location) -> None:
+    """Make a directory, with those above it; durable on return. A bucket needs none."""
+    if isinstance(folder, Path) and not folder.is_dir():
+        with naming(folder, "made a directory"):
+            os.makedirs(folder, exist_ok=True)
+        with naming(folder.parent, "written"):
+            sync_folder(folder.parent)
 
 
-@contextlib.contextmanager
-def naming(path: Path, verb: str) -> Iterator[None]:
-    """Turn what goes wrong inside into a StoreError that names `path`. With verb "read" a file that is gone is `Vanished`, one that cannot be decoded damaged."""
-    try:
-        yield
-    except (StoreError, MemoryError):
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if verb == "read" and code in (errno.ENOENT, errno.ESTALE):
-            raise Vanished(str(path)) from error
-        if code is not None:
-            raise StoreError(f"cannot be {verb}: {os.strerror(code)}", path, code, _WAY_OUT.get(code, f"check the disk, {_AGAIN}")) from error
-        if verb != "read":
-            raise
-        raise StoreError(f"is damaged: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", path) from error
+def num_readers(folder: Location) -> int | None:
+    """Return how many threads read from there at once: a bucket answers late and to many; None = as many as the machine is made for."""
+    return None if isinstance(folder, Path) else 32
 
 
-def names_in(folder: Path) -> list[str]:
+def is_folder(folder: Location) -> bool:
+    return folder.is_dir() if isinstance(folder, Path) else folder.holds_anything()
+
+
+def names_in(folder: Location) -> list[str]:
     """Return the names in a directory; a missing one is empty."""
+    if isinstance(folder, ObjectPath):
+        return folder.names()
     try:
         with naming(folder, "read"):
             return os.listdir(folder)
@@ -86,8 +73,10 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
-def read(path: Path) -> bytes:
+def read(path: Location) -> bytes:
     """Return what `publish` wrote. Errors: Vanished; StoreError."""
+    if isinstance(path, ObjectPath):
+        return bytes(path.read().to_pybytes())
     with naming(path, "read"):
         if path.is_dir():
             path = path / _INNER
@@ -97,12 +86,14 @@ def read(path: Path) -> bytes:
             return file.read()
 
 
-def contents(path: Path) -> pa.Buffer:
+def contents(path: Location) -> pa.Buffer:
     """Return a file that is never written again: mapped, or read where a map could break.
 
     Over a network a file that another machine deletes is gone under a map, which ends the process. What no disk of this machine holds is read therefore.
     Errors: Vanished; StoreError.
     """
+    if isinstance(path, ObjectPath):
+        return path.read()
     with naming(path, "read"):
         status = os.lstat(path)
         require_regular(path, status)
@@ -117,11 +108,16 @@ def require_regular(path: Path, status: os.stat_result) -> None:
         raise StoreError("is not a regular file", path)
 
 
-def publish(path: Path, data: bytes, *, reach: Callable[[str], None]) -> bool:
+def publish(path: Location, data: bytes, *, reach: Callable[[str], None]) -> bool:
     """Create `path` with `data` unless it exists: whole or not at all, and on disk on return. Returns True if this call created it.
 
     `reach` is told the points at which tests let the process die.
     """
+    if isinstance(path, ObjectPath):
+        reach("before_link")
+        is_created = path.create(data)
+        reach("after_link")
+        return is_created
     temporary, view = temporary_in(path.parent), memoryview(data)
     with naming(path, "written"):
         try:
@@ -183,13 +179,62 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_in(folder: Path) -> Path:
+def temporary_in(folder: P) -> P:
     """Return a new hidden name: no reader takes it for data."""
-    return folder / f".tmp-{uuid.uuid4().hex}"
+    made: Any = folder / f".tmp-{uuid.uuid4().hex}"
+    return made
 
 
-def remove(path: Path) -> None:
+def add(folder: Location, write: Callable[[Path], T], name: Callable[[str], str]) -> tuple[T, str, str]:
+    """Create a file of any size whose name is made of its sha256; on disk on return. Returns what `write` returned, the sha256 and the name."""
+    with contextlib.ExitStack() as stack:
+        near = folder if isinstance(folder, Path) else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="iclgd-")))
+        left: Path | None = temporary_in(near)
+        try:
+            with naming(left, "written"):
+                made = write(left)
+                with open(left, "rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())
+                final = folder / name(sha256)
+                if isinstance(final, Path):
+                    os.rename(left, final)
+                    left = final
+                    sync_folder(final.parent)
+                    left = None
+                else:
+                    final.put(left)
+        finally:
+            if left is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(left)
+    return made, sha256, final.name
+
+
+def sha256_of(path: Location) -> str:
+    """Return the sha256 of a file's bytes. Errors: Vanished; StoreError."""
+    if isinstance(path, ObjectPath):
+        return hashlib.sha256(path.read()).hexdigest()
+    with naming(path, "read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def move(path: Location, to: Location) -> None:
+    """Rename a file to a name that is free, in the same store; what is gone already is fine."""
+    if isinstance(path, ObjectPath):
+        with contextlib.suppress(Vanished):
+            assert isinstance(to, ObjectPath)
+            to.put(read(path))
+            path.delete()
+        return
+    with naming(path, "moved"), contextlib.suppress(FileNotFoundError):
+        os.rename(path, str(to))
+
+
+def remove(path: Location) -> None:
     """Delete a file, or the directory that stands for it; what is gone already is fine."""
+    if isinstance(path, ObjectPath):
+        return path.delete()
     with naming(path, "deleted"):
         if path.is_dir() and not path.is_symlink():
             (path / _INNER).unlink(missing_ok=True)
@@ -199,47 +244,28 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def now(folder: Path) -> float:
-    """Return the time by the clock that stamps the files of `folder`: on NFS it is not this machine's."""
+def size_of(path: Location) -> int:
+    """Return the bytes of a file; 0 where it is gone."""
+    if isinstance(path, ObjectPath):
+        return path.size()
+    return sum(inner.stat().st_size for inner in (path.iterdir() if path.is_dir() else [path]) if inner.exists())
+
+
+def modified(path: Location) -> float:
+    """Return when a file was last written or touched, by the clock that stamps it [s]. Errors: FileNotFoundError or Vanished where it is gone."""
+    return path.modified() if isinstance(path, ObjectPath) else path.stat().st_mtime
+
+
+def now(folder: Location) -> float:
+    """Return the time by the clock that stamps the files of `folder`: on NFS and in a bucket it is not this machine's."""
     probe = temporary_in(folder)
+    if isinstance(probe, ObjectPath):
+        probe.put(b"")
+        seconds = probe.modified()
+        probe.delete()
+        return seconds
     with naming(probe, "written"):
         probe.touch()
         seconds = probe.stat().st_mtime
         probe.unlink()
     return seconds
-
-
-def acquire(lock: Path) -> bool:
-    """Take an advisory lock unless its holder lives: a file made with O_EXCL (flock is unreliable on NFS), to be touched while it is held and unlinked after.
-
-    It is stale, and taken over, after LOCK_STALE_SECONDS untouched, or when its holder ran on this machine and is gone.
-    Two may still hold it, one of them having been paused: it may spare work, correctness must not rest on it.
-    """
-    note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
-    for _ in range(2):
-        with naming(lock, "written"), contextlib.suppress(FileExistsError):
-            descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                os.write(descriptor, note)
-            finally:
-                os.close(descriptor)
-            return True
-        with naming(lock, "written"), contextlib.suppress(FileNotFoundError):
-            if now(lock.parent) - lock.stat().st_mtime < LOCK_STALE_SECONDS and not _is_orphan(lock):
-                return False
-            stolen = temporary_in(lock.parent)
-            os.rename(lock, stolen)  # of several that find it stale, the rename lets one through
-            os.unlink(stolen)
-    return False
-
-
-def _is_orphan(lock: Path) -> bool:
-    try:
-        holder = json.loads(lock.read_bytes())
-        if holder["host"] == socket.gethostname():
-            os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # a torn note: its age decides
-        pass
-    return False

@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from iclgd_dist import files
 from iclgd_dist.cells import UPDATE
-from iclgd_dist.files import StoreError, naming
+from iclgd_dist.files import Location, StoreError, naming
 
 VERSION = 2  # 1: all parts are Parquet
 PART_NAME = re.compile(r"part-\d{8}-[0-9a-f]{16}\.(?:arrows|parquet)")
@@ -39,7 +38,7 @@ class Manifest:
         return {key: commit for part in self.parts for key, commit in part.commits.items()}
 
 
-def read(path: Path, number: int) -> Manifest:
+def read(path: Location, number: int) -> Manifest:
     """Read a manifest. Errors: StoreError when it is damaged or of a newer version; Vanished when it is gone."""
     with naming(path, "read"):
         try:
@@ -54,7 +53,7 @@ def read(path: Path, number: int) -> Manifest:
     return Manifest(number, parts)
 
 
-def following(folder: Path, number: int, parts: Sequence[Part]) -> tuple[Path, bytes]:
+def following(folder: Location, number: int, parts: Sequence[Part]) -> tuple[Location, bytes]:
     """Return name and content of the manifest that follows manifest `number`."""
     content = {"version": VERSION, "parts": [vars(part) for part in parts]}
     return folder / f"manifest-{number + 1:08d}.json", json.dumps(content).encode()

@@ -6,9 +6,7 @@ Knows the columns of a measure and how files appear whole. Knows nothing of cell
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -18,14 +16,14 @@ import pyarrow.parquet as pq
 
 from iclgd_dist import files
 from iclgd_dist.cells import UPDATE, table_of
-from iclgd_dist.files import StoreError, naming
+from iclgd_dist.files import Location, StoreError, naming
 from iclgd_dist.schema import MEASURE
 
 SCHEMA = pa.schema([("key", pa.string()), *((name, kind) for name, kind, _ in MEASURE)])
 _NAMED = ["key", "kind", "name", "metric", "layer", "fold"]  # what a figure is called; the first of two that are called the same counts
 
 
-def commit(root: Path, rows: list[dict[str, Any]], *, reach: Callable[[str], None]) -> bool:
+def commit(root: Location, rows: list[dict[str, Any]], *, reach: Callable[[str], None]) -> bool:
     """Store measures of any cells, on disk on return. The same figures are stored once; returns whether this call stored them.
 
     Errors: ValueError, as `cells.table_of`; StoreError when they cannot be written.
@@ -36,13 +34,11 @@ def commit(root: Path, rows: list[dict[str, Any]], *, reach: Callable[[str], Non
     buffer = pa.BufferOutputStream()
     pq.write_table(table_of(rows, SCHEMA), buffer, write_page_checksum=True)
     folder = root / "measures"
-    with naming(folder, "made a directory"):
-        os.makedirs(folder, exist_ok=True)
-        files.sync_folder(root)
+    files.make_folder(folder)
     return files.publish(folder / f"{hashlib.sha256(said.encode()).hexdigest()}.parquet", buffer.getvalue().to_pybytes(), reach=reach)
 
 
-def read(root: Path) -> pa.Table:
+def read(root: Location) -> pa.Table:
     """Return all figures, files in the order of their names.
 
     Errors: StoreError naming a file that is damaged or of a newer version.
@@ -50,11 +46,11 @@ def read(root: Path) -> pa.Table:
     return pa.concat_tables([SCHEMA.empty_table(), *(_read(root / "measures" / name) for name in _names(root))])
 
 
-def _names(root: Path) -> list[str]:
+def _names(root: Location) -> list[str]:
     return sorted(name for name in files.names_in(root / "measures") if name.endswith(".parquet") and not name.startswith("."))
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Location) -> pa.Table:
     with naming(path, "read"), pq.ParquetFile(pa.BufferReader(files.read(path)), page_checksum_verification=True) as file:
         table = file.read()
     if strange := sorted(set(table.column_names) - set(SCHEMA.names)):
@@ -62,7 +58,7 @@ def _read(path: Path) -> pa.Table:
     return table.select(SCHEMA.names).cast(SCHEMA)
 
 
-def verify(root: Path) -> list[StoreError]:
+def verify(root: Location) -> list[StoreError]:
     """Read every file and return what is wrong, one error per damaged file."""
     errors = []
     for name in _names(root):
@@ -71,6 +67,17 @@ def verify(root: Path) -> list[StoreError]:
         except StoreError as error:
             errors.append(error)
     return errors
+
+
+def forget(root: Location, keys: Collection[str], *, aside: Callable[[Location], None], reach: Callable[[str], None]) -> None:
+    """Take all figures of some cells out; files that held any are handed to `aside` after what they hold of other cells is stored anew."""
+    gone = pa.array(sorted(keys), pa.string())
+    for name in _names(root):
+        table = _read(root / "measures" / name)
+        goes = pc.is_in(table["key"], gone)
+        if pc.any(goes).as_py():
+            commit(root, table.filter(pc.invert(goes)).to_pylist(), reach=reach)
+            aside(root / "measures" / name)
 
 
 def only_new(known: pa.Table, later: pa.Table, keys: pa.Array) -> pa.Table:

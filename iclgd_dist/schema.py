@@ -228,7 +228,7 @@ CELL = pa.schema([pa.field(name, kind, metadata={"meaning": meaning}) for name, 
 # An attempt: one execution of a block by an actor, whatever came of it. Never a result.
 ATTEMPT: list[Column] = [
     ("block", text, "name of the block"),
-    ("outcome", text, "done, oom, storage, metric (one of the user's own failed; the cells are there), failed or interrupted"),
+    ("outcome", text, "done, oom, storage, metric (one of the user's own failed; the cells are there), failed, interrupted or lost (its actor died)"),
     ("reason", text, "what went wrong, one line; NULL when done"),
     ("traceback", text, "NULL when done"),
     ("host", text, "name of the machine"),
@@ -241,6 +241,8 @@ ATTEMPT: list[Column] = [
     ("num_cells", i64, "cells committed"),
     ("wall_seconds", f64, "time of the attempt [s]"),
     ("peak_gib", f64, "peak memory of the process [GiB]"),
+    ("cpus", i64, "CPUs of the actor; NULL where unknown"),
+    ("gpus", i64, "GPUs of the actor; NULL where unknown"),
     ("gflops", f64, "float32 matrix-product rate of the actor, measured when it started [GFLOP/s]"),
     ("created_at", text, "UTC, ISO 8601"),
 ]

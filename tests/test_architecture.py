@@ -10,8 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     8: ("cli",),
-    7: ("runner",),
+    7.5: ("store_commands", "job_commands"),
+    7: ("runner", "cluster"),
+    6.5: ("session",),
     6: ("actor",),
+    5.5: ("terminal",),
     5: ("block", "check"),
     4.9: ("measuring", "packing"),
     4.85: ("random_deltas",),
@@ -25,20 +28,24 @@ FLOORS = {
     2.5: ("sites",),
     2.1: ("provenance",),
     2: ("model", "plan"),
+    1.9: ("claims",),
     1.8: ("blocks",),
+    1.6: ("upkeep",),
     1.5: ("cost", "captures", "untrained", "prepared"),
     1.2: ("encoding", "contexts", "light_tokenizer"),  # draws as token ids, draws of controls
     1: ("metrics", "ranking", "shared_attention", "head", "tasks", "families", "sources", "store"),
     0.6: ("measured", "manifests"),
     0.5: ("embedded", "cells", "own_code", "apart", "hub"),  # what tasks reads, what the store encodes
+    0.3: ("locks",),
     0.2: ("files",),
+    0.15: ("objects",),
     0.1: ("config",),
     0.06: ("extensions", "model_spec", "task_spec", "resources"),
     0.05: ("axes",),
-    0: ("protocol", "schema", "toml_text"),
+    0: ("protocol", "schema", "toml_text", "store_errors", "nowhere", "progress"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
-RAY = (6, 7)
+RAY = (6, 6.5, 7)
 
 
 def imports_of(source: str, package: str = "iclgd_dist") -> set[str]:

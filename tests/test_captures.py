@@ -25,6 +25,7 @@ from iclgd_dist.metrics import Capture
 from iclgd_dist.model import load
 from iclgd_dist.probes import Context, QueryPass
 from iclgd_dist.store import Store
+from iclgd_dist.upkeep import set_aside
 
 KEY = "ab" * 32
 FIELDS = [field.name for field in dataclasses.fields(Capture)]
@@ -88,7 +89,7 @@ def test_a_damaged_capture_is_an_error_that_names_it(store: Store, damage: str) 
     store.commit({"key": KEY, "kind": "icl", "capture_file": file, "capture_sha256": sha256})
     (found,) = verify(store)
     assert found.filename == str(path)
-    assert len(verify(store, set_aside=True)) == 1
+    assert len(verify(store, aside=lambda path: set_aside(store, path))) == 1
     assert verify(store) == []
     assert recall(store, KEY, sha256) is None
     assert len(list((store.root / "set_aside").iterdir())) == 1

@@ -18,6 +18,7 @@ from iclgd_dist.config import load_sweep
 from iclgd_dist.measuring import Missing, measure_kept, random_targets, with_targets
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
+from iclgd_dist.upkeep import verify
 from tests.test_block import lm_for
 
 MORE = """
@@ -200,14 +201,14 @@ def test_a_damaged_file_of_measures_is_named_and_can_be_set_aside(tmp_path: Path
     row = {"key": "0" * 64, "kind": "control", "name": "separator", "metric": "sim_aou", "layer": 0, "fold": "all", "n": 3, "mean": 0.5, "sd": 0.1}
     assert measured.commit(store.root, [row], reach=lambda point: None)
     assert not measured.commit(store.root, [row | {"mean": 0.7}], reach=lambda point: None), "the same figure is stored once"
-    assert store.verify() == [] and measured.read(store.root)["mean"].to_pylist() == [0.5]
+    assert verify(store).damaged == [] and measured.read(store.root)["mean"].to_pylist() == [0.5]
     (file,) = (store.root / "measures").iterdir()
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 255
     file.write_bytes(data)
-    (error,) = store.verify(set_aside=True)
+    (error,) = verify(store, quarantine=True).damaged
     assert file.name in str(error)
-    assert store.verify() == [] and len(measured.read(store.root)) == 0
+    assert verify(store).damaged == [] and len(measured.read(store.root)) == 0
 
 
 def test_of_figures_that_were_made_twice_the_first_counts() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from iclgd_dist.schema import ATTEMPT
 from iclgd_dist.store import Store, StoreError, read_results
+from iclgd_dist.upkeep import verify
 from tests.stores import assert_holds, key, prepared, row
 
 
@@ -25,7 +26,7 @@ def test_a_new_store_touches_nothing_and_is_empty(tmp_path: Path) -> None:
     assert missing.compact() == 0
     assert missing.sweeps() == []
     assert missing.attempts().num_rows == 0
-    assert missing.verify() == []
+    assert verify(missing).damaged == []
     assert not missing.root.exists()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from iclgd_dist import cells, files, store
+from iclgd_dist import cells, files, locks, store
 from iclgd_dist.store import Store, read_results
 from tests.stores import assert_holds, at, key, prepared, row, run_python
 
@@ -127,7 +127,7 @@ def test_of_two_compactions_at_once_one_gives_way_and_no_cell_is_lost(tmp_path: 
     at(point, overtake, monkeypatch)
     assert made.compact() == 0
     assert_holds(read_results(made), [row(number) for number in range(1, 4 + num_later)])
-    listed = {part.file for part in made._manifest().parts}
+    listed = {part.file for part in made.manifest().parts}
     assert {name for name in os.listdir(made.root / "compacted") if name.startswith("part")} == listed
 
 
@@ -137,7 +137,7 @@ def test_a_live_lock_is_respected_and_a_stale_one_is_not(tmp_path: Path) -> None
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "time": 0}))
     assert made.compact() == 0
     assert lock.exists()
-    old = files.now(made.root / "compacted") - files.LOCK_STALE_SECONDS - 1
+    old = files.now(made.root / "compacted") - locks.STALE_SECONDS - 1
     os.utime(lock, (old, old))
     assert made.compact() == 1
     assert not lock.exists()
@@ -171,11 +171,11 @@ def test_many_compactions_keep_few_parts_and_all_rows(tmp_path: Path, monkeypatc
         made.commit(rows[-1])
         if number % 2:
             assert made.compact() == 2
-        assert len(made._manifest().parts) <= 24 // 6 + 3
+        assert len(made.manifest().parts) <= 24 // 6 + 3
     assert_holds(read_results(made), rows)
     compacted = os.listdir(made.root / "compacted")
     assert sum(name.startswith("manifest") for name in compacted) <= 2
-    assert {name for name in compacted if name.startswith("part")} == {part.file for part in made._manifest().parts}
-    for part in made._manifest().parts:
+    assert {name for name in compacted if name.startswith("part")} == {part.file for part in made.manifest().parts}
+    for part in made.manifest().parts:
         path = made.root / "compacted" / part.file
         assert all(len(table) >= 3 for table in cells.decode(path.read_bytes(), path)[:-1])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from iclgd_dist.store import Store, StoreError, read_results
+from iclgd_dist.upkeep import verify
 from tests.stores import FailsOnce, assert_holds, key, no_link, prepared, row, run_python
 
 
@@ -94,7 +95,7 @@ def test_a_failing_system_call_in_a_compaction_loses_nothing(tmp_path: Path, mon
         assert message is None or str(made.root) in message
         assert message or fail.calls < nth
         assert_holds(read_results(Store(made.root)), rows)
-    assert {part.file for part in Store(made.root)._manifest().parts} == {n for n in os.listdir(made.root / "compacted") if n.startswith("part")}
+    assert {part.file for part in Store(made.root).manifest().parts} == {n for n in os.listdir(made.root / "compacted") if n.startswith("part")}
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
@@ -105,7 +106,7 @@ def test_without_hard_links_the_first_writer_still_wins(tmp_path: Path, monkeypa
     assert not made.commit(row(1, accuracy=0.5)), "a linked cell is there"
     assert made.commit(row(2))
     assert not made.commit(row(2, accuracy=0.5))
-    assert made.verify() == []
+    assert verify(made).damaged == []
     assert_holds(read_results(made), [row(1), row(2)])
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(lambda lane: made.commit(row(3, lanes=lane)), range(8))) == 1

@@ -13,6 +13,7 @@ import pytest
 
 from iclgd_dist import cells, files, store
 from iclgd_dist.store import Store, StoreError, read_results
+from iclgd_dist.upkeep import verify
 from tests.stores import assert_holds, key, prepared, row
 
 
@@ -54,15 +55,15 @@ def test_a_damaged_file_is_named_by_readers_and_can_be_set_aside(tmp_path: Path,
     made.commit(row(2))
     if is_compacted:
         made.compact()
-    path = made.root / "compacted" / made._manifest().parts[1].file if is_compacted else made.root / "cells" / f"{key(2)}.arrows"
+    path = made.root / "compacted" / made.manifest().parts[1].file if is_compacted else made.root / "cells" / f"{key(2)}.arrows"
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(StoreError, match="verify") as caught:
         read_results(made)
     assert caught.value.filename == str(path)
-    assert [error.filename for error in made.verify()] == [str(path)]
+    assert [error.filename for error in verify(made).damaged] == [str(path)]
     assert path.exists()
-    assert len(made.verify(set_aside=True)) == 1
-    assert made.verify() == []
+    assert len(verify(made, quarantine=True).damaged) == 1
+    assert verify(made).damaged == []
     assert made.keys() == {key(1)}
     assert made.commit(row(2))
     assert_holds(read_results(made), [row(1), row(2)])
@@ -111,7 +112,7 @@ def test_a_missing_part_is_an_error_not_a_smaller_table(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="missing") as caught:
         read_results(made)
     assert caught.value.filename == str(part)
-    assert len(made.verify(set_aside=True)) == 1
+    assert len(verify(made, quarantine=True).damaged) == 1
     assert made.keys() == set()
 
 

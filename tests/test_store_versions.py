@@ -15,6 +15,7 @@ import pytest
 from iclgd_dist import cells, store
 from iclgd_dist.schema import CELL
 from iclgd_dist.store import StoreError, read_results
+from iclgd_dist.upkeep import verify
 from tests.stores import assert_holds, key, prepared, row
 
 
@@ -70,7 +71,7 @@ def test_a_part_of_an_older_version_is_read_and_merged(tmp_path: Path, monkeypat
     (part.parent / "manifest-00000001.json").write_text(json.dumps({"version": 1, "parts": [listed]}))
     assert made.keys() == {key(1), key(2)}
     assert_holds(read_results(made), [row(1), row(2)])
-    assert made.verify() == []
+    assert verify(made).damaged == []
     monkeypatch.setattr(store, "MAX_SMALL_PARTS", 1)
     made.commit(row(3))
     assert made.compact() == 1
@@ -123,5 +124,5 @@ def test_files_of_a_newer_version_are_refused_with_the_advice_to_update_and_neve
     assert key(2) in str(caught.value)
     with pytest.raises(StoreError, match="update iclgd"):
         made.compact()
-    assert len(made.verify(set_aside=True)) == 1
+    assert len(verify(made, quarantine=True).damaged) == 1
     assert made.keys() == {key(2)}

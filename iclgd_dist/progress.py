@@ -1,0 +1,93 @@
+"""How far a run is, and showing it: a bar on a terminal, plain lines in a log. Knows the counts that actors report; knows no Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+LOG_SECONDS = 15.0
+
+
+@dataclass
+class Counts:
+    """What the driver knows while a sweep runs."""
+
+    num_cells: int  # to be computed by this run
+    total_flops: float
+    flops: dict[str, float]  # cost per block
+    fractions: dict[str, float] = field(default_factory=dict)  # per block
+    cells: dict[str, int] = field(default_factory=dict)
+    running: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last report of the blocks that run now
+    outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)  # block -> outcome, reason
+    num_compacted: int = 0
+    gflops: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def fraction(self) -> float:
+        return sum(self.flops[name] * part for name, part in self.fractions.items()) / self.total_flops if self.total_flops else 1.0
+
+    @property
+    def num_committed(self) -> int:
+        return sum(self.cells.values())
+
+    def remaining(self) -> str:
+        """Return the time left in words, from the speed so far."""
+        if self.fraction < 0.01:
+            return "estimating time left"
+        return f"{in_words((time.monotonic() - self.started) * (1 - self.fraction) / self.fraction)} left"
+
+    def take(self, report: dict[str, Any]) -> None:
+        name = report["block"]
+        self.fractions[name], self.cells[name], self.gflops = report["fraction"], report["num_cells"], report["gflops"]
+        self.running[name] = report
+        if report["outcome"]:
+            self.end(name, report["outcome"], report["reason"])
+
+    def end(self, name: str, outcome: str, reason: str) -> None:
+        self.running.pop(name, None)
+        self.fractions[name] = 0.0 if outcome == "elsewhere" else 1.0
+        self.outcomes[name] = (outcome, reason)
+
+    def line(self) -> str:
+        running = list(self.running.values())
+        more = f" (+{len(running) - 1} more)" if len(running) > 1 else ""
+        return f"{self.num_committed}/{self.num_cells} cells, {self.remaining()}; {running[0]['stage'] if running else 'starting actors'}{more}"
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def shown(counts: Counts, console: Console) -> Iterator[None]:
+    """Show progress while the block runs: a bar on a terminal, a plain line every 15 s elsewhere."""
+    ended = threading.Event()
+
+    def log() -> None:
+        while not ended.wait(LOG_SECONDS):
+            console.print(f"{counts.fraction:4.0%} after {in_words(time.monotonic() - counts.started)}: {counts.line()}", highlight=False, markup=False)
+
+    def draw() -> None:
+        columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("starting", total=1.0)
+            while not ended.wait(0.5):
+                bar.update(task, completed=counts.fraction, description=counts.line())
+
+    thread = threading.Thread(target=draw if console.is_terminal else log, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,166 @@
+"""A connection to Ray: on this machine for loopback only, or to a cluster whose nodes are looked at first. Knows Ray, tokens and nodes; knows nothing of blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from iclgd_dist import files
+from iclgd_dist.config import Resources, SweepError
+from iclgd_dist.store import Store, StoreError
+
+PREFLIGHT_SECONDS = 60.0
+
+# Ray reads these when it is first imported; what the user has set stands.
+for _name, _value in {
+    "RAY_AUTH_MODE": "token",  # never leave open what runs code for whoever reaches it
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours turns Ctrl-C into an orderly stop with its own exit code
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+
+def check_machine(resources: Resources) -> None:
+    """Raise SweepError when this machine alone cannot hold one actor; asked before anything is written or started."""
+    here = len(os.sched_getaffinity(0))
+    if resources.cpus_per_actor > here:
+        raise SweepError(f"[resources] cpus_per_actor = {resources.cpus_per_actor}, but this machine has {here}; lower it, or give --address of a cluster")
+
+
+def require_answer(address: str, seconds: float = 5.0) -> None:
+    """Raise SweepError when nothing listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.partition("://")[2 if "://" in address else 0].rpartition(":")
+    if not port.isdigit():  # "auto", or a name that Ray resolves
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except OSError as error:
+        raise SweepError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connect to a cluster, or start Ray on this machine for loopback only. Handlers of signals stay as they are."""
+    if address is not None:
+        require_answer(address)
+    if address is None or address.startswith(("127.", "localhost:")):
+        # Otherwise Ray turns 127.0.0.1 into this machine's public address, to listen there and to look for the cluster there.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if address is None and os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run alone: never written to a file
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if address is None:
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SweepError(f"no Ray cluster answers at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray has put its own in their place
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[dict[str, Any]]:
+    """Return the nodes that are alive, as Ray describes them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def num_slots(resources: Resources) -> int:
+    """Return how many actors the cluster holds as it is now."""
+    return sum(_slots(node["Resources"], resources) for node in nodes())
+
+
+def require_room(resources: Resources) -> None:
+    """Raise SweepError where no node is large enough for an actor, instead of waiting for one for ever."""
+    offered = [node["Resources"] for node in nodes()]
+    for name, wanted in (("CPU", resources.cpus_per_actor), ("GPU", resources.gpus_per_actor)):
+        most = max((node.get(name, 0) for node in offered), default=0)
+        if wanted > most:
+            what = f"{name.lower()}s_per_actor"
+            raise SweepError(f"[resources] {what} = {wanted}, but no node of the cluster has more than {most:.0f}; lower it or use larger nodes")
+    if not any(_slots(node, resources) for node in offered):
+        raise SweepError(f"[resources] {resources.cpus_per_actor} CPUs and {resources.gpus_per_actor} GPUs per actor: no single node of the cluster has both")
+
+
+def _slots(node: dict[str, float], resources: Resources) -> int:
+    slots = int(node.get("CPU", 0) // resources.cpus_per_actor)
+    return min(slots, int(node.get("GPU", 0) // resources.gpus_per_actor)) if resources.gpus_per_actor else slots
+
+
+def preflight(store: Store, seconds: float = PREFLIGHT_SECONDS) -> None:
+    """Let every node import this package, see what the driver wrote to the store and write there itself.
+
+    Errors: SweepError with the node's name for what is missing there; StoreError where it does not reach the store.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe = f"probe-{uuid.uuid4().hex}"
+    folder = store.root / "claims"
+    files.make_folder(folder)
+    files.publish(folder / probe, b"", reach=lambda point: None)
+    looked = ray.remote(num_cpus=0, max_retries=0)(_look)
+    try:
+        asked = {}
+        for node in nodes():
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[looked.options(scheduling_strategy=there).remote(str(store.root.absolute()), probe)] = node["NodeManagerHostname"] or node["NodeID"][:8]
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+        if late:
+            raise SweepError(f"node {asked[late[0]]} did not start a task within {seconds:.0f} s; take it out of the cluster, or try again")
+        for answer in ready:
+            try:
+                problem = ray.get(answer)
+            except Exception as error:
+                raise SweepError(f"node {asked[answer]}: {_root_cause(error)}; install this project there, the same version as here") from None
+            if problem:
+                raise StoreError(f"is not shared with node {asked[answer]}: {problem}", store.root, way_out="use a store that every node sees")
+    finally:
+        files.remove(folder / probe)
+
+
+def _look(root: str, probe: str) -> str:
+    """Run on a node: say what is wrong with its view of the store; an empty text is well."""
+    import time
+
+    folder = Store(root).root / "claims"
+    for _ in range(20):  # NFS: another machine's file may be late
+        if probe in files.names_in(folder):
+            break
+        time.sleep(0.5)
+    else:
+        return "it does not see a file that the driver wrote"
+    try:
+        mine = folder / f"{probe}-{uuid.uuid4().hex[:8]}"
+        files.publish(mine, b"", reach=lambda point: None)
+        files.remove(mine)
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def _root_cause(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

@@ -1,0 +1,134 @@
+"""iclgd status | verify | compact | forget | gc: what a store holds and looking after it. Knows words and exit codes; the work is in upkeep.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from iclgd_dist import files
+from iclgd_dist.config import SweepError
+from iclgd_dist.store import Store
+from iclgd_dist.terminal import Where, Yes, console, counted, existing, say
+
+DONE, FAILED, STORAGE = 0, 3, 74
+SHOWN = 10  # of a long list
+
+
+def show_status(store: Store) -> None:
+    keys = store.keys()
+    planned = {key for sweep in store.sweeps() for key in sweep["keys"]}
+    attempts = store.attempts().to_pylist()
+    loads = Counter(a["actor"] for a in attempts if a["num_model_loads"])
+    others = Counter(a["outcome"] for a in attempts if a["outcome"] != "done")
+    table = Table(title=Text(str(store.root)), title_justify="left", show_header=False, box=None)
+    for name, value in (
+        ("cells planned", len(planned)),
+        ("cells committed", len(keys)),
+        ("cells missing", len(planned - keys)),
+        ("cells no sweep asks for", len(keys - planned) if planned else 0),
+        ("blocks run", sum(a["outcome"] == "done" for a in attempts)),
+        ("baselines computed", f"{sum(a['num_baselines'] for a in attempts)} (zero-shot and in-context, once each per block)"),
+        ("training steps", f"{sum(a['num_training_steps'] for a in attempts)} (summed over learning rates)"),
+        ("actors", len({a["actor"] for a in attempts})),
+        ("models loaded", f"{sum(loads.values())} (at most {max(loads.values(), default=0)} by one actor)"),
+        ("cost", _cost(attempts)),
+        ("attempts not done", ", ".join(f"{count} {outcome}" for outcome, count in sorted(others.items())) or "0"),
+    ):
+        table.add_row(name, str(value))
+    console.print(table)
+    for attempt in [a for a in attempts if a["outcome"] not in ("done", "interrupted")][-5:]:
+        say(f"  {attempt['created_at'][:19]} {attempt['block']} on {attempt['host']}: {attempt['outcome']}: {attempt['reason']}")
+
+
+def _cost(attempts: list[dict[str, Any]]) -> str:
+    """Return what the attempts took, and what of it a cell cost."""
+    num_cells = sum(a["num_cells"] for a in attempts)
+    parts = []
+    for what in ("cpus", "gpus"):
+        if hours := sum((a["wall_seconds"] or 0) * (a[what] or 0) for a in attempts) / 3600:
+            each = f", {hours * 3600 / num_cells:.1f} {what[:-1].upper()} s a cell" if num_cells else ""
+            parts.append(f"{hours:.2f} {what[:-1].upper()} h{each}")
+    return "; ".join(parts) or "unknown"
+
+
+def verify(
+    store: Where, quarantine: Annotated[bool, typer.Option("--quarantine", help="Move what is damaged to set_aside/, so that its cells run again")] = False
+) -> None:
+    """Read every file of a store and say what is damaged, there twice, missing or not asked for.
+
+    Run it while nothing else writes to the store. Exit code 0: whole; 3: cells are missing; 74: something is damaged.
+
+    Example: iclgd verify results/demo
+    """
+    from iclgd_dist.upkeep import verify as look
+
+    results = existing(store)
+    found = look(results, quarantine=quarantine)
+    for error in found.damaged:
+        console.print(Text.assemble(("damaged ", "red"), str(error)), soft_wrap=True)
+    for name, keys in (("there twice, counted once", found.duplicates), ("missing", found.missing), ("asked for by no sweep", found.extra)):
+        if keys:
+            say(f"{counted(len(keys), 'cell')} {name}: {', '.join(key[:12] for key in keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}")
+    if quarantine and found.damaged:
+        say(f"what was damaged is in {results.root / 'set_aside'}; run the sweep again")
+    elif found.num_cells is None:
+        say("what is missing is known after `iclgd verify --quarantine`")
+    if found.num_cells is not None:
+        say(f"{counted(found.num_cells, 'cell')} in {results.root}, {len(found.missing)} missing")
+    raise typer.Exit(STORAGE if not found.is_whole and not quarantine else FAILED if found.missing else DONE)
+
+
+def compact(store: Where) -> None:
+    """Move loose cells into large files, which are read ten times as fast. `iclgd run` does it by itself; nothing needs to stop.
+
+    Example: iclgd compact results/demo
+    """
+    results = existing(store)
+    say(f"{counted(results.compact(), 'cell')} compacted in {results.root}")
+
+
+def forget(
+    store: Where,
+    condition: Annotated[list[str], typer.Argument(help="column=value, also != < <= > >=; of several all must hold", metavar="CONDITION...")],
+    yes: Yes = False,
+) -> None:
+    """Set cells aside, with all that belongs to them, so that the next run computes them again.
+
+    Example: iclgd forget results/demo method=vanilla "learning_rate>0.01" --yes
+    """
+    from iclgd_dist import upkeep
+
+    results = existing(store)
+    try:
+        keys = upkeep.matching(results, condition)
+    except ValueError as error:
+        raise SweepError(f"forget: {error}") from None
+    if not yes:
+        say(f"{counted(len(keys), 'cell')} of {results.root} would be set aside; add --yes")
+        return
+    say(f"{counted(upkeep.forget(results, keys), 'cell')} set aside in {results.root / upkeep.ASIDE}")
+
+
+def gc(store: Where, yes: Yes = False) -> None:
+    """Delete what nothing needs: set aside, left by killed processes a day ago, replaced by compaction, captures of no cell.
+
+    Example: iclgd gc results/demo --yes
+    """
+    from iclgd_dist import upkeep
+
+    results = existing(store)
+    found = list(upkeep.debris(results))
+    for path, why in found[:SHOWN]:
+        say(f"{path}: {why}")
+    if len(found) > SHOWN:
+        say(f"... and {len(found) - SHOWN:,} more")
+    size = decimal(sum(files.size_of(path) for path, _ in found))
+    if yes:
+        for path, _ in found:
+            files.remove(path)
+    say(f"{counted(len(found), 'file')}, {size} {'deleted' if yes else 'would be deleted' + ('; add --yes' if found else '')}")

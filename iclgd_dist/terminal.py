@@ -1,0 +1,43 @@
+"""What the commands share: the console, their common arguments, and finding the store that is meant. Knows typer and rich; computes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from iclgd_dist import files
+from iclgd_dist.config import Sweep, SweepError, load_sweep
+from iclgd_dist.store import Store
+
+console = Console(highlight=False)
+
+SweepFile = Annotated[str, typer.Argument(help="Sweep file, e.g. sweeps/demo.toml", metavar="SWEEP")]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="Where results go: a directory, or s3://bucket/prefix. Default: results/<name of the sweep>", show_default=False)
+]
+Where = Annotated[str, typer.Argument(help="Store (a directory, s3://bucket/prefix), or the sweep file whose store it is", metavar="STORE")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would be done")]
+
+
+def say(text: str) -> None:
+    """Print a line as it is: nothing in it is markup, and paths are not broken."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def store_of(sweep: Sweep, where: str | None) -> Store:
+    return Store(where or Path("results") / sweep.name)
+
+
+def existing(where: str | Store) -> Store:
+    """Return a store that is there, or that of a sweep file. Errors: SweepError where there is none."""
+    store = where if isinstance(where, Store) else store_of(load_sweep(where), None) if where.endswith(".toml") else Store(where)
+    if not files.is_folder(store.root):
+        raise SweepError(f"{store.root}: no such store; `iclgd run SWEEP` makes one, by default results/<name of the sweep>")
+    return store
