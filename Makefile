@@ -1,13 +1,15 @@
 # make demo   a real model on real text, from nothing to results/demo/report.html
 # make test   all tests
 # make check  formatting, lint, types
+# make faults every accident a sweep may have, on a Ray of three nodes: some 15 minutes
+# make soak   accidents at random for 10 minutes
 # Each target sets up .venv by itself; it needs Python 3.11 or newer, make and a package index.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 export RAY_AUTH_MODE ?= token
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check faults soak setup clean
 
 demo: $(READY)
 	$(BIN)/iclgd run sweeps/demo.toml
@@ -20,6 +22,12 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: $(READY)
+	$(BIN)/python -m tests.faults
+
+soak: $(READY)
+	$(BIN)/python -m tests.faults.soak
 
 setup: $(READY)
 

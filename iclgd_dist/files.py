@@ -189,25 +189,26 @@ def add(folder: Location, write: Callable[[Path], T], name: Callable[[str], str]
     """Create a file of any size whose name is made of its sha256; on disk on return. Returns what `write` returned, the sha256 and the name."""
     with contextlib.ExitStack() as stack:
         near = folder if isinstance(folder, Path) else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="iclgd-")))
-        left: Path | None = temporary_in(near)
+        temporary = temporary_in(near)
+        left = [temporary]
         try:
-            with naming(left, "written"):
-                made = write(left)
-                with open(left, "rb") as file:
+            with naming(temporary, "written"):
+                made = write(temporary)
+                with open(temporary, "rb") as file:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                     os.fsync(file.fileno())
                 final = folder / name(sha256)
                 if isinstance(final, Path):
-                    os.rename(left, final)
-                    left = final
+                    os.rename(temporary, final)
+                    left = [final]
                     sync_folder(final.parent)
-                    left = None
+                    left = []
                 else:
-                    final.put(left)
+                    final.put(temporary)
         finally:
-            if left is not None:
+            for path in left:
                 with contextlib.suppress(OSError):
-                    os.unlink(left)
+                    os.unlink(path)
     return made, sha256, final.name
 
 

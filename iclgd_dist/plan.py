@@ -71,7 +71,7 @@ def make_plan(
     progress: Callable[[str], None] = lambda text: None,
     choose: Callable[[Block, Encoded], Block | None] | None = None,
 ) -> Plan:
-    """Expand, subtract the keys in `finished`, group and estimate. Blocks are ordered by model, then seed, then task.
+    """Expand, subtract the keys in `finished`, group and estimate. Blocks are ordered by model, then seed, longest first: a sweep stopped half-way has whole seeds.
 
     `choose` sees each whole block and returns what is to be run of it, instead of the cells that are not finished.
 
@@ -132,6 +132,7 @@ def _planned(
                 raise
             said.unreachable.append(str(error))
             continue
+        of_model: list[Block] = []
         for seed, name in product(dict.fromkeys(seed for seed, _ in orders), sweep.tasks):
             if (seed, name) not in orders or not encoder.has(name):
                 continue
@@ -139,10 +140,12 @@ def _planned(
             for block, encoded in _blocks(sweep, spec, model, name, seed, orders[seed, name], encoder):
                 missing = tuple(cell for cell in block.cells if cell.key not in finished)
                 if choose is not None:
-                    blocks += [chosen] if (chosen := choose(block, encoded)) else []
+                    of_model += [chosen] if (chosen := choose(block, encoded)) else []
                 elif any(cell.key not in keys for cell in missing):  # else another block does all of it
-                    blocks.append(with_cells(block, missing, encoded))
+                    of_model.append(with_cells(block, missing, encoded))
                 keys |= dict.fromkeys(cell.key for cell in block.cells)
+        turns = {seed: turn for turn, seed in enumerate(dict.fromkeys(seed for seed, _ in orders))}
+        blocks += sorted(of_model, key=lambda block: (turns[block.seed], -block.cost.flops))
     return keys, blocks
 
 

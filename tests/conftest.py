@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.buckets import bucket, s3_server  # noqa: F401  fixtures
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -223,7 +223,7 @@ def build(root: Path, keys: list[str], options: argparse.Namespace) -> None:
     for first in range(0, len(keys), size):
         mine = keys[first : first + size]
         commits = {key: hashlib.sha256(key.encode()).hexdigest()[:16] for key in mine}
-        parts.append(store._write_part(1, _groups(mine, options), commits, root / "compacted" / "lock"))
+        parts.append(store.write_part(1, _groups(mine, options), commits))
     assert files.publish(*manifests.following(root / "compacted", 0, parts), reach=lambda point: None)
 
 

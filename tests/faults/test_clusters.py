@@ -1,0 +1,75 @@
+"""Accidents of a cluster of three nodes: a node or the head is lost, calls between nodes fail, nodes join."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from tests.faults.case import Case
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+
+def test_f5_a_node_is_lost_and_the_sweep_finishes_on_the_others(case: Case, cluster: Any) -> None:
+    case.write(seeds=list(range(1, 13)))
+    case.plot({"what": "slow", "seconds": 0.3, "times": 200})
+    driver = case.start("--address", cluster.address)
+    case.wait(lambda: len(case.committed()) >= 6)
+    before = case.committed()
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    case.facts["injections"] = 1
+    said, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, said
+    assert len(case.attempts("lost")) >= 1
+    case.check(before)
+
+
+def test_f9_the_head_is_lost_and_the_driver_ends_in_bounded_time(case: Case, cluster: Any) -> None:
+    case.write(seeds=list(range(1, 13)))
+    case.plot({"what": "slow", "seconds": 0.3, "times": 200})
+    driver = case.start("--address", cluster.address)
+    case.wait(lambda: len(case.committed()) >= 6)
+    (head,) = cluster.head_node.all_processes["gcs_server"]
+    os.kill(head.process.pid, signal.SIGKILL)
+    lost = time.monotonic()
+    case.facts["injections"] = 1
+    driver.communicate(timeout=180)
+    assert driver.returncode != 0 and time.monotonic() - lost < 120
+    before = case.committed()
+    case.run()
+    case.check(before)
+
+
+def test_f16_calls_between_nodes_that_fail_are_asked_again(case: Case, cluster: Any) -> None:
+    chaos = json.dumps(
+        {
+            "ray::rpc::CoreWorkerService.grpc_client.PushTask": {"num_failures": 3, "req_failure_prob": 20, "resp_failure_prob": 0},
+            "ray::rpc::InternalKVGcsService.grpc_client.InternalKVGet": {"num_failures": 5, "req_failure_prob": 25, "resp_failure_prob": 25},
+        }
+    )
+    case.run("--address", cluster.address, RAY_testing_rpc_failure=chaos)
+    case.facts["injections"] = 8
+    case.check()
+
+
+def test_nodes_that_join_while_the_sweep_runs_take_part(case: Case, cluster: Any) -> None:
+    """And the blocks start in the plan's order."""
+    case.write(seeds=list(range(1, 25)), actors=8)
+    case.file.write_text(case.file.read_text().replace("max_actors = 8", "cpus_per_actor = 1"))
+    case.plot({"what": "slow", "seconds": 0.4, "times": 400})
+    driver = case.start("--address", cluster.address)
+    case.wait(lambda: len(case.committed()) >= 6)
+    cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+    case.facts["injections"] = 1
+    said, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, said
+    done = case.attempts("done")
+    assert len({attempt["actor"] for attempt in done}) == 3, "one actor for each place, kept from block to block"
+    order = [int(attempt["block"].split("-")[2][1:]) for attempt in done]
+    assert max(abs(place - sorted(order).index(seed)) for place, seed in enumerate(order)) <= 4
+    case.check()
