@@ -111,7 +111,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
         try:
             driver = _driven(sweep, root, cluster.address)
             results = read_results(root)
-            assert len(results.cells) == (planned := len(set(make_plan(load_sweep(sweep)).keys))), f"{len(results.cells)} of {planned}"
+            planned = len(set(make_plan(load_sweep(sweep)).keys))
+            assert len(results.cells) == planned, f"{len(results.cells)} of {planned}"
             _forget_one_block(root)
             resumed = _driven(sweep, root, cluster.address)
         finally:
