@@ -26,6 +26,7 @@ class Counts:
     cells: dict[str, int] = field(default_factory=dict)
     running: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last report of the blocks that run now
     outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)  # block -> outcome, reason
+    deaths: dict[str, int] = field(default_factory=dict)  # of actors over a block, where Tune gave it up
     num_compacted: int = 0
     gflops: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -53,7 +54,7 @@ class Counts:
 
     def end(self, name: str, outcome: str, reason: str) -> None:
         self.running.pop(name, None)
-        self.fractions[name] = 0.0 if outcome == "elsewhere" else 1.0
+        self.fractions[name] = 0.0 if outcome in ("elsewhere", "again") else 1.0
         self.outcomes[name] = (outcome, reason)
 
     def line(self) -> str:

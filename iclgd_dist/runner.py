@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +34,7 @@ DONE, USAGE, FAILED, STORAGE, INTERRUPTED, CONTROL_C = 0, 2, 3, 74, 75, 130  # e
 COMPACT_EVERY = 5_000  # cells
 MAX_FAILURES = 3  # deaths of a block's actor; after each, half as many learning rates train at once
 NODES_SECONDS = 10.0  # between looks at how many actors the cluster holds
+LATER = ("elsewhere", "again")  # outcomes of a block that belongs into the next round
 ELSEWHERE_SECONDS = 5.0  # between looks at what another driver holds
 
 
@@ -59,9 +61,9 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
             pending: Sequence[Block] = blocks
             while pending and not stopped.code:
                 _fit(pending, store, run, counts, resources)
-                pending = _wait_for_others([block for block in pending if counts.outcomes.get(block.name, ("",))[0] == "elsewhere"], store, stopped)
+                pending = _wait_for_others([block for block in pending if counts.outcomes.get(block.name, ("",))[0] in LATER], store, stopped)
     for name, (outcome, reason) in counts.outcomes.items():
-        if outcome not in ("done", "elsewhere"):
+        if outcome not in ("done", *LATER):
             console.print(Text.assemble((outcome, "red"), f" {name}: {reason}"), soft_wrap=True)
     store.compact()
     missing = len(set(plan.keys) - store.keys())
@@ -79,7 +81,7 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
     outcomes = {outcome for outcome, _ in counts.outcomes.values()}
     if "storage" in outcomes:
         return STORAGE
-    return FAILED if missing or outcomes - {"done", "elsewhere"} else DONE
+    return FAILED if missing or outcomes - {"done", *LATER} else DONE
 
 
 def _fit(blocks: Sequence[Block], store: Store, run: str, counts: Counts, resources: Resources) -> None:
@@ -134,8 +136,12 @@ def _counting(counts: Counts, store: Store, run: str, search: Any, resources: Re
             _record_death(store, run, trial, counts)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            reason = _record_death(store, run, trial, counts)
-            counts.end(trial.config["block"], "failed", f"its actor died {MAX_FAILURES + 1} times: {reason}")
+            name, reason = trial.config["block"], _record_death(store, run, trial, counts)
+            counts.deaths[name] = counts.deaths.get(name, 0) + max(1, trial.num_failures)
+            if counts.deaths[name] <= MAX_FAILURES:  # Tune gives a block up whose actor died before it had begun
+                counts.end(name, "again", reason)
+            else:
+                counts.end(name, "failed", f"its actor died {counts.deaths[name]} times: {reason}")
 
     return Counting()
 
@@ -144,9 +150,8 @@ def _record_death(store: Store, run: str, trial: Any, counts: Counts) -> str:
     """Leave an attempt record for an actor that could not leave its own; return why it died."""
     name = trial.config["block"]
     last = counts.running.pop(name, {})
-    error = trial.get_error()
-    text = str(error or "unknown")
-    reason = f"{type(error).__name__}: {next((line for line in text.splitlines() if line.strip()), '')}"[:500]
+    text = Path(trial.error_file).read_text().rpartition("Failure #")[2] if trial.error_file else "unknown"
+    reason = next((line.strip() for line in text.splitlines()[1:] if line.strip()), "unknown")[:500]
     attempt = {column: last.get(column, 0) for column in ("num_model_loads", "num_baselines", "num_lanes", "num_training_steps", "num_cells")}
     attempt |= {"block": name, "outcome": "lost", "reason": reason, "traceback": text, "run": run}
     attempt |= {"host": last.get("host", platform.node()), "actor": last.get("actor", "unknown"), "gflops": last.get("gflops")}

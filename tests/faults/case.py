@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from iclgd_dist import files
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import Plan, make_plan
@@ -108,11 +110,10 @@ class Case:
     def committed(self) -> dict[str, bytes]:
         """Return the cells' files as they are now; a compaction may take one away meanwhile."""
         found = {}
-        for path in (self.store.root / "cells").glob("[0-9a-f]*.arrows"):
-            try:
-                found[path.name] = path.read_bytes()
-            except FileNotFoundError:
-                continue
+        for name in files.names_in(self.store.root / "cells"):
+            with contextlib.suppress(files.Vanished):
+                if name.endswith(".arrows"):
+                    found[name] = files.read(self.store.root / "cells" / name)
         return found
 
     def attempts(self, outcome: str | None = None) -> list[dict[str, Any]]:
