@@ -7,9 +7,7 @@ SIGTERM, resumable; 130 Ctrl-C. After 75 and 130 the last line is the command th
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +25,7 @@ from iclgd_dist.progress import in_words
 from iclgd_dist.runner import CONTROL_C, DONE, FAILED, INTERRUPTED, STORAGE, USAGE, Budget, run_sweep
 from iclgd_dist.session import check_machine
 from iclgd_dist.store import Store, StoreError
-from iclgd_dist.terminal import StoreOption, SweepFile, Where, console, counted, existing, say, store_of
+from iclgd_dist.terminal import StoreOption, SweepFile, Where, console, counted, existing, say, say_how_to_resume, store_of
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
@@ -350,7 +348,7 @@ def main() -> None:
         raise SystemExit(STORAGE) from None
     except SystemExit as end:
         if end.code in (INTERRUPTED, CONTROL_C):
-            console.print("stopped; what is committed stays. To resume:\n" + shlex.join(["iclgd", *sys.argv[1:]]), soft_wrap=True, markup=False)
+            say_how_to_resume()
         raise
 
 

@@ -11,6 +11,7 @@ import datetime
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -29,12 +30,14 @@ from iclgd_dist.plan import Plan
 from iclgd_dist.progress import Counts, shown
 from iclgd_dist.session import connected, num_slots, preflight, require_room
 from iclgd_dist.store import Store, StoreError
+from iclgd_dist.terminal import say_how_to_resume
 
 DONE, USAGE, FAILED, STORAGE, INTERRUPTED, CONTROL_C = 0, 2, 3, 74, 75, 130  # exit codes
 COMPACT_EVERY = 5_000  # cells
 MAX_FAILURES = 3  # deaths of a block's actor; after each, half as many learning rates train at once
 NODES_SECONDS = 10.0  # between looks at how many actors the cluster holds
 LATER = ("elsewhere", "again")  # outcomes of a block that belongs into the next round
+DRAIN_SECONDS = 8.0  # from a signal to the end, whatever is under way
 ELSEWHERE_SECONDS = 5.0  # between looks at what another driver holds
 
 
@@ -189,6 +192,15 @@ class _Stopped:
     def stop(self, code: int) -> None:
         self.code = code
         self.event.set()
+        last = threading.Timer(DRAIN_SECONDS, _leave, [code])  # actors may be in the middle of a long step: its cells were not committed
+        last.daemon = True
+        last.start()
+
+
+def _leave(code: int) -> None:
+    say_how_to_resume()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

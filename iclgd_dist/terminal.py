@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,10 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only say 
 def say(text: str) -> None:
     """Print a line as it is: nothing in it is markup, and paths are not broken."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def say_how_to_resume() -> None:
+    say("stopped; what is committed stays. To resume:\n" + shlex.join(["iclgd", *sys.argv[1:]]))
 
 
 def counted(number: int, noun: str) -> str:
