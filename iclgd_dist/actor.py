@@ -22,7 +22,7 @@ from iclgd_dist import model as models
 from iclgd_dist import sources
 from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.blocks import Block, Cell
-from iclgd_dist.claims import claimed
+from iclgd_dist.claims import claimed, num_deaths
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.prepared import prepared
@@ -30,6 +30,7 @@ from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0
+SILENT_SECONDS = 3600.0  # without a piece of work done, after which another driver may take a block over
 
 
 class ModelHost:
@@ -42,6 +43,8 @@ class ModelHost:
         self.held: tuple[str, ...] | None = None
         self.lm: LanguageModel | None = None
         self.gflops = matmul_gflops()
+        self.moved = time.monotonic()  # when a piece of work was last done
+        self.since = time.perf_counter()
 
     def steps(self, block: Block) -> Generator[dict[str, Any], None, None]:
         """Run a block, yielding counts between pieces of work; the last one has `outcome`. Every execution leaves an attempt record.
@@ -52,20 +55,21 @@ class ModelHost:
             if not self._missing(block):
                 yield from self._run(block)
                 return
-            with claimed(self.store, block, self.run) as claim:
-                if claim is None:
-                    yield self._report(block, Progress(block.cost.flops).at("elsewhere")) | {"outcome": "elsewhere", "reason": "another driver computes it"}
-                else:
-                    yield from self._run(_with_fewer_lanes(block, claim.num_deaths))
+            with claimed(self.store, block, self.run, lives=lambda: time.monotonic() - self.moved < SILENT_SECONDS) as is_ours:
+                if is_ours:
+                    yield from self._run(_with_fewer_lanes(block, num_deaths(self.store, block, self.run)))
+                    return
+            yield self._report(block, Progress(block.cost.flops).at("elsewhere")) | {"outcome": "elsewhere", "reason": "another driver computes it"}
         except StoreError as error:  # before anything could be computed, or recorded
             yield self._report(block, Progress(block.cost.flops).at("storage")) | {"outcome": "storage", "reason": str(error)}
 
     def _missing(self, block: Block) -> tuple[Cell, ...]:
         """Return what is to be computed. Some may be there by now: from another driver, or from before this actor was restarted."""
-        return block.cells if block.is_measuring else tuple(cell for cell in block.cells if cell.key not in self.store)
+        keys = set() if block.is_measuring else self.store.keys()
+        return tuple(cell for cell in block.cells if cell.key not in keys)
 
     def _run(self, block: Block) -> Generator[dict[str, Any], None, None]:
-        before = time.perf_counter()
+        self.since = time.perf_counter()
         missing = self._missing(block)
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
@@ -88,16 +92,16 @@ class ModelHost:
             outcome, reason = "done", ""
         finally:
             if missing:
-                self._record(block, counts, before, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
-        is_whole = block.is_measuring or all(cell.key in self.store for cell in block.cells)
+                self._record(block, counts, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
+        is_whole = block.is_measuring or not self._missing(block)
         if outcome not in ("metric", "done") and is_whole and not block.is_measuring:
             outcome = "done"  # by another driver, meanwhile
         if outcome == "done":
             outcome, reason = ("done", "") if is_whole else ("failed", f"{block.name}: a method yielded no probe for some of its steps")
-        yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason, "wall_seconds": time.perf_counter() - before}
+        yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason}
 
-    def _record(self, block: Block, counts: Progress, since: float, *, outcome: str, **more: Any) -> None:
-        made = self._described(block, counts) | {"outcome": outcome, "run": self.run, "wall_seconds": time.perf_counter() - since}
+    def _record(self, block: Block, counts: Progress, *, outcome: str, **more: Any) -> None:
+        made = self._described(block, counts) | {"outcome": outcome, "run": self.run}
         made |= {"created_at": datetime.datetime.now(datetime.UTC).isoformat()}
         with contextlib.suppress(StoreError) if outcome != "done" else contextlib.nullcontext():  # a full store takes no record of that either
             self.store.record_attempt(made | more)
@@ -118,7 +122,9 @@ class ModelHost:
 
     def _described(self, block: Block, counts: Progress) -> dict[str, Any]:
         """Return the columns of an attempt that are known while it runs."""
+        self.moved = time.monotonic()
         made: dict[str, Any] = {"block": block.name, "host": platform.node(), "actor": self.actor, "gflops": self.gflops, "peak_gib": peak_gib()}
+        made["wall_seconds"] = time.perf_counter() - self.since
         made |= {name: getattr(counts, name) for name in ("num_baselines", "num_lanes", "num_training_steps", "num_cells")}
         return made | {"cpus": block.resources.cpus_per_actor, "gpus": block.resources.gpus_per_actor}
 
@@ -164,6 +170,7 @@ class ModelActor(tune.Trainable):
         start = time.perf_counter()
         for report in self.reports:
             if report["outcome"]:
+                self.reports.close()  # gives its claims back
                 return report | {"done": True}
             if time.perf_counter() - start > REPORT_SECONDS:
                 return report

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 from iclgd_dist import files, locks
 from iclgd_dist.blocks import Block
@@ -21,35 +20,43 @@ STALE_SECONDS = 180.0  # by the clock of the store: then the holder is taken to 
 TOUCH_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What this run holds; `num_deaths`: its actors that died over it."""
-
-    num_deaths: int
-
-
 @contextlib.contextmanager
-def claimed(store: Store, block: Block, run: str) -> Iterator[Claim | None]:
-    """Claim what a block computes for the time of the `with` block; yields None where somebody else has part of it.
+def claimed(store: Store, block: Block, run: str, lives: Callable[[], bool] = lambda: True) -> Iterator[bool]:
+    """Claim what a block computes for the time of the `with` block, and as long as `lives` holds; yields False where somebody else has part of it.
 
     Claims of the same run are its own earlier attempts, whose actors died.
     """
-    folder = store.root / "claims"
-    files.make_folder(folder)
     held: list[Lock] = []
-    names = claims_of(block)
-    for name in names:  # sorted: of two that want the same, one gets the first
-        lock = locks.acquire(folder / name, owner=run, stale_seconds=STALE_SECONDS)
-        if lock is None:
-            break
-        held.append(lock)
-    with locks.touched(held, every_seconds=TOUCH_SECONDS):
-        yield Claim(max(lock.num_deaths for lock in held)) if len(held) == len(names) else None
+    with locks.touched(held, every_seconds=TOUCH_SECONDS, lives=lives):
+        for name in claims_of(block):  # sorted: of two that want the same, one gets the first
+            lock = locks.acquire(store.root / "claims" / name, owner=run, stale_seconds=STALE_SECONDS)
+            if lock is None:
+                break
+            held.append(lock)
+        else:
+            yield True
+            return
+        for lock in held:
+            lock.release()
+        yield False
 
 
-def is_claimed(store: Store, block: Block) -> bool:
-    """Say whether somebody who lives computes part of a block."""
-    return any(locks.is_held(store.root / "claims" / name, stale_seconds=STALE_SECONDS) for name in claims_of(block))
+def is_claimed(store: Store, block: Block, run: str = "") -> bool:
+    """Say whether somebody who lives computes part of a block, apart from `run`."""
+    return any(locks.is_held(store.root / "claims" / name, owner=run, stale_seconds=STALE_SECONDS) for name in claims_of(block))
+
+
+def note_death(store: Store, block: Block, run: str, number: int) -> None:
+    """Leave word that an actor of this run died over a block, which is no preemption, for the actors that take it up again."""
+    files.publish(store.root / "claims" / f"{_deaths(block, run)}{number}", b"", reach=lambda point: None)
+
+
+def num_deaths(store: Store, block: Block, run: str) -> int:
+    return sum(name.startswith(_deaths(block, run)) for name in files.names_in(store.root / "claims"))
+
+
+def _deaths(block: Block, run: str) -> str:
+    return f"died-{run}-{hashlib.sha256(block.name.encode()).hexdigest()[:16]}-"
 
 
 def claims_of(block: Block) -> list[str]:

@@ -25,7 +25,7 @@ from iclgd_dist.progress import in_words
 from iclgd_dist.runner import CONTROL_C, DONE, FAILED, INTERRUPTED, STORAGE, USAGE, Budget, run_sweep
 from iclgd_dist.session import check_machine
 from iclgd_dist.store import Store, StoreError
-from iclgd_dist.terminal import StoreOption, SweepFile, Where, console, counted, existing, say, say_how_to_resume, store_of
+from iclgd_dist.terminal import GpuHours, Hours, Insecure, StoreOption, SweepFile, Where, console, counted, existing, say, say_how_to_resume, store_of
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
@@ -82,8 +82,9 @@ def run(
     store: StoreOption = None,
     address: AddressOption = None,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
-    hours: Annotated[float | None, typer.Option(min=0, help="Stop after so many hours; the same command resumes", show_default=False)] = None,
-    gpu_hours: Annotated[float | None, typer.Option(min=0, help="Stop when blocks have used GPUs for so many hours together", show_default=False)] = None,
+    hours: Hours = None,
+    gpu_hours: GpuHours = None,
+    insecure: Insecure = False,
 ) -> None:
     """Run every cell that is not in the store yet.
 
@@ -94,7 +95,7 @@ def run(
     """
     from iclgd_dist.plan import count_cells
 
-    loaded = load_sweep(sweep)
+    loaded, budget = load_sweep(sweep), Budget(hours, gpu_hours)
     if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
         raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
     results = store_of(loaded, store)
@@ -108,11 +109,11 @@ def run(
     results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
     code = DONE
     if planned.blocks:
-        code = run_sweep(loaded, planned, results, address=address, console=console, budget=Budget(hours, gpu_hours))
+        code = run_sweep(loaded, planned, results, address=address, console=console, budget=budget, is_open=insecure)
     else:
         console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True, markup=False)
     if code == DONE and loaded.controls.random_delta:
-        code = _random_deltas(loaded, results, address=address)
+        code = _random_deltas(loaded, results, address=address, budget=budget, is_open=insecure)
     if code == FAILED:
         console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True, markup=False)
     elif code == DONE:
@@ -120,7 +121,7 @@ def run(
     raise typer.Exit(code)
 
 
-def _random_deltas(sweep: Sweep, store: Store, *, address: str | None) -> int:
+def _random_deltas(sweep: Sweep, store: Store, *, address: str | None, budget: Budget, is_open: bool) -> int:
     """Make random weights of the same effect for the trained cells that the report cites, where they have none; return the exit code."""
     from iclgd_analysis import load
     from iclgd_analysis.chosen import cited
@@ -138,11 +139,11 @@ def _random_deltas(sweep: Sweep, store: Store, *, address: str | None) -> int:
     console.print(
         f"random weights of the same effect for {counted(sum(len(block.random_targets) for block in planned.blocks), 'trained cell')}", highlight=False
     )
-    return run_sweep(sweep, planned.of_blocks(), store, address=address, console=console)
+    return run_sweep(sweep, planned.of_blocks(), store, address=address, console=console, budget=budget, is_open=is_open)
 
 
 @app.command()
-def measure(sweep: SweepFile, store: StoreOption = None, address: AddressOption = None) -> None:
+def measure(sweep: SweepFile, store: StoreOption = None, address: AddressOption = None, insecure: Insecure = False) -> None:
     """Fill in what committed cells lack: metrics and control contexts added to the sweep file since, and pairs of methods.
 
     Metrics come from kept captures where there are any; the other cells are trained again, and only their measures are stored.
@@ -178,13 +179,14 @@ def measure(sweep: SweepFile, store: StoreOption = None, address: AddressOption 
     console.print(f"{counted(len(planned.keys), 'cell')} to compute again in {counted(len(planned.blocks), 'block')}", highlight=False)
     if address is None:
         check_machine(loaded.resources)
-    raise typer.Exit(run_sweep(loaded, planned, results, address=address, console=console) or (FAILED if absent else DONE))
+    raise typer.Exit(run_sweep(loaded, planned, results, address=address, console=console, is_open=insecure) or (FAILED if absent else DONE))
 
 
 @app.command()
 def status(
     store: Annotated[str | None, typer.Argument(help="Store, or the sweep file whose store it is", metavar="STORE")] = None,
     address: Annotated[str | None, typer.Option(help="Dashboard of a Ray cluster, e.g. http://127.0.0.1:8265: show its sweeps", show_default=False)] = None,
+    insecure: Insecure = False,
 ) -> None:
     """Show how far a store is, also while a sweep runs; or, with --address, the sweeps of a cluster.
 
@@ -195,7 +197,7 @@ def status(
     if (store is None) == (address is None):
         raise SweepError("status: give a store, e.g. results/demo, or the --address of a cluster's dashboard")
     if address is not None:
-        job_commands.show_jobs(address)
+        job_commands.show_jobs(address, is_open=insecure)
     else:
         store_commands.show_status(existing(str(store)))
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from iclgd_dist.config import Sweep, SweepError
 from iclgd_dist.files import ObjectPath
-from iclgd_dist.session import require_answer
+from iclgd_dist.session import require_answer, require_token
 from iclgd_dist.store import Store
 
 PREFIX = "iclgd-"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+DRAIN_SECONDS = 15  # that a job has from SIGTERM to its end
 STOP_SECONDS = 30.0
 MAX_PACKED_BYTES = 90_000_000  # Ray takes 100 MiB
 _RECONNECTS = 20
@@ -46,21 +47,22 @@ class Job:
 class Cluster:
     """The job server of a Ray cluster, e.g. http://127.0.0.1:8265. Errors: SweepError when it does not answer or does not take the token."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, is_open: bool = False) -> None:
+        require_token(is_open=is_open)
         if not address.startswith(("http://", "https://")):
             raise SweepError(f"--address must be that of the dashboard, e.g. http://127.0.0.1:8265, got {address!r}")
         require_answer(address)
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
-        self.address = address
+        self.address, self._errors = address, (RuntimeError, OSError, RayError)
         self._client: Any = self._asking(lambda: JobSubmissionClient(address))
 
     def _asking(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except (RuntimeError, ConnectionError, OSError) as error:
-            reason = " ".join(str(error).split())[:400]
-            raise SweepError(f"{getattr(self, 'address', 'the cluster')}: {reason}") from error
+        except self._errors as error:
+            raise SweepError(f"{self.address}: {' '.join(str(error).split())[:400]}") from error
 
     def job(self, job_id: str) -> Job | None:
         return next((job for job in self.jobs() if job.id == job_id), None)
@@ -82,12 +84,19 @@ class Cluster:
         with tempfile.TemporaryDirectory(prefix="iclgd-job-") as folder:
             pack(sweep, sweep_file, Path(folder))
             command = ["python", "-m", "iclgd_dist.cli", "run", sweep_file.name, "--address", "auto", "--store", str(store.root), *more]
-            environment = {"working_dir": folder}
-            self._asking(lambda: self._client.submit_job(entrypoint=shlex.join(command), submission_id=job_id, runtime_env=environment))
+            environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(DRAIN_SECONDS)}}
+            try:
+                self._asking(lambda: self._client.submit_job(entrypoint=shlex.join(command), submission_id=job_id, runtime_env=environment))
+            except SweepError:
+                if self.job(job_id) is None:
+                    raise
+                return job_id, False  # somebody else was a moment earlier
         return job_id, True
 
     def follow(self, job_id: str) -> Iterator[str]:
         """Yield the job's log as it grows, from its beginning, until the job ends. A lost connection is taken up again."""
+        from aiohttp import ClientError
+
         num_shown, tries = 0, 0
         while True:
             seen = 0
@@ -98,11 +107,11 @@ class Cluster:
                     if new:
                         num_shown, tries = max(num_shown, seen), 0
                         yield new
-            except (TimeoutError, RuntimeError, OSError):
+                job = self.job(job_id)
+                if job is None or job.has_ended:
+                    return
+            except (*self._errors, ClientError, SweepError):
                 pass
-            job = self.job(job_id)
-            if job is None or job.has_ended:
-                return
             tries += 1
             if tries > _RECONNECTS:
                 raise SweepError(f"{self.address}: the log of {job_id} does not come; the job goes on, see `iclgd status --address {self.address}`")
@@ -143,6 +152,8 @@ def pack(sweep: Sweep, sweep_file: Path, folder: Path) -> None:
     shutil.copy(sweep_file, folder / sweep_file.name)
     for name in _named_files(sweep):
         source, inside = sweep.folder / name, (sweep.folder / name).resolve()
+        if not source.is_file():
+            raise SweepError(f"{sweep_file}: {name}: no such file")
         if not inside.is_relative_to(sweep.folder.resolve()):
             raise SweepError(
                 f"{sweep_file}: {name} lies outside its folder and cannot travel; put it beside the sweep file, or give a full path that every node has"
@@ -178,5 +189,4 @@ def _pulled(chunks: Any) -> Iterator[str]:
             except StopAsyncIteration:
                 return
     finally:
-        loop.run_until_complete(chunks.aclose())
         loop.close()

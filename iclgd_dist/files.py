@@ -34,13 +34,13 @@ _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def location(where: str | Location) -> Location:
-    """Return where a store lies: a directory, or s3://bucket/prefix and its like. Errors: StoreError for a URL that cannot be used."""
+    """Return where a store lies: a directory, or s3://bucket/prefix and its like. Errors: ValueError for another URL; StoreError for one that cannot be used."""
     if isinstance(where, Path | ObjectPath):
         return where
     if URL.fullmatch(where):
         return object_path(where)
     if "://" in where:
-        raise StoreError("is no store", where, way_out="give a directory, s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix")
+        raise ValueError(f"{where}: is no store; give a directory, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix")
     return Path(where)
 
 
@@ -60,6 +60,11 @@ def num_readers(folder: Location) -> int | None:
 
 def is_folder(folder: Location) -> bool:
     return folder.is_dir() if isinstance(folder, Path) else folder.holds_anything()
+
+
+def exists(path: Location) -> bool:
+    with naming(path, "looked at"):
+        return path.exists()
 
 
 def names_in(folder: Location) -> list[str]:
@@ -249,12 +254,17 @@ def size_of(path: Location) -> int:
     """Return the bytes of a file; 0 where it is gone."""
     if isinstance(path, ObjectPath):
         return path.size()
-    return sum(inner.stat().st_size for inner in (path.iterdir() if path.is_dir() else [path]) if inner.exists())
+    with contextlib.suppress(Vanished), naming(path, "read"):
+        return sum(inner.stat().st_size for inner in (path.iterdir() if path.is_dir() else [path]))
+    return 0
 
 
 def modified(path: Location) -> float:
-    """Return when a file was last written or touched, by the clock that stamps it [s]. Errors: FileNotFoundError or Vanished where it is gone."""
-    return path.modified() if isinstance(path, ObjectPath) else path.stat().st_mtime
+    """Return when a file was last written or touched, by the clock that stamps it [s]. Errors: Vanished where it is gone."""
+    if isinstance(path, ObjectPath):
+        return path.modified()
+    with naming(path, "read"):
+        return path.stat().st_mtime
 
 
 def now(folder: Location) -> float:

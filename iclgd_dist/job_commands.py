@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iclgd_dist.config import MAX_CELLS_UNASKED, SweepError, load_sweep
-from iclgd_dist.terminal import StoreOption, SweepFile, console, say
+from iclgd_dist.terminal import GpuHours, Hours, Insecure, StoreOption, SweepFile, console, say
 
 Dashboard = Annotated[str, typer.Option("--address", help="Dashboard of a Ray cluster, e.g. http://127.0.0.1:8265", envvar="RAY_DASHBOARD_ADDRESS")]
 
@@ -21,6 +21,9 @@ def submit(
     store: StoreOption = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is there")] = False,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
+    hours: Hours = None,
+    gpu_hours: GpuHours = None,
+    insecure: Insecure = False,
 ) -> None:
     """Run a sweep as a job of a Ray cluster, with this project's code and the files that the sweep names, and follow its log.
 
@@ -34,8 +37,9 @@ def submit(
     loaded, results = load_sweep(sweep), shared_store(store)
     if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
         raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
-    cluster = Cluster(address)
-    job_id, is_new = cluster.submit(loaded, Path(sweep), results, more=("--yes",) if yes else ())
+    cluster = Cluster(address, is_open=insecure)
+    more = [*(["--yes"] if yes else []), *(["--hours", str(hours)] if hours else []), *(["--gpu-hours", str(gpu_hours)] if gpu_hours else [])]
+    job_id, is_new = cluster.submit(loaded, Path(sweep), results, more=(*more, *(["--insecure-no-auth"] if insecure else [])))
     say(f"{'submitted' if is_new else 'runs already:'} {job_id}; results go to {results.root}")
     if no_wait:
         say(f"next: iclgd status --address {address}")
@@ -43,7 +47,7 @@ def submit(
     try:
         for text in cluster.follow(job_id):
             console.out(text, end="", highlight=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         say(f"the job goes on; iclgd stop {job_id} --address {address} ends it")
         raise
     job = cluster.job(job_id)
@@ -52,11 +56,14 @@ def submit(
 
 
 def _exit_code(status: str, code: int | None) -> int:
-    return 0 if status == "SUCCEEDED" else code if code else 75 if status == "STOPPED" else 3
+    return 0 if status == "SUCCEEDED" else code if code and code > 0 else 75 if status == "STOPPED" else 3
 
 
 def stop(
-    sweep: Annotated[str, typer.Argument(help="Sweep file, or the id of its job", metavar="SWEEP")], address: Dashboard, store: StoreOption = None
+    sweep: Annotated[str, typer.Argument(help="Sweep file, or the id of its job", metavar="SWEEP")],
+    address: Dashboard,
+    store: StoreOption = None,
+    insecure: Insecure = False,
 ) -> None:
     """Stop a sweep's job; what is committed stays, and submitting it again resumes.
 
@@ -65,7 +72,7 @@ def stop(
     from iclgd_dist.cluster import Cluster, id_of, shared_store
 
     job_id = id_of(load_sweep(sweep), shared_store(store)) if sweep.endswith(".toml") else sweep
-    cluster = Cluster(address)
+    cluster = Cluster(address, is_open=insecure)
     job = cluster.job(job_id)
     if job is None:
         raise SweepError(f"{address}: no job {job_id}; `iclgd status --address {address}` lists them")
@@ -73,11 +80,11 @@ def stop(
     say(f"{job_id}: {job.status.lower()}")
 
 
-def show_jobs(address: str) -> None:
+def show_jobs(address: str, *, is_open: bool) -> None:
     """Print this project's jobs on a cluster, with the last line that each has logged."""
     from iclgd_dist.cluster import Cluster
 
-    cluster = Cluster(address)
+    cluster = Cluster(address, is_open=is_open)
     jobs = cluster.jobs()
     if not jobs:
         say(f"{address}: no sweeps")

@@ -12,7 +12,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,15 @@ class Lock:
 
     path: Location
     note: bytes
-    num_deaths: int = 0  # of holders of the same name that did not give it back
 
     def touch(self) -> None:
         """Say that the holder lives. Where the lock was taken over meanwhile, the work of whoever commits first counts."""
         with contextlib.suppress(FileNotFoundError, Vanished):
+            if files.read(self.path) != self.note:
+                return
             if isinstance(self.path, Path):
                 os.utime(self.path)
-            elif files.read(self.path) == self.note:
+            else:
                 self.path.put(self.note)
 
     def release(self) -> None:
@@ -53,39 +55,33 @@ def acquire(path: Location, *, owner: str = "", stale_seconds: float = STALE_SEC
     A holder that has not touched it for `stale_seconds` is taken to be gone, and so is a process of this machine that ended, and whoever has the same `owner`:
     it asks again because its earlier self died.
     """
-    num_deaths = 0
+    note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "owner": owner, "lock": uuid.uuid4().hex}).encode()
     for _ in range(2):
-        said = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "owner": owner, "deaths": num_deaths}
-        note = json.dumps(said).encode()
         if _create(path, note):
-            return Lock(path, note, num_deaths)
-        try:
-            holder = _holder(path)
-            if not _is_free(path, holder, owner, stale_seconds):
+            return Lock(path, note)
+        with contextlib.suppress(Vanished):  # given back meanwhile
+            if not _is_free(path, owner, stale_seconds):
                 return None
-            num_deaths = int(holder.get("deaths", 0)) + 1 if owner and holder.get("owner") == owner else 0
             _steal(path)
-        except (FileNotFoundError, Vanished):
-            pass  # given back meanwhile
     return None
 
 
-def is_held(path: Location, *, stale_seconds: float = STALE_SECONDS) -> bool:
-    """Say whether somebody who lives holds a lock."""
+def is_held(path: Location, *, owner: str = "", stale_seconds: float = STALE_SECONDS) -> bool:
+    """Say whether somebody who lives, other than `owner`, holds a lock."""
     try:
-        return not _is_free(path, _holder(path), "", stale_seconds)
-    except (FileNotFoundError, Vanished):
+        return not _is_free(path, owner, stale_seconds)
+    except Vanished:
         return False
 
 
 @contextlib.contextmanager
-def touched(locks: Sequence[Lock], *, every_seconds: float = STALE_SECONDS / 10) -> Iterator[None]:
-    """Touch locks in the background while the block runs, and give them back after it."""
+def touched(locks: list[Lock], *, every_seconds: float = STALE_SECONDS / 10, lives: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Touch locks in the background while the block runs and `lives` holds, and give them back after it. More may be added to the list meanwhile."""
     ended = threading.Event()
 
     def touch() -> None:
         while not ended.wait(every_seconds):
-            for lock in locks:
+            for lock in list(locks) if lives() else ():
                 with contextlib.suppress(StoreError, OSError):  # whoever writes results meets the same trouble, and tells of it
                     lock.touch()
 
@@ -110,6 +106,9 @@ def _create(path: Location, note: bytes) -> bool:
             return False
         try:
             os.write(descriptor, note)
+        except OSError:
+            os.unlink(path)
+            raise
         finally:
             os.close(descriptor)
     return True
@@ -124,7 +123,8 @@ def _holder(path: Location) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _is_free(path: Location, holder: dict[str, Any], owner: str, stale_seconds: float) -> bool:
+def _is_free(path: Location, owner: str, stale_seconds: float) -> bool:
+    holder = _holder(path)
     if files.now(path.parent) - files.modified(path) >= stale_seconds or (owner and holder.get("owner") == owner):
         return True
     try:
@@ -138,10 +138,11 @@ def _is_free(path: Location, holder: dict[str, Any], owner: str, stale_seconds: 
 
 
 def _steal(path: Location) -> None:
+    """Take a stale lock away. Who looked before that and comes after it takes the new one away: then two hold it, which is allowed."""
     if not isinstance(path, Path):
-        files.remove(path)  # of two that find it stale at once, both may get it
+        files.remove(path)
         return
     stolen = files.temporary_in(path.parent)
     with naming(path, "taken over"), contextlib.suppress(FileNotFoundError):
-        os.rename(path, stolen)  # of several that find it stale, the rename lets one through
+        os.rename(path, stolen)  # of several that come at once, it lets one through
         os.unlink(stolen)

@@ -86,7 +86,10 @@ class ObjectPath:
                 return True
             except _client().exceptions.AlreadyExistsError:
                 pass
-        return self.read().to_pybytes() == data  # the client asks again when an answer is lost: then it was this call
+        try:
+            return bool(self.read().to_pybytes() == data)  # the client asks again when an answer is lost: then it was this call
+        except Vanished:
+            return False  # it was there, and somebody deleted it
 
     def put(self, data: bytes | Path) -> None:
         """Store the object, whatever was there. A file may be of any size."""
@@ -142,7 +145,7 @@ def _bucket(root: str) -> Any:
     from obstore.store import from_url
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    options: Any = {"connect_timeout": "5s", "timeout": "600s", **({"allow_http": True} if endpoint.startswith("http://") else {})}
+    options: Any = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "1h", **({"allow_http": True} if endpoint.startswith("http://") else {})}
     return from_url(root, client_options=options, retry_config={"max_retries": 6, "retry_timeout": timedelta(seconds=60)})
 
 

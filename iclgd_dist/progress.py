@@ -23,21 +23,22 @@ class Counts:
     total_flops: float
     flops: dict[str, float]  # cost per block
     fractions: dict[str, float] = field(default_factory=dict)  # per block
-    cells: dict[str, int] = field(default_factory=dict)
+    cells: dict[tuple[str, str], int] = field(default_factory=dict)  # per block and actor
     running: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last report of the blocks that run now
     outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)  # block -> outcome, reason
-    deaths: dict[str, int] = field(default_factory=dict)  # of actors over a block, where Tune gave it up
+    deaths: dict[str, int] = field(default_factory=dict)  # of actors over a block, preempted ones left out
+    rounds: dict[str, int] = field(default_factory=dict)  # that a block went into because its actor died before it had begun
     num_compacted: int = 0
     gflops: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     @property
     def fraction(self) -> float:
-        return sum(self.flops[name] * part for name, part in self.fractions.items()) / self.total_flops if self.total_flops else 1.0
+        return sum(self.flops[name] * part for name, part in list(self.fractions.items())) / self.total_flops if self.total_flops else 1.0
 
     @property
     def num_committed(self) -> int:
-        return sum(self.cells.values())
+        return sum(list(self.cells.values()))
 
     def remaining(self) -> str:
         """Return the time left in words, from the speed so far."""
@@ -47,7 +48,8 @@ class Counts:
 
     def take(self, report: dict[str, Any]) -> None:
         name = report["block"]
-        self.fractions[name], self.cells[name], self.gflops = report["fraction"], report["num_cells"], report["gflops"]
+        self.fractions[name], self.gflops = report["fraction"], report["gflops"]
+        self.cells[name, report["actor"]] = max(report["num_cells"], self.cells.get((name, report["actor"]), 0))
         self.running[name] = report
         if report["outcome"]:
             self.end(name, report["outcome"], report["reason"])

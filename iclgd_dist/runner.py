@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ from rich.console import Console
 from rich.text import Text
 
 from iclgd_dist.blocks import Block, split
-from iclgd_dist.claims import is_claimed
+from iclgd_dist.claims import is_claimed, note_death
 from iclgd_dist.config import Resources, Sweep
+from iclgd_dist.files import Vanished
 from iclgd_dist.plan import Plan
 from iclgd_dist.progress import Counts, shown
-from iclgd_dist.session import connected, num_slots, preflight, require_room
+from iclgd_dist.session import connected, nodes, num_slots, preflight, require_room
 from iclgd_dist.store import Store, StoreError
 from iclgd_dist.terminal import say_how_to_resume
 
@@ -38,33 +38,50 @@ MAX_FAILURES = 3  # deaths of a block's actor; after each, half as many learning
 NODES_SECONDS = 10.0  # between looks at how many actors the cluster holds
 LATER = ("elsewhere", "again")  # outcomes of a block that belongs into the next round
 DRAIN_SECONDS = 8.0  # from a signal to the end, whatever is under way
+WATCH_SECONDS = 0.5
+MAX_ROUNDS = 10  # that a block whose actor died before it had begun goes into
 ELSEWHERE_SECONDS = 5.0  # between looks at what another driver holds
 
 
-@dataclass(frozen=True)
 class Budget:
-    """What a run may spend; None = without limit. A GPU counts while a block runs on it."""
+    """What a command may spend on its runs, from now on; None = without limit. A GPU counts while a block runs on it."""
 
-    hours: float | None = None
-    gpu_hours: float | None = None
+    def __init__(self, hours: float | None = None, gpu_hours: float | None = None) -> None:
+        self.hours, self.gpu_hours, self.spent_gpu_hours, self.started = hours, gpu_hours, 0.0, time.monotonic()
+
+    def spend(self, num_gpus: int, seconds: float) -> None:
+        self.spent_gpu_hours += num_gpus * seconds / 3600
+
+    def over(self) -> str:
+        """Return which limit is reached, or an empty text."""
+        if self.hours is not None and time.monotonic() - self.started >= self.hours * 3600:
+            return f"{self.hours:g} hours are spent"
+        return f"{self.gpu_hours:g} GPU hours are spent" if self.gpu_hours is not None and self.spent_gpu_hours >= self.gpu_hours else ""
 
 
-def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, console: Console, budget: Budget | None = None) -> int:
-    """Run the plan's blocks and return the exit code: 0 all cells final, 3 some failed, 75 stopped by SIGTERM or at the budget's end, 130 by Ctrl-C."""
+def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, console: Console, budget: Budget | None = None, is_open: bool = False) -> int:
+    """Run the plan's blocks and return the exit code: 0 all cells final, 3 some failed, 75 stopped by SIGTERM, at the budget's end or without cluster, 130 by Ctrl-C.
+
+    `is_open`: the user wants a cluster without token.
+    """
     run, resources = uuid.uuid4().hex[:8], sweep.resources
-    with connected(address):
+    with connected(address, is_open=is_open):
         require_room(resources)
         if address is not None:
             preflight(store)
-        num_actors = min(num_slots(resources), resources.max_actors or len(plan.blocks))
+        slots = num_slots(resources)
+        num_actors = min(slots, resources.max_actors) if resources.max_actors else slots
         blocks = split(plan.blocks, num_actors)
         _say_split(plan, blocks, num_actors, console)
         counts = Counts(len(plan.keys) - plan.num_done, sum(block.cost.flops for block in blocks), {block.name: block.cost.flops for block in blocks})
-        with shown(counts, console), _stoppable() as stopped, _spending(budget or Budget(), counts, resources, stopped):
+        with _stoppable() as stopped, shown(counts, console), _watched(budget or Budget(), counts, resources, stopped):
             pending: Sequence[Block] = blocks
             while pending and not stopped.code:
-                _fit(pending, store, run, counts, resources)
-                pending = _wait_for_others([block for block in pending if counts.outcomes.get(block.name, ("",))[0] in LATER], store, stopped)
+                try:
+                    _fit(pending, store, run, counts, resources)
+                except Exception as error:  # Tune raises what it has no rule for; a block runs again as long as there is a cluster to run it on
+                    _after_trouble(error, pending, counts, stopped)
+                pending = _next_round(blocks, store, run, counts, stopped)
     for name, (outcome, reason) in counts.outcomes.items():
         if outcome not in ("done", *LATER):
             console.print(Text.assemble((outcome, "red"), f" {name}: {reason}"), soft_wrap=True)
@@ -78,10 +95,12 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
         soft_wrap=True,
     )
     if stopped.why:
-        console.print(stopped.why, highlight=False)
+        console.print(stopped.why, highlight=False, soft_wrap=True, markup=False)
     if stopped.code:
         return stopped.code
     outcomes = {outcome for outcome, _ in counts.outcomes.values()}
+    if not missing and not any(block.is_measuring for block in blocks):
+        outcomes &= {"metric"}  # whatever went wrong, every cell is there
     if "storage" in outcomes:
         return STORAGE
     return FAILED if missing or outcomes - {"done", *LATER} else DONE
@@ -96,11 +115,12 @@ def _fit(blocks: Sequence[Block], store: Store, run: str, counts: Counts, resour
     from iclgd_dist.actor import ModelActor
     from iclgd_dist.nowhere import nowhere
 
+    _keep_secrets()
     bundle: dict[str, float] = {"CPU": resources.cpus_per_actor, **({"GPU": resources.gpus_per_actor} if resources.gpus_per_actor else {})}
     parameters = {"blocks": {block.name: block for block in blocks}, "store": str(store.root.absolute()), "run": run}
     trainable = tune.with_resources(tune.with_parameters(ModelActor, **parameters), lambda _config: PlacementGroupFactory([bundle]))
     # As many blocks are under way as there are places for: the rest starts in the plan's order, also on nodes that join later.
-    search = BasicVariantGenerator(max_concurrent=resources.max_actors or num_slots(resources))
+    search = BasicVariantGenerator(max_concurrent=resources.max_actors or max(1, num_slots(resources)))
     tuner = Tuner(
         trainable,
         param_space={"block": tune.grid_search([block.name for block in blocks])},
@@ -112,17 +132,36 @@ def _fit(blocks: Sequence[Block], store: Store, run: str, counts: Counts, resour
             verbose=0,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),  # an actor that dies is replaced; exceptions inside a block never get here
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_counting(counts, store, run, search, resources)],
+            callbacks=[_counting(counts, store, run, search, resources, blocks)],
         ),
     )
-    tuner.fit()
+    listening = signal.getsignal(signal.SIGUSR1)
+    try:
+        tuner.fit()
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, listening)  # Tune leaves its own, which listens no more
 
 
-def _counting(counts: Counts, store: Store, run: str, search: Any, resources: Resources) -> Any:
+def _keep_secrets() -> None:
+    """Let Tune not copy credentials of this process into the actors' runtime environment, which Ray logs; actors have those of their node."""
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update([name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
+
+
+def _counting(counts: Counts, store: Store, run: str, search: Any, resources: Resources, blocks: Sequence[Block]) -> Any:
     from ray.tune import Callback
 
+    by_name = {block.name: block for block in blocks}
+
     class Counting(Callback):
-        looked = time.monotonic()
+        """An exception in here would end the run."""
+
+        def __init__(self) -> None:
+            self.looked = time.monotonic()
+            self.recovered: dict[str, int] = {}  # trial -> iteration in which its death was noted
+            self.failures: dict[str, int] = {}  # trial -> deaths that Tune counts
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             if resources.max_actors is None and time.monotonic() - self.looked > NODES_SECONDS:
@@ -133,44 +172,88 @@ def _counting(counts: Counts, store: Store, run: str, search: Any, resources: Re
             counts.take(result)
             if counts.num_committed - counts.num_compacted >= COMPACT_EVERY:
                 counts.num_compacted = counts.num_committed
-                store.compact()
+                with contextlib.suppress(StoreError, Vanished, OSError):  # the compaction at the end tells of it
+                    store.compact()
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            _record_death(store, run, trial, counts)
+            self.recovered[trial.trial_id] = iteration
+            self.note(trial)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            name, reason = trial.config["block"], _record_death(store, run, trial, counts)
-            counts.deaths[name] = counts.deaths.get(name, 0) + max(1, trial.num_failures)
-            if counts.deaths[name] <= MAX_FAILURES:  # Tune gives a block up whose actor died before it had begun
-                counts.end(name, "again", reason)
+            name = trial.config["block"]
+            if self.recovered.get(trial.trial_id) != iteration:  # else the same death, told twice
+                self.note(trial)
+            counts.rounds[name] = counts.rounds.get(name, 0) + 1
+            reason = _why(trial)
+            if counts.deaths.get(name, 0) <= MAX_FAILURES and counts.rounds[name] <= MAX_ROUNDS:
+                counts.end(name, "again", reason)  # Tune gives a block up whose actor died before it had begun
             else:
-                counts.end(name, "failed", f"its actor died {counts.deaths[name]} times: {reason}")
+                counts.end(name, "failed", f"its actor died {counts.deaths.get(name, 0)} times: {reason}")
+
+        def note(self, trial: Any) -> None:
+            name, before = trial.config["block"], self.failures.get(trial.trial_id, 0)
+            if trial.num_failures > before:  # no preemption
+                self.failures[trial.trial_id] = before + 1
+                counts.deaths[name] = counts.deaths.get(name, 0) + 1
+                with contextlib.suppress(StoreError, OSError):
+                    note_death(store, by_name[name], run, counts.deaths[name])
+            _record_death(store, run, name, counts, _why(trial))
 
     return Counting()
 
 
-def _record_death(store: Store, run: str, trial: Any, counts: Counts) -> str:
-    """Leave an attempt record for an actor that could not leave its own; return why it died."""
-    name = trial.config["block"]
+def _why(trial: Any) -> str:
+    """Return why the actor of a trial died, in one line."""
+    try:
+        text = Path(trial.error_file).read_text().rpartition("Failure #")[2]
+    except (OSError, TypeError, ValueError):
+        return "unknown"
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip() and not line.startswith("\t")]
+    return " ".join(dict.fromkeys([lines[0], lines[-1]]))[:500] if lines else "unknown"
+
+
+def _record_death(store: Store, run: str, name: str, counts: Counts, reason: str) -> None:
+    """Leave an attempt record for an actor that could not leave its own."""
     last = counts.running.pop(name, {})
-    text = Path(trial.error_file).read_text().rpartition("Failure #")[2] if trial.error_file else "unknown"
-    reason = next((line.strip() for line in text.splitlines()[1:] if line.strip()), "unknown")[:500]
     attempt = {column: last.get(column, 0) for column in ("num_model_loads", "num_baselines", "num_lanes", "num_training_steps", "num_cells")}
-    attempt |= {"block": name, "outcome": "lost", "reason": reason, "traceback": text, "run": run}
-    attempt |= {"host": last.get("host", platform.node()), "actor": last.get("actor", "unknown"), "gflops": last.get("gflops")}
-    attempt |= {column: last.get(column) for column in ("wall_seconds", "peak_gib", "cpus", "gpus")}
-    with contextlib.suppress(StoreError):
+    attempt |= {"block": name, "outcome": "lost", "reason": reason, "traceback": None, "run": run}
+    attempt |= {"host": last.get("host", "unknown"), "actor": last.get("actor", "unknown")}
+    attempt |= {column: last.get(column) for column in ("wall_seconds", "peak_gib", "cpus", "gpus", "gflops")}
+    with contextlib.suppress(StoreError, OSError):
         store.record_attempt(attempt | {"created_at": datetime.datetime.now(datetime.UTC).isoformat()})
-    return reason
 
 
-def _wait_for_others(blocks: Sequence[Block], store: Store, stopped: _Stopped) -> list[Block]:
-    """Wait until none of the blocks is somebody else's, and return those that still have cells to be computed."""
-    while blocks and not stopped.code and all(is_claimed(store, block) for block in blocks):
-        stopped.event.wait(ELSEWHERE_SECONDS)
-    keys = store.keys() if blocks else set()
-    rest = [replace(block, cells=tuple(cell for cell in block.cells if cell.key not in keys or block.is_measuring)) for block in blocks]
-    return [block for block in rest if block.cells]
+def _after_trouble(error: Exception, pending: Sequence[Block], counts: Counts, stopped: _Stopped) -> None:
+    """Let the blocks that Tune left without an outcome go into another round, or stop where there is no cluster any more."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    try:
+        num_nodes = len(nodes())
+    except Exception:
+        num_nodes = 0
+    if not num_nodes:
+        stopped.code, stopped.why = INTERRUPTED, f"the cluster is lost: {said}"
+    for block in pending:
+        if block.name not in counts.outcomes or counts.outcomes[block.name][0] in LATER:
+            counts.rounds[block.name] = counts.rounds.get(block.name, 0) + 1
+            counts.end(block.name, "again" if counts.rounds[block.name] <= MAX_ROUNDS else "failed", said)
+
+
+def _next_round(blocks: Sequence[Block], store: Store, run: str, counts: Counts, stopped: _Stopped) -> list[Block]:
+    """Return those of the blocks left for later that nobody else computes, as soon as there are any; what another driver finished is done."""
+    later = [block for block in blocks if counts.outcomes.get(block.name, ("",))[0] in LATER]
+    while later and not stopped.code:
+        keys = store.keys()
+        rest = []
+        for block in later:
+            missing = block.cells if block.is_measuring else tuple(cell for cell in block.cells if cell.key not in keys)
+            rest += [replace(block, cells=missing)] if missing else []
+            if not missing:
+                counts.end(block.name, "done", "")
+        later = rest
+        if free := [block for block in later if not is_claimed(store, block, run)]:
+            return free
+        time.sleep(ELSEWHERE_SECONDS)
+    return []
 
 
 def _say_split(plan: Plan, blocks: tuple[Block, ...], num_actors: int, console: Console) -> None:
@@ -187,20 +270,6 @@ def _say_split(plan: Plan, blocks: tuple[Block, ...], num_actors: int, console: 
 class _Stopped:
     code: int = 0
     why: str = ""
-    event: threading.Event = field(default_factory=threading.Event)
-
-    def stop(self, code: int) -> None:
-        self.code = code
-        self.event.set()
-        last = threading.Timer(DRAIN_SECONDS, _leave, [code])  # actors may be in the middle of a long step: its cells were not committed
-        last.daemon = True
-        last.start()
-
-
-def _leave(code: int) -> None:
-    say_how_to_resume()
-    sys.stdout.flush()
-    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -215,7 +284,7 @@ def _stoppable() -> Iterator[_Stopped]:
     def stop(number: int, frame: Any) -> None:
         if stopped.code:
             raise KeyboardInterrupt
-        stopped.stop(CONTROL_C if number == signal.SIGINT else INTERRUPTED)
+        stopped.code = CONTROL_C if number == signal.SIGINT else INTERRUPTED
         if callable(signal.getsignal(signal.SIGUSR1)):  # Tune listens: finish the current second of work and end
             os.kill(os.getpid(), signal.SIGUSR1)
         elif callable(earlier := before[signal.Signals(number)]):
@@ -233,25 +302,24 @@ def _stoppable() -> Iterator[_Stopped]:
 
 
 @contextlib.contextmanager
-def _spending(budget: Budget, counts: Counts, resources: Resources, stopped: _Stopped) -> Iterator[None]:
-    """Stop the run as SIGTERM would when its budget is spent."""
+def _watched(budget: Budget, counts: Counts, resources: Resources, stopped: _Stopped) -> Iterator[None]:
+    """Stop the run as SIGTERM would when its budget is spent, and end the process where an orderly stop takes too long."""
     ended = threading.Event()
 
     def watch() -> None:
-        gpu_hours, before = 0.0, time.monotonic()
-        while not ended.wait(1.0):
+        before, drained = time.monotonic(), 0.0
+        while not ended.wait(WATCH_SECONDS):
             now = time.monotonic()
-            gpu_hours += resources.gpus_per_actor * len(counts.running) * (now - before) / 3600
+            budget.spend(resources.gpus_per_actor * len(counts.running), now - before)
+            drained += now - before if stopped.code else 0.0
             before = now
-            over = [
-                f"{limit:g} {what} are spent"
-                for what, limit, spent in (("hours", budget.hours, (now - counts.started) / 3600), ("GPU hours", budget.gpu_hours, gpu_hours))
-                if limit is not None and spent >= limit
-            ]
-            if over:
-                stopped.why = over[0]
+            if drained > DRAIN_SECONDS:  # actors in the middle of a long step: its cells are not committed, and no half of them is
+                say_how_to_resume()
+                sys.stdout.flush()
+                os._exit(stopped.code)
+            if not stopped.code and (why := budget.over()):
+                stopped.why = why
                 os.kill(os.getpid(), signal.SIGTERM)
-                return
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -50,10 +50,20 @@ def require_answer(address: str, seconds: float = 5.0) -> None:
         raise SweepError(f"no Ray cluster answers at {address}: {error.strerror or error}") from None
 
 
+def require_token(*, is_open: bool) -> None:
+    """Raise SweepError where a cluster would be used without a token, unless the user wants that."""
+    if os.environ["RAY_AUTH_MODE"] != "token" and not is_open:
+        raise SweepError(
+            f"RAY_AUTH_MODE = {os.environ['RAY_AUTH_MODE']}: Ray runs code for whoever reaches its ports; "
+            "start the cluster with RAY_AUTH_MODE=token, or add --insecure-no-auth"
+        )
+
+
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Connect to a cluster, or start Ray on this machine for loopback only. Handlers of signals stay as they are."""
+def connected(address: str | None, *, is_open: bool = False) -> Iterator[None]:
+    """Connect to a cluster, or start Ray on this machine for loopback only. Handlers of signals stay as they are. `is_open`: without a token."""
     if address is not None:
+        require_token(is_open=is_open)
         require_answer(address)
     if address is None or address.startswith(("127.", "localhost:")):
         # Otherwise Ray turns 127.0.0.1 into this machine's public address, to listen there and to look for the cluster there.
@@ -61,6 +71,7 @@ def connected(address: str | None) -> Iterator[None]:
     if address is None and os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run alone: never written to a file
     import ray
+    from ray.exceptions import RayError
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -69,7 +80,7 @@ def connected(address: str | None) -> Iterator[None]:
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise SweepError(f"no Ray cluster answers at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray has put its own in their place
@@ -119,14 +130,13 @@ def preflight(store: Store, seconds: float = PREFLIGHT_SECONDS) -> None:
 
     probe = f"probe-{uuid.uuid4().hex}"
     folder = store.root / "claims"
-    files.make_folder(folder)
     files.publish(folder / probe, b"", reach=lambda point: None)
     looked = ray.remote(num_cpus=0, max_retries=0)(_look)
     try:
         asked = {}
         for node in nodes():
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[looked.options(scheduling_strategy=there).remote(str(store.root.absolute()), probe)] = node["NodeManagerHostname"] or node["NodeID"][:8]
+            asked[looked.options(scheduling_strategy=there).remote(str(store.root.absolute()), probe)] = _node_name(node)
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
         if late:
             raise SweepError(f"node {asked[late[0]]} did not start a task within {seconds:.0f} s; take it out of the cluster, or try again")
@@ -134,6 +144,8 @@ def preflight(store: Store, seconds: float = PREFLIGHT_SECONDS) -> None:
             try:
                 problem = ray.get(answer)
             except Exception as error:
+                if asked[answer] not in _names():
+                    continue  # the node is gone
                 raise SweepError(f"node {asked[answer]}: {_root_cause(error)}; install this project there, the same version as here") from None
             if problem:
                 raise StoreError(f"is not shared with node {asked[answer]}: {problem}", store.root, way_out="use a store that every node sees")
@@ -145,20 +157,28 @@ def _look(root: str, probe: str) -> str:
     """Run on a node: say what is wrong with its view of the store; an empty text is well."""
     import time
 
-    folder = Store(root).root / "claims"
-    for _ in range(20):  # NFS: another machine's file may be late
-        if probe in files.names_in(folder):
-            break
-        time.sleep(0.5)
-    else:
-        return "it does not see a file that the driver wrote"
     try:
+        folder = Store(root).root / "claims"
+        for _ in range(20):  # NFS: another machine's file may be late
+            if probe in files.names_in(folder):
+                break
+            time.sleep(0.5)
+        else:
+            return "it does not see a file that the driver wrote"
         mine = folder / f"{probe}-{uuid.uuid4().hex[:8]}"
         files.publish(mine, b"", reach=lambda point: None)
         files.remove(mine)
     except StoreError as error:
         return str(error)
     return ""
+
+
+def _node_name(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+
+
+def _names() -> set[str]:
+    return {_node_name(node) for node in nodes()}
 
 
 def _root_cause(error: BaseException) -> str:

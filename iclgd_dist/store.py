@@ -87,7 +87,7 @@ class Store:
 
     def prepare(self) -> None:
         """Make the directories and try one write the way a commit writes. Errors: StoreError for a file, a read-only or a full place."""
-        for folder in (self.root, self._cells, self._compacted, self._attempts, self._sweeps):
+        for folder in (self.root, self._cells, self._compacted, self._attempts, self._sweeps, self.root / "claims"):
             files.make_folder(folder)
         probe = files.temporary_in(self._cells)
         publish(probe, b"probe")
@@ -168,7 +168,7 @@ class Store:
 
     def _is_loose(self, key: str) -> bool:
         path = self.cell(key)
-        return path.exists() or path.with_suffix(cells.OLDER_SUFFIX).exists()
+        return files.exists(path) or files.exists(path.with_suffix(cells.OLDER_SUFFIX))
 
     def loose(self) -> dict[str, Location]:
         """Return the loose cells' files by key, in the order of the keys. Of a cell that an older version wrote at the same time as this one, one counts."""
@@ -264,7 +264,7 @@ class Store:
         for folder in (self._cells, self._compacted, self._attempts, self._sweeps, self.root / "captures", self.root / "measures"):
             for name in files.names_in(folder):
                 if name.startswith(".tmp-") or (manifests.PART_NAME.fullmatch(name) and name not in listed):
-                    with contextlib.suppress(FileNotFoundError, Vanished):
+                    with contextlib.suppress(Vanished):
                         if now - files.modified(folder / name) > DEBRIS_STALE_SECONDS:
                             files.remove(folder / name)
 
@@ -304,15 +304,14 @@ def read_results(store: str | Location | Store) -> Results:
         raise StoreError("is not a store: no such directory", store.root, errno.ENOENT, "check the path; `iclgd run` makes a store")
     for _ in range(10):
         try:
-            tables = store._tables()
+            tables, later, attempts = store._tables(), measured.read(store.root), store.attempts()
             break
-        except Vanished as error:  # compacted or merged after it was listed
+        except Vanished as error:  # compacted, merged or set aside after it was listed
             missing = error
     else:
         raise StoreError("is listed in the newest manifest and missing", str(missing))
     flat = cells.flatten(tables)
-    later = measured.read(store.root)
     for kind, name in cells.KINDS.items():  # what was measured with the cell comes first and counts
         new = measured.only_new(flat[name], later.filter(pc.equal(later["kind"], kind)), flat["cells"]["key"].combine_chunks()) if len(later) else []
         flat[name] = cells.named(kind, pa.concat_tables([flat[name], new] if len(new) else [flat[name]]))
-    return Results(**flat, attempts=store.attempts())
+    return Results(**flat, attempts=attempts)

@@ -47,9 +47,9 @@ def show_status(store: Store) -> None:
 
 def _cost(attempts: list[dict[str, Any]]) -> str:
     """Return what the attempts took, and what of it a cell cost."""
-    num_cells = sum(a["num_cells"] for a in attempts)
     parts = []
     for what in ("cpus", "gpus"):
+        num_cells = sum(a["num_cells"] for a in attempts if a[what] is not None)
         if hours := sum((a["wall_seconds"] or 0) * (a[what] or 0) for a in attempts) / 3600:
             each = f", {hours * 3600 / num_cells:.1f} {what[:-1].upper()} s a cell" if num_cells else ""
             parts.append(f"{hours:.2f} {what[:-1].upper()} h{each}")
@@ -74,13 +74,14 @@ def verify(
     for name, keys in (("there twice, counted once", found.duplicates), ("missing", found.missing), ("asked for by no sweep", found.extra)):
         if keys:
             say(f"{counted(len(keys), 'cell')} {name}: {', '.join(key[:12] for key in keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}")
-    if quarantine and found.damaged:
+    if quarantine and any(error.is_damage for error in found.damaged):
         say(f"what was damaged is in {results.root / 'set_aside'}; run the sweep again")
     elif found.num_cells is None:
         say("what is missing is known after `iclgd verify --quarantine`")
     if found.num_cells is not None:
         say(f"{counted(found.num_cells, 'cell')} in {results.root}, {len(found.missing)} missing")
-    raise typer.Exit(STORAGE if not found.is_whole and not quarantine else FAILED if found.missing else DONE)
+    is_left = not found.is_whole and (not quarantine or not all(error.is_damage for error in found.damaged))
+    raise typer.Exit(STORAGE if is_left else FAILED if found.missing else DONE)
 
 
 def compact(store: Where) -> None:

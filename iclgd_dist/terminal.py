@@ -21,6 +21,9 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", help="Where results go: a directory, or s3://bucket/prefix. Default: results/<name of the sweep>", show_default=False)
 ]
 Where = Annotated[str, typer.Argument(help="Store (a directory, s3://bucket/prefix), or the sweep file whose store it is", metavar="STORE")]
+Hours = Annotated[float | None, typer.Option(min=0, help="Stop after so many hours; the same command resumes", show_default=False)]
+GpuHours = Annotated[float | None, typer.Option(min=0, help="Stop when blocks have used GPUs for so many hours together", show_default=False)]
+Insecure = Annotated[bool, typer.Option("--insecure-no-auth", help="Use a cluster without a token: Ray runs code for whoever reaches it")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would be done")]
 
 
@@ -38,12 +41,19 @@ def counted(number: int, noun: str) -> str:
 
 
 def store_of(sweep: Sweep, where: str | None) -> Store:
-    return Store(where or Path("results") / sweep.name)
+    return _store(where or Path("results") / sweep.name)
+
+
+def _store(where: str | Path) -> Store:
+    try:
+        return Store(where)
+    except ValueError as error:
+        raise SweepError(str(error)) from None
 
 
 def existing(where: str | Store) -> Store:
     """Return a store that is there, or that of a sweep file. Errors: SweepError where there is none."""
-    store = where if isinstance(where, Store) else store_of(load_sweep(where), None) if where.endswith(".toml") else Store(where)
+    store = where if isinstance(where, Store) else store_of(load_sweep(where), None) if where.endswith(".toml") else _store(where)
     if not files.is_folder(store.root):
         raise SweepError(f"{store.root}: no such store; `iclgd run SWEEP` makes one, by default results/<name of the sweep>")
     return store

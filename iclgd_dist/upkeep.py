@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from iclgd_dist import captures, cells, files, locks, manifests, measured
-from iclgd_dist.files import Location, StoreError, Vanished, naming
-from iclgd_dist.manifests import Part
+from iclgd_dist import store as stores
+from iclgd_dist.files import Location, StoreError, Vanished
+from iclgd_dist.manifests import Manifest, Part
 from iclgd_dist.schema import CELL
-from iclgd_dist.store import DEBRIS_STALE_SECONDS, Store, publish, read_json, short_hash
+from iclgd_dist.store import DEBRIS_STALE_SECONDS, Store, publish, read_json, read_results, short_hash
 
 ASIDE = "set_aside"
 _CELL_FILE = re.compile(r"[0-9a-f]{64}\.(?:arrows|parquet)")
@@ -57,7 +58,15 @@ def verify(store: Store, *, quarantine: bool = False) -> Verified:
     With `quarantine` damaged files move to set_aside/, and their cells count as not run. To be called while nothing else writes to the store.
     Errors: StoreError when the store cannot be read at all.
     """
-    found, manifest = Verified(), store.manifest()
+    found = Verified()
+    try:
+        manifest = store.manifest()
+    except StoreError as error:
+        found.damaged.append(error)
+        if not (quarantine and error.is_damage):
+            return found
+        set_aside(store, store.root / "compacted" / error.filename.rpartition("/")[2])
+        manifest = _rebuilt(store)
     faults = {part.file: _faults_of_part(store, part) for part in manifest.parts}
     found.damaged += [error for errors in faults.values() for error in errors]
     found.duplicates += [key for key, count in Counter(key for part in manifest.parts for key in part.commits).items() if count > 1]
@@ -65,19 +74,19 @@ def verify(store: Store, *, quarantine: bool = False) -> Verified:
         with contextlib.suppress(Vanished):
             errors = _faults_of_cell(store, key, path)
             found.damaged += errors
-            is_second = key in manifest.commits and manifest.commits[key] != short_hash(files.read(path))
+            is_second = manifest.commits.get(key, "") not in ("", short_hash(files.read(path)))
             found.duplicates += [key] if is_second else []
             if quarantine and (is_second or any(error.is_damage for error in errors)):
                 set_aside(store, path)
     if quarantine and (bad := [file for file, errors in faults.items() if any(error.is_damage for error in errors)]):
-        _replace(store, dict.fromkeys(bad))
+        _replace(store, manifest, dict.fromkeys(bad))
         for file in bad:
             set_aside(store, store.root / "compacted" / file)
     others = [*_foreign(store), *_faults_of_records(store), *measured.verify(store.root)]
     found.damaged += others
-    for error in others:
-        if quarantine and error.is_damage:
-            folder, name = error.filename.rsplit("/", 2)[1:]
+    for other in others:
+        if quarantine and other.is_damage:
+            folder, name = other.filename.rsplit("/", 2)[1:]
             set_aside(store, store.root / folder / name)
     if quarantine or not found.damaged:
         found.damaged += captures.verify(store, aside=(lambda path: set_aside(store, path)) if quarantine else None)
@@ -87,14 +96,28 @@ def verify(store: Store, *, quarantine: bool = False) -> Verified:
     return found
 
 
+def _rebuilt(store: Store) -> Manifest:
+    """Publish a manifest of the parts that are there, the newest first, in the place of one that was damaged; return it."""
+    before, parts, seen = store.manifest(), list[Part](), set[str]()
+    for name in sorted(filter(manifests.PART_NAME.fullmatch, files.names_in(store.root / "compacted")), reverse=True):
+        with contextlib.suppress(StoreError):
+            path = store.root / "compacted" / name
+            keys = [key for table in cells.decode(files.contents(path), path) for key in table["key"].to_pylist()]
+            if seen.isdisjoint(keys):  # else it was merged into a newer one
+                parts.append(Part(name, files.sha256_of(path), dict.fromkeys(keys, "")))
+                seen |= set(keys)
+    numbers = [int(match[1]) for match in map(manifests.NAME.match, files.names_in(store.root / ASIDE)) if match]
+    path, data = manifests.following(store.root / "compacted", max([before.number, *numbers]), parts[::-1])
+    publish(path, data)
+    return store.manifest()
+
+
 def _faults_of_part(store: Store, part: Part) -> list[StoreError]:
     path = store.root / "compacted" / part.file
     try:
         if files.sha256_of(path) != part.sha256:
             raise StoreError(f"is damaged: its sha256 is not the manifest's; it held {len(part.commits)} cells", path)
-        for table in store.part_tables(part):
-            with naming(path, "read"):
-                table.validate(full=True)
+        store.part_tables(part)
     except Vanished:
         return [StoreError(f"is missing; it held {len(part.commits)} cells", path)]
     except StoreError as error:
@@ -116,7 +139,7 @@ def _foreign(store: Store) -> list[StoreError]:
     strange = []
     for folder, patterns in ours.items():
         for name in sorted(files.names_in(store.root / folder)):
-            if not name.startswith(".tmp-") and not any(pattern.fullmatch(name) for pattern in patterns):
+            if not name.startswith(".") and not any(pattern.fullmatch(name) for pattern in patterns):
                 strange.append(StoreError("is damaged: no file of a store has such a name", store.root / folder / name))
     return strange
 
@@ -146,8 +169,6 @@ def matching(store: Store, conditions: Sequence[str]) -> list[str]:
 
     Errors: ValueError for what is no condition, an unknown column, or a value of the wrong type.
     """
-    from iclgd_dist.store import read_results
-
     table = read_results(store).cells
     for condition in conditions:
         table = table.filter(_mask(table, condition))
@@ -184,8 +205,13 @@ def forget(store: Store, keys: Sequence[str]) -> int:
     if lock is None:
         raise StoreError("is being compacted", store.root, way_out=_AGAIN)
     with locks.touched([lock]):
+        kept = {name.partition(".")[0] for name in files.names_in(store.root / "captures")}
+        for key in sorted(wanted & kept):  # first: a cell that runs again keeps a capture that is there
+            set_aside(store, store.root / "captures" / f"{key}.safetensors")
+        measured.forget(store.root, wanted, aside=lambda path: set_aside(store, path), reach=stores.fault_point)
+        manifest = store.manifest()
         changed: dict[str, pa.Table | None] = {}
-        for part in store.manifest().parts:
+        for part in manifest.parts:
             if wanted & part.commits.keys():
                 table = pa.concat_tables(store.part_tables(part))
                 goes = pc.is_in(table["key"], pa.array(sorted(wanted), pa.string()))
@@ -193,13 +219,10 @@ def forget(store: Store, keys: Sequence[str]) -> int:
                 rest = table.filter(pc.invert(goes))
                 changed[part.file] = rest if len(rest) else None
         if changed:
-            _replace(store, changed)
+            _replace(store, manifest, changed)
         for key, path in store.loose().items():
             if key in wanted:
                 set_aside(store, path)
-    for key in wanted & {name.partition(".")[0] for name in files.names_in(store.root / "captures")}:
-        set_aside(store, store.root / "captures" / f"{key}.safetensors")
-    measured.forget(store.root, wanted, aside=lambda path: set_aside(store, path), reach=lambda point: None)
     return len(wanted)
 
 
@@ -208,15 +231,14 @@ def _copy_aside(store: Store, table: pa.Table) -> None:
     files.add(store.root / ASIDE, lambda path: cells.write_part(path, [table]), lambda sha256: f"forgotten-{sha256[:16]}{cells.SUFFIX}")
 
 
-def _replace(store: Store, changed: dict[str, pa.Table | None]) -> None:
-    """Publish a manifest in which some parts hold less, or are gone."""
-    manifest = store.manifest()
+def _replace(store: Store, manifest: Manifest, changed: dict[str, pa.Table | None]) -> None:
+    """Publish the manifest that follows, in which some parts hold less, or are gone."""
     parts = [part for part in manifest.parts if part.file not in changed]
     for part in manifest.parts:
         if (table := changed.get(part.file)) is not None:
             parts.append(store.write_part(manifest.number + 1, [table], part.commits))
     path, data = manifests.following(store.root / "compacted", manifest.number, parts)
-    if not publish(path, data):
+    if not publish(path, data) or store.manifest().number != manifest.number + 1:
         raise StoreError("was written meanwhile", path, way_out=_AGAIN)
 
 
@@ -227,7 +249,7 @@ def debris(store: Store) -> Iterator[tuple[Location, str]]:
     now = files.now(store.root)
 
     def is_old(path: Location) -> bool:
-        with contextlib.suppress(FileNotFoundError, Vanished):
+        with contextlib.suppress(Vanished):
             return now - files.modified(path) > DEBRIS_STALE_SECONDS
         return False
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_reached_is_one_clear_error(bucket: str, monkeypatch: pyt
         Store("s3://nowhere/x").prepare()
     assert time.monotonic() - before < 30
     assert "canary-secret" not in str(caught.value)
-    with pytest.raises(StoreError, match=r"ftp://a/b: is no store; give a directory, s3://"):
+    with pytest.raises(ValueError, match=r"ftp://a/b: is no store; give a directory, s3://"):
         Store("ftp://a/b")
 
 

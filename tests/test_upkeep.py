@@ -81,6 +81,25 @@ def test_each_damage_is_found_named_and_quarantined(made: Store, damage: str, pl
     assert_holds(read_results(made), [row(number) for number in range(6)])
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_set_aside_and_made_anew_from_the_parts(made: Store, damage: str) -> None:
+    for number in (6, 7):
+        assert made.commit(row(number))
+        made.compact()
+    path = made.root / "compacted" / "manifest-00000003.json"
+    DAMAGES[damage](path) if damage != "a flipped byte" else path.write_text("[]")
+    broken = Store(made.root)
+    with pytest.raises(StoreError, match="is damaged"):
+        broken.keys()
+    assert [error.filename for error in verify(broken).damaged] == [str(path)]
+    assert [error.filename for error in verify(broken, quarantine=True).damaged] == [str(path)]
+    assert_holds(read_results(Store(made.root)), [row(number) for number in range(8)])
+    assert verify(Store(made.root)).is_whole
+    assert not Store(made.root).commit(row(6)) and Store(made.root).commit(row(9))
+    assert Store(made.root).compact() == 1
+    assert verify(Store(made.root)).num_cells == 9
+
+
 def test_a_foreign_file_is_found(made: Store) -> None:
     (made.root / "cells" / "notes.txt").write_text("of a stranger")
     (made.root / "compacted" / "part-1.arrows").write_text("also")
@@ -168,7 +187,6 @@ def test_a_store_that_is_being_compacted_is_not_changed_under_it(made: Store) ->
 def test_only_what_nothing_needs_is_deleted(made: Store) -> None:
     rows = [row(number) for number in range(6)]
     old = files.now(made.root) - store.DEBRIS_STALE_SECONDS - 1
-    (made.root / "claims").mkdir()
     (made.root / "captures").mkdir()
     dead = [
         made.root / "cells" / ".tmp-1",
