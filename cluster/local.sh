@@ -11,7 +11,7 @@
 # Linux, with the project set up (`make setup`). ICLGD_LOCAL_DIR, ICLGD_LOCAL_PORT, ICLGD_LOCAL_DASHBOARD_PORT and PYTHON replace the defaults below.
 # Tried by tests/test_cluster_files.py with a stand-in for Ray: token, modes, process ids, `down`. Not tried there: Ray itself.
 set -euo pipefail
-umask 077 # Ray's own files too: logs hold what the actors print
+umask 077
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
@@ -28,6 +28,7 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # else Ray takes this machine's publi
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=10
 export RAY_USAGE_STATS_ENABLED=0
 export PYTHONUNBUFFERED=1
+export PATH=${python%/*}:$PATH # a job starts with the first `python` there
 
 # `ray start`, for 127.0.0.1. With the variable above at 0 Ray stays on loopback but refuses a second node; without it a second node works, on the public
 # address. These two lines take one half of each.
@@ -46,14 +47,14 @@ fail() {
 answers() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 is_running() { # name: whether the process of that node is there and is the one that `up` started
-  [[ -r $state/$1.pid ]] && grep -qzF -- "--temp-dir=$state" "/proc/$(<"$state/$1.pid")/cmdline" 2>/dev/null
+  [[ -r $state/$1.pid ]] && grep -qzF -- "--temp-dir=$state/ray" "/proc/$(<"$state/$1.pid")/cmdline" 2>/dev/null
 }
 
 start_node() { # name, options of ray start
   local name=$1 waited pid
   shift
   # setsid: a process group of its own, whose number is the pid. Ports: all that Ray would give to every node alike are left to the system.
-  setsid "$python" -c "$ray_start" start --block --temp-dir="$state" --num-gpus=0 --object-store-memory=200000000 \
+  setsid "$python" -c "$ray_start" start --block --temp-dir="$state/ray" --num-gpus=0 --object-store-memory=200000000 \
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 "$@" </dev/null >"$state/$name.log" 2>&1 &
   pid=$!
   echo "$pid" >"$state/$name.pid"

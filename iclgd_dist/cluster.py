@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
+import logging
 import shlex
 import shutil
 import tempfile
@@ -55,6 +56,8 @@ class Cluster:
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
         self.address, self._errors = address, (RuntimeError, OSError, RayError)
         self._client: Any = self._asking(lambda: JobSubmissionClient(address))
 
@@ -189,4 +192,7 @@ def _pulled(chunks: Any) -> Iterator[str]:
             except StopAsyncIteration:
                 return
     finally:
+        for task in asyncio.all_tasks(loop):  # where a signal came in between
+            task.cancel()
+        loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()

@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.case import Case
 
+TOKEN = secrets.token_hex(32)  # Ray reads it once in a process
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # nodes at 127.0.0.1
@@ -30,7 +31,7 @@ def case(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, reco
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Return a Ray of three nodes on this machine: a head without CPUs and two workers of one."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")  # how long what lost the head waits for it
     from ray.cluster_utils import Cluster
 

@@ -27,6 +27,7 @@ def test_f1_an_actor_killed_in_a_block_is_replaced_and_leaves_a_record(case: Cas
     case.check()
 
 
+@pytest.mark.long
 def test_f1_a_block_that_always_kills_its_actor_is_given_up_and_the_others_are_done(case: Case) -> None:
     case.plot({"what": "kill", "seed": 3, "always": True, "times": 4})
     said = case.run(code=3)
@@ -47,6 +48,7 @@ def test_f4_after_each_death_half_as_many_learning_rates_train_at_once(case: Cas
     case.check()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("gib", "num_oom"), [(2.5, 0), (0.5, 1)])
 def test_f4_out_of_memory_halves_the_lanes_and_a_lane_that_does_not_fit_stays_pending(case: Case, gib: float, num_oom: int) -> None:
     case.write(seeds=[1, 2], rates="[0.002, 0.005, 0.01, 0.05]")
@@ -59,12 +61,14 @@ def test_f4_out_of_memory_halves_the_lanes_and_a_lane_that_does_not_fit_stays_pe
     case.check(lost=pending)
 
 
+@pytest.mark.long
 def test_f12_a_clock_an_hour_back_changes_nothing(case: Case) -> None:
     case.plot({"what": "clock", "times": 2})
     case.run()
     case.check()
 
 
+@pytest.mark.long
 def test_f15_a_paused_writer_is_overtaken_and_dropped_without_error(case: Case) -> None:
     """One driver's actor is stopped for longer than its claim lives; another finishes; then the first goes on."""
     case.write(seeds=[1, 2], actors=1)
@@ -86,27 +90,28 @@ def test_f15_a_paused_writer_is_overtaken_and_dropped_without_error(case: Case) 
 
 
 def test_f17_a_diverging_lane_among_four_leaves_the_others_as_they_are(case: Case) -> None:
-    case.write(seeds=[1], actors=1, rates="[0.002, 0.005, 0.05, 1e6]")
+    case.write(seeds=[1], actors=1, rates="[0.002, 0.005, 0.05, 1e30]")
     case.facts["injections"] = 2
     case.run()
     cells = {row["key"]: row for row in read_results(case.store).cells.to_pylist() if row["kind"] == "finetuned"}
-    assert {row["learning_rate"] for row in cells.values() if row["status"] == "diverged"} == {1e6}
+    assert {row["learning_rate"] for row in cells.values() if row["status"] == "diverged"} == {1e30}
     calm, planned = Store(case.folder / "calm"), case.plan()
     case.write(rates="[0.002, 0.005, 0.05, 0.01]")
     case.store, ours = calm, case.store
     case.run()
-    shared = {key for key, row in cells.items() if row["learning_rate"] != 1e6}
+    shared = {key for key, row in cells.items() if row["learning_rate"] != 1e30}
     for key, row in {row["key"]: row for row in read_results(calm).cells.to_pylist()}.items():
         if key in shared:
             assert {name: row[name] for name in ("sim_aou", "loss", "update_ratio", "delta_norm")} == {
                 name: cells[key][name] for name in ("sim_aou", "loss", "update_ratio", "delta_norm")
             }, "bit for bit"
     case.store = ours
-    case.write(rates="[0.002, 0.005, 0.05, 1e6]")
+    case.write(rates="[0.002, 0.005, 0.05, 1e30]")
     assert set(planned.keys) == set(case.plan().keys)
     case.check()
 
 
+@pytest.mark.long
 def test_f2_a_reader_that_polls_while_actors_die_around_commits_never_sees_half_a_cell(case: Case) -> None:
     case.plot(*({"what": "die_at", "point": point, "seed": seed} for seed, point in ((1, "mid_write"), (2, "before_link"), (3, "after_link"))))
     reads, ended = [], threading.Event()

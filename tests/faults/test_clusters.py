@@ -59,9 +59,9 @@ def test_f16_calls_between_nodes_that_fail_are_asked_again(case: Case, cluster: 
 
 def test_nodes_that_join_while_the_sweep_runs_take_part(case: Case, cluster: Any) -> None:
     """And the blocks start in the plan's order."""
-    case.write(seeds=list(range(1, 25)), actors=8)
+    case.write(seeds=list(range(1, 41)), actors=8)
     case.file.write_text(case.file.read_text().replace("max_actors = 8", "cpus_per_actor = 1"))
-    case.plot({"what": "slow", "seconds": 0.4, "times": 400})
+    case.plot({"what": "slow", "seconds": 0.8, "times": 400})
     driver = case.start("--address", cluster.address)
     case.wait(lambda: len(case.committed()) >= 6)
     cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")

@@ -16,8 +16,8 @@ from tests.faults.case import Case
 slow = pytest.mark.slow
 
 
-@slow
 @pytest.mark.long
+@slow
 def test_f7_a_driver_killed_at_ten_random_times_loses_nothing(case: Case) -> None:
     case.write(seeds=list(range(1, 25)))
     case.plot({"what": "slow", "seconds": 0.2, "times": 200})
@@ -36,6 +36,7 @@ def test_f7_a_driver_killed_at_ten_random_times_loses_nothing(case: Case) -> Non
     assert facts["recomputed"] <= in_flight
 
 
+@pytest.mark.long
 @slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_f8_a_signal_drains_in_ten_seconds_and_says_how_to_resume(case: Case, number: signal.Signals, code: int) -> None:
@@ -52,6 +53,7 @@ def test_f8_a_signal_drains_in_ten_seconds_and_says_how_to_resume(case: Case, nu
     case.check(before)
 
 
+@pytest.mark.long
 @slow
 def test_f10_what_tune_leaves_of_its_own_state_has_no_effect(case: Case) -> None:
     driver = case.start()
@@ -78,6 +80,7 @@ def test_f11_two_drivers_on_one_store_share_the_work(case: Case) -> None:
     assert facts["steps"] <= 1.1 * (facts["steps"] - facts["recomputed"])
 
 
+@pytest.mark.long
 @slow
 def test_f19_a_sweep_file_that_grows_shrinks_or_changes_runs_new_cells_only(case: Case) -> None:
     case.write(seeds=[1, 2])
@@ -97,6 +100,7 @@ def test_f19_a_sweep_file_that_grows_shrinks_or_changes_runs_new_cells_only(case
     case.check(extra=True)
 
 
+@pytest.mark.long
 @slow
 def test_a_budget_of_hours_stops_like_sigterm_and_the_same_command_resumes(case: Case) -> None:
     case.plot({"what": "slow", "seconds": 0.5, "times": 100})

@@ -18,6 +18,7 @@ from tests.stores import run_python
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("call", "code", "nth"), [("open", errno.EIO, 2), ("write", errno.ENOSPC, 2), ("fsync", errno.EIO, 1), ("link", errno.EIO, 2)])
 def test_f3_a_system_call_that_fails_is_an_error_with_the_path_and_a_resume_completes(case: Case, call: str, code: int, nth: int) -> None:
     case.plot({"what": "call_fails", "call": call, "code": code, "nth": nth, "seed": 2, "step": 2})
@@ -28,6 +29,7 @@ def test_f3_a_system_call_that_fails_is_an_error_with_the_path_and_a_resume_comp
     case.check(before)
 
 
+@pytest.mark.long
 def test_f13_a_full_disk_ends_with_74_and_a_resume_completes(case: Case) -> None:
     case.plot({"what": "disk_full", "bytes": 4_000, "times": 2})
     said = case.run(code=74)
@@ -38,6 +40,7 @@ def test_f13_a_full_disk_ends_with_74_and_a_resume_completes(case: Case) -> None
     case.check(before)
 
 
+@pytest.mark.long
 def test_f14_a_place_that_cannot_be_written_is_refused_in_two_seconds(case: Case) -> None:
     (case.folder / "file").write_text("")
     for where in (case.folder / "file", Path("/proc/store")):
@@ -51,12 +54,14 @@ def test_f14_a_place_that_cannot_be_written_is_refused_in_two_seconds(case: Case
     case.check()
 
 
+@pytest.mark.long
 def test_f14_without_hard_links_the_first_writer_still_wins(case: Case) -> None:
     case.plot({"what": "no_links", "times": 2})
     case.run()
     case.check()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_f21_a_damaged_cell_is_named_refused_set_aside_and_run_again(case: Case, damage: str) -> None:
     case.write(seeds=[1, 2])
@@ -77,6 +82,7 @@ def test_f21_a_damaged_cell_is_named_refused_set_aside_and_run_again(case: Case,
     case.check()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("point", ["mid_write", "before_manifest", "after_manifest"])
 def test_f22_a_compaction_killed_at_any_point_changes_no_row(case: Case, point: str) -> None:
     case.write(seeds=[1, 2])
@@ -92,13 +98,15 @@ def test_f22_a_compaction_killed_at_any_point_changes_no_row(case: Case, point: 
     """
     assert run_python(code, case.store.root, point).wait() == 7
     case.facts["injections"] = 1
-    assert {row["key"]: row for row in read_results(Store(case.store.root)).cells.to_pylist()} == rows
+    now = {row["key"]: row for row in read_results(Store(case.store.root)).cells.to_pylist()}
+    assert {key: now[key] for key in rows} == rows  # an actor may have committed more before it noticed that the driver is gone
     case.run()
     case.check()
 
 
+@pytest.mark.long
 def test_f18_diverged_cells_are_found_beside_equal_values_before_and_after_compaction(case: Case) -> None:
-    case.write(seeds=[1], rates="[0.002, 1e6]", actors=1)
+    case.write(seeds=[1], rates="[0.002, 1e30]", actors=1)
     case.run()
     case.facts["injections"] = 1
     cells = read_results(case.store).cells.to_pandas()
@@ -110,6 +118,6 @@ def test_f18_diverged_cells_are_found_beside_equal_values_before_and_after_compa
             loose.commit(row | {"measures": measures})
     for found in (cells, read_results(loose).cells.to_pandas()):
         diverged = found[found.status == "diverged"]
-        assert set(diverged.learning_rate) == {1e6} and diverged.sim_aou.isna().all()
+        assert set(diverged.learning_rate) == {1e30} and diverged.sim_aou.isna().all()
         assert found[found.status == "done"].sim_aou[found.kind == "finetuned"].notna().all()
     case.check()
