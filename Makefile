@@ -1,7 +1,7 @@
 # make demo   a real model on real text, from nothing to results/demo/report.html
 # make test   all tests
 # make check  formatting, lint, types
-# make faults every accident a sweep may have, on a Ray of three nodes: some 15 minutes
+# make faults every accident a sweep may have, on a Ray of three nodes: some 25 minutes
 # make soak   accidents at random for 10 minutes
 # Each target sets up .venv by itself; it needs Python 3.11 or newer, make and a package index.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

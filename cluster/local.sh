@@ -9,7 +9,7 @@
 #   kill -KILL "$(cat /tmp/iclgd-local-$UID/worker2.pid)"    without
 #
 # Linux, with the project set up (`make setup`). ICLGD_LOCAL_DIR, ICLGD_LOCAL_PORT, ICLGD_LOCAL_DASHBOARD_PORT and PYTHON replace the defaults below.
-# Tried by tests/test_cluster_files.py with a stand-in for Ray: token, modes, process ids, `down`. Not tried there: Ray itself.
+# Tried by tests/faults/test_jobs.py (`make faults`), and by tests/test_cluster_files.py with a stand-in for Ray.
 set -euo pipefail
 umask 077
 
