@@ -78,7 +78,9 @@ def shown(counts: Counts, console: Console) -> Iterator[None]:
 
     def log() -> None:
         while not ended.wait(LOG_SECONDS):
-            console.print(f"{counts.fraction:4.0%} after {in_words(time.monotonic() - counts.started)}: {counts.line()}", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"{counts.fraction:4.0%} after {in_words(time.monotonic() - counts.started)}: {counts.line()}", highlight=False, markup=False, soft_wrap=True
+            )
 
     def draw() -> None:
         columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
