@@ -195,7 +195,7 @@ def status(
     Example: iclgd status results/demo
     """
     if (store is None) == (address is None):
-        raise SweepError("status: give a store, e.g. results/demo, or the --address of a cluster's dashboard")
+        raise typer.BadParameter("give a store, e.g. results/demo, or the --address of a cluster's dashboard")
     if address is not None:
         job_commands.show_jobs(address, is_open=insecure)
     else:
