@@ -54,7 +54,8 @@ iclgd forget | gc               run cells again; delete what is left over
 
 \b
 Exit codes: 0 every cell is final; 2 wrong usage; 3 some cells failed;
-74 storage; 75 stopped by SIGTERM; 130 by Ctrl-C. Run again to resume.""",
+74 storage; 75 stopped by SIGTERM, a spent budget or a lost cluster;
+130 by Ctrl-C. Run again to resume.""",
 )
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from iclgd_dist import files
+from iclgd_dist.background import background
 from iclgd_dist.files import Location
 from iclgd_dist.store_errors import StoreError, Vanished, naming
 
@@ -77,21 +78,17 @@ def is_held(path: Location, *, owner: str = "", stale_seconds: float = STALE_SEC
 @contextlib.contextmanager
 def touched(locks: list[Lock], *, every_seconds: float = STALE_SECONDS / 10, lives: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Touch locks in the background while the block runs and `lives` holds, and give them back after it. More may be added to the list meanwhile."""
-    ended = threading.Event()
 
-    def touch() -> None:
+    def touch(ended: threading.Event) -> None:
         while not ended.wait(every_seconds):
             for lock in list(locks) if lives() else ():
                 with contextlib.suppress(StoreError, OSError):  # whoever writes results meets the same trouble, and tells of it
                     lock.touch()
 
-    thread = threading.Thread(target=touch, daemon=True)
-    thread.start()
     try:
-        yield
+        with background(touch):
+            yield
     finally:
-        ended.set()
-        thread.join()
         for lock in locks:
             lock.release()
 

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from iclgd_dist.background import background
+
 LOG_SECONDS = 15.0
 
 
@@ -74,25 +76,19 @@ def in_words(seconds: float) -> str:
 @contextlib.contextmanager
 def shown(counts: Counts, console: Console) -> Iterator[None]:
     """Show progress while the block runs: a bar on a terminal, a plain line every 15 s elsewhere."""
-    ended = threading.Event()
 
-    def log() -> None:
+    def log(ended: threading.Event) -> None:
         while not ended.wait(LOG_SECONDS):
             console.print(
                 f"{counts.fraction:4.0%} after {in_words(time.monotonic() - counts.started)}: {counts.line()}", highlight=False, markup=False, soft_wrap=True
             )
 
-    def draw() -> None:
+    def draw(ended: threading.Event) -> None:
         columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("starting", total=1.0)
             while not ended.wait(0.5):
                 bar.update(task, completed=counts.fraction, description=counts.line())
 
-    thread = threading.Thread(target=draw if console.is_terminal else log, daemon=True)
-    thread.start()
-    try:
+    with background(draw if console.is_terminal else log):
         yield
-    finally:
-        ended.set()
-        thread.join()

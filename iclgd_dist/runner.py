@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from iclgd_dist.background import background
 from iclgd_dist.blocks import Block, split
 from iclgd_dist.claims import is_claimed, note_death
 from iclgd_dist.config import Resources, Sweep
@@ -304,9 +305,8 @@ def _stoppable() -> Iterator[_Stopped]:
 @contextlib.contextmanager
 def _watched(budget: Budget, counts: Counts, resources: Resources, stopped: _Stopped) -> Iterator[None]:
     """Stop the run as SIGTERM would when its budget is spent, and end the process where an orderly stop takes too long."""
-    ended = threading.Event()
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         before, drained = time.monotonic(), 0.0
         while not ended.wait(WATCH_SECONDS):
             now = time.monotonic()
@@ -321,10 +321,5 @@ def _watched(budget: Budget, counts: Counts, resources: Resources, stopped: _Sto
                 stopped.why = why
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with background(watch):
         yield
-    finally:
-        ended.set()
-        thread.join()

@@ -41,8 +41,8 @@ FLOORS = {
     0.15: ("objects",),
     0.1: ("config",),
     0.06: ("extensions", "model_spec", "task_spec", "resources"),
-    0.05: ("axes",),
-    0: ("protocol", "schema", "toml_text", "store_errors", "nowhere", "progress"),
+    0.05: ("axes", "progress"),
+    0: ("protocol", "schema", "toml_text", "store_errors", "nowhere", "background"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 RAY = (6, 6.5, 7)

@@ -99,6 +99,17 @@ class Case:
         assert driver.returncode == code, f"exit code {driver.returncode}, {code} expected:\n{said}"
         return said
 
+    def share(self) -> None:
+        """Let two drivers run the sweep at once, and hold that both worked and little was computed twice."""
+        self.write(seeds=list(range(1, 9)), actors=1)
+        self.plot({"what": "slow", "seconds": 0.3, "times": 100})
+        for driver in [self.start(), self.start()]:
+            said, _ = driver.communicate(timeout=300)
+            assert driver.returncode == 0, said
+        assert len({attempt["run"] for attempt in self.attempts("done") if attempt["num_cells"]}) == 2, "both worked"
+        facts = self.check()
+        assert facts["steps"] <= 1.1 * (facts["steps"] - facts["recomputed"])
+
     def wait(self, condition: Callable[[], Any], seconds: float = 90) -> None:
         end = time.monotonic() + seconds
         while not condition():
