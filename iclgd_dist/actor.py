@@ -16,13 +16,13 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
-from ray import tune
+from ray import get_runtime_context, tune
 
 from iclgd_dist import model as models
 from iclgd_dist import sources
 from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.blocks import Block, Cell
-from iclgd_dist.claims import claimed, num_deaths
+from iclgd_dist.claims import claimed, num_deaths, unreachable
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.prepared import prepared
@@ -30,15 +30,18 @@ from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0
+LOADING = "loading the model"
 SILENT_SECONDS = 3600.0  # without a piece of work done, after which another driver may take a block over
 
 
 class ModelHost:
     """Holds at most one model and runs blocks on it; swaps it when a block needs another. No Ray."""
 
-    def __init__(self, store: str, run: str, num_threads: int) -> None:
+    def __init__(self, store: str, run: str, num_threads: int, *, node: str = "") -> None:
+        """`node`: id of the cluster's node; then the store has to be the one that the driver of the run means."""
         set_num_threads(num_threads)
-        self.store, self.run = Store(store), run
+        self.store, self.run, self.node = Store(store), run, node
+        self.problem: str | None = None if node else ""  # what keeps this node from the store; None: not known yet
         self.actor = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.held: tuple[str, ...] | None = None
         self.lm: LanguageModel | None = None
@@ -51,6 +54,11 @@ class ModelHost:
 
         What cannot be run here leaves its cells pending.
         """
+        if self.problem is None:
+            self.problem = unreachable(self.store, self.run)
+        if self.problem:  # what is written here would be lost
+            yield self._report(block, Progress(block.cost.flops)) | {"outcome": "unreachable", "reason": self.problem}
+            return
         try:
             if not self._missing(block):
                 yield from self._run(block)
@@ -61,7 +69,7 @@ class ModelHost:
                     return
             yield self._report(block, Progress(block.cost.flops).at("elsewhere")) | {"outcome": "elsewhere", "reason": "another driver computes it"}
         except StoreError as error:  # before anything could be computed, or recorded
-            yield self._report(block, Progress(block.cost.flops).at("storage")) | {"outcome": "storage", "reason": str(error)}
+            yield self._report(block, Progress(block.cost.flops)) | self._trouble(error)
 
     def _missing(self, block: Block) -> tuple[Cell, ...]:
         """Return what is to be computed. Some may be there by now: from another driver, or from before this actor was restarted."""
@@ -74,10 +82,11 @@ class ModelHost:
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
         num_loads, outcome, reason, trace = 0, "interrupted", "the run was stopped", ""
+        trouble: StoreError | None = None
         try:
             if missing:
                 if self._needs_another_model(block):
-                    yield self._report(block, counts.at("loading the model"))
+                    yield self._report(block, counts.at(LOADING))
                     self._load(block)
                     num_loads = 1
                 assert self.lm is not None
@@ -87,18 +96,27 @@ class ModelHost:
             trace = traceback.format_exc()
             outcome = "oom" if is_out_of_memory(error) else "storage" if isinstance(error, StoreError) else "failed"
             outcome = "metric" if isinstance(error, MetricError) else outcome
+            trouble = error if isinstance(error, StoreError) else None
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         else:
             outcome, reason = "done", ""
         finally:
             if missing:
                 self._record(block, counts, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
+        if trouble:
+            yield self._report(block, counts) | self._trouble(trouble)
+            return
         is_whole = block.is_measuring or not self._missing(block)
         if outcome not in ("metric", "done") and is_whole and not block.is_measuring:
             outcome = "done"  # by another driver, meanwhile
         if outcome == "done":
             outcome, reason = ("done", "") if is_whole else ("failed", f"{block.name}: a method yielded no probe for some of its steps")
         yield self._report(block, counts.at(outcome)) | {"outcome": outcome, "reason": reason}
+
+    def _trouble(self, error: StoreError) -> dict[str, str]:
+        """Return the outcome of a block that met trouble with the store: this node's, which does not reach it any more, or the store's own."""
+        self.problem = unreachable(self.store, self.run) if self.node else ""
+        return {"outcome": "unreachable" if self.problem else "storage", "reason": self.problem or str(error)}
 
     def _record(self, block: Block, counts: Progress, *, outcome: str, **more: Any) -> None:
         made = self._described(block, counts) | {"outcome": outcome, "run": self.run}
@@ -130,7 +148,7 @@ class ModelHost:
 
     def _report(self, block: Block, counts: Progress) -> dict[str, Any]:
         fraction = counts.done_flops / counts.total_flops if counts.total_flops else 1.0
-        return self._described(block, counts) | {"fraction": fraction, "stage": counts.stage, "outcome": ""}
+        return self._described(block, counts) | {"fraction": fraction, "stage": counts.stage, "outcome": "", "node": self.node}
 
 
 def _with_fewer_lanes(block: Block, num_deaths: int) -> Block:
@@ -155,7 +173,7 @@ class ModelActor(tune.Trainable):
         assert blocks, "blocks travel beside the configuration, which Tune would write out"
         self.blocks = blocks
         first = blocks[config["block"]]
-        self.host = ModelHost(store, run, first.resources.cpus_per_actor)
+        self.host = ModelHost(store, run, first.resources.cpus_per_actor, node=get_runtime_context().get_node_id())
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -172,7 +190,7 @@ class ModelActor(tune.Trainable):
             if report["outcome"]:
                 self.reports.close()  # gives its claims back
                 return report | {"done": True}
-            if time.perf_counter() - start > REPORT_SECONDS:
+            if report["stage"] == LOADING or time.perf_counter() - start > REPORT_SECONDS:
                 return report
         raise AssertionError("a block ended without an outcome")
 

@@ -96,7 +96,7 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
         except Exception as error:
             if part is None or not is_out_of_memory(error):
                 raise
-            full = " ".join(str(error).split())
+            full = " ".join(str(error).split()) or type(error).__name__
         if full and part:  # outside the handler, which holds on to what filled the memory
             rides.clear()
             bottom_up = []

@@ -31,6 +31,7 @@ def keep(store: Store, key: str, capture: Capture) -> tuple[str, str]:
     files.make_folder(path.parent)
     if not files.publish(path, data, reach=stores.fault_point):
         data = files.read(path)  # of another process, or of one that was killed before it committed the row
+        files.touch(path, data)  # `gc` takes the old captures of no cell for debris
     return f"captures/{path.name}", hashlib.sha256(data).hexdigest()
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
+import uuid
 from collections.abc import Callable, Iterator
 
 from iclgd_dist import files, locks
 from iclgd_dist.blocks import Block
 from iclgd_dist.locks import Lock
-from iclgd_dist.store import Store
+from iclgd_dist.store import Store, StoreError
 
 STALE_SECONDS = 180.0  # by the clock of the store: then the holder is taken to be gone
 TOUCH_SECONDS = 30.0
+SEEN_TRIES = 20  # half seconds within which a machine sees what another wrote
 
 
 @contextlib.contextmanager
@@ -36,8 +39,6 @@ def claimed(store: Store, block: Block, run: str, lives: Callable[[], bool] = la
         else:
             yield True
             return
-        for lock in held:
-            lock.release()
         yield False
 
 
@@ -53,6 +54,32 @@ def note_death(store: Store, block: Block, run: str, number: int) -> None:
 
 def num_deaths(store: Store, block: Block, run: str) -> int:
     return sum(name.startswith(_deaths(block, run)) for name in files.names_in(store.root / "claims"))
+
+
+@contextlib.contextmanager
+def announced(store: Store, run: str) -> Iterator[None]:
+    """Leave a file that says a run is under way, for the time of the block: who sees it there reaches the store that the driver means."""
+    lock = locks.acquire(store.root / "claims" / f"run-{run}", owner=run)
+    with locks.touched([lock] if lock else [], every_seconds=TOUCH_SECONDS):
+        yield
+
+
+def unreachable(store: Store, run: str) -> str:
+    """Return what keeps this process from the store of a run's driver; an empty text where nothing does."""
+    folder = store.root / "claims"
+    try:
+        for _ in range(SEEN_TRIES):  # NFS: another machine's file may be late
+            if f"run-{run}" in files.names_in(folder):
+                break
+            time.sleep(0.5)
+        else:
+            return "it does not see a file that the driver wrote"
+        mine = folder / f"probe-{uuid.uuid4().hex}"
+        files.publish(mine, b"", reach=lambda point: None)
+        files.remove(mine)
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 def _deaths(block: Block, run: str) -> str:

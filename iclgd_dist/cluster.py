@@ -22,6 +22,7 @@ from iclgd_dist.config import Sweep, SweepError
 from iclgd_dist.files import ObjectPath
 from iclgd_dist.session import require_answer, require_token
 from iclgd_dist.store import Store
+from iclgd_dist.terminal import AS_JOB
 
 PREFIX = "iclgd-"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -87,7 +88,7 @@ class Cluster:
         with tempfile.TemporaryDirectory(prefix="iclgd-job-") as folder:
             pack(sweep, sweep_file, Path(folder))
             command = ["python", "-m", "iclgd_dist.cli", "run", sweep_file.name, "--address", "auto", "--store", str(store.root), *more]
-            environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(DRAIN_SECONDS)}}
+            environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(DRAIN_SECONDS), AS_JOB: "1"}}
             try:
                 self._asking(lambda: self._client.submit_job(entrypoint=shlex.join(command), submission_id=job_id, runtime_env=environment))
             except SweepError:

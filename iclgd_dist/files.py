@@ -46,11 +46,12 @@ def location(where: str | Location) -> Location:
 
 def make_folder(folder: Location) -> None:
     """Make a directory, with those above it; durable on return. A bucket needs none."""
-    if isinstance(folder, Path) and not folder.is_dir():
+    if isinstance(folder, Path):
         with naming(folder, "made a directory"):
+            missing = [level for level in (folder, *folder.parents) if not level.is_dir()]
             os.makedirs(folder, exist_ok=True)
-        with naming(folder.parent, "written"):
-            sync_folder(folder.parent)
+        for level in missing:
+            sync(level.parent)
 
 
 def num_readers(folder: Location) -> int | None:
@@ -59,7 +60,10 @@ def num_readers(folder: Location) -> int | None:
 
 
 def is_folder(folder: Location) -> bool:
-    return folder.is_dir() if isinstance(folder, Path) else folder.holds_anything()
+    if isinstance(folder, ObjectPath):
+        return folder.holds_anything()
+    with naming(folder, "looked at"):
+        return folder.is_dir()
 
 
 def exists(path: Location) -> bool:
@@ -95,6 +99,7 @@ def contents(path: Location) -> pa.Buffer:
     """Return a file that is never written again: mapped, or read where a map could break.
 
     Over a network a file that another machine deletes is gone under a map, which ends the process. What no disk of this machine holds is read therefore.
+    (A disk that fails under a map ends the process too; `sha256_of`, which `iclgd verify` asks first, says which file it is.)
     Errors: Vanished; StoreError.
     """
     if isinstance(path, ObjectPath):
@@ -172,6 +177,13 @@ def _link(temporary: Path, path: Path) -> bool:
         return False
 
 
+def sync(folder: Location) -> None:
+    """Make names created in or removed from `folder` durable, also those that others made. A bucket needs none."""
+    if isinstance(folder, Path):
+        with naming(folder, "written"):
+            sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Make names created in or removed from `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -192,7 +204,7 @@ def temporary_in(folder: P) -> P:
 
 def add(folder: Location, write: Callable[[Path], T], name: Callable[[str], str]) -> tuple[T, str, str]:
     """Create a file of any size whose name is made of its sha256; on disk on return. Returns what `write` returned, the sha256 and the name."""
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, naming(tempfile.gettempdir(), "written"):
         near = folder if isinstance(folder, Path) else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="iclgd-")))
         temporary = temporary_in(near)
         left = [temporary]
@@ -257,6 +269,14 @@ def size_of(path: Location) -> int:
     with contextlib.suppress(Vanished), naming(path, "read"):
         return sum(inner.stat().st_size for inner in (path.iterdir() if path.is_dir() else [path]))
     return 0
+
+
+def touch(path: Location, data: bytes) -> None:
+    """Say that a file is needed: it counts as written now. `data` is what it holds. Errors: Vanished where it is gone."""
+    if isinstance(path, ObjectPath):
+        return path.put(data)
+    with naming(path, "read"):
+        os.utime(path)
 
 
 def modified(path: Location) -> float:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iclgd_dist.config import MAX_CELLS_UNASKED, SweepError, load_sweep
-from iclgd_dist.terminal import GpuHours, Hours, Insecure, StoreOption, SweepFile, console, say
+from iclgd_dist.terminal import DONE, FAILED, INTERRUPTED, GpuHours, Hours, Insecure, StoreOption, SweepFile, console, say
 
 Dashboard = Annotated[str, typer.Option("--address", help="Dashboard of a Ray cluster, e.g. http://127.0.0.1:8265", envvar="RAY_DASHBOARD_ADDRESS")]
 
@@ -38,8 +38,9 @@ def submit(
     if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
         raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
     cluster = Cluster(address, is_open=insecure)
-    more = [*(["--yes"] if yes else []), *(["--hours", str(hours)] if hours else []), *(["--gpu-hours", str(gpu_hours)] if gpu_hours else [])]
-    job_id, is_new = cluster.submit(loaded, Path(sweep), results, more=(*more, *(["--insecure-no-auth"] if insecure else [])))
+    budget = [[f"--{name}", str(limit)] for name, limit in (("hours", hours), ("gpu-hours", gpu_hours)) if limit is not None]
+    flags = [flag for flag, is_set in (("--yes", yes), ("--insecure-no-auth", insecure)) if is_set]
+    job_id, is_new = cluster.submit(loaded, Path(sweep), results, more=(*flags, *(word for words in budget for word in words)))
     say(f"{'submitted' if is_new else 'runs already:'} {job_id}; results go to {results.root}")
     if no_wait:
         say(f"next: iclgd status --address {address}")
@@ -56,7 +57,7 @@ def submit(
 
 
 def _exit_code(status: str, code: int | None) -> int:
-    return 0 if status == "SUCCEEDED" else code if code and code > 0 else 75 if status == "STOPPED" else 3
+    return DONE if status == "SUCCEEDED" else code if code and code > 0 else INTERRUPTED if status == "STOPPED" else FAILED
 
 
 def stop(
@@ -65,7 +66,7 @@ def stop(
     store: StoreOption = None,
     insecure: Insecure = False,
 ) -> None:
-    """Stop a sweep's job; what is committed stays, and submitting it again resumes.
+    """Stop a sweep's job; what is committed stays, and submitting it again resumes. Exit code 3: it did not end within 30 s.
 
     Example: iclgd stop sweeps/demo.toml --address http://127.0.0.1:8265 --store /shared/results/demo
     """
@@ -76,8 +77,11 @@ def stop(
     job = cluster.job(job_id)
     if job is None:
         raise SweepError(f"{address}: no job {job_id}; `iclgd status --address {address}` lists them")
-    job = job if job.has_ended else cluster.stop(job_id)
+    if not job.has_ended:
+        job = cluster.stop(job_id)
     say(f"{job_id}: {job.status.lower()}")
+    if not job.has_ended:
+        raise typer.Exit(FAILED)
 
 
 def show_jobs(address: str, *, is_open: bool) -> None:

@@ -36,12 +36,8 @@ class Lock:
     def touch(self) -> None:
         """Say that the holder lives. Where the lock was taken over meanwhile, the work of whoever commits first counts."""
         with contextlib.suppress(FileNotFoundError, Vanished):
-            if files.read(self.path) != self.note:
-                return
-            if isinstance(self.path, Path):
-                os.utime(self.path)
-            else:
-                self.path.put(self.note)
+            if files.read(self.path) == self.note:
+                files.touch(self.path, self.note)
 
     def release(self) -> None:
         """Give the lock back; one that was taken over stays."""
@@ -56,7 +52,7 @@ def acquire(path: Location, *, owner: str = "", stale_seconds: float = STALE_SEC
     A holder that has not touched it for `stale_seconds` is taken to be gone, and so is a process of this machine that ended, and whoever has the same `owner`:
     it asks again because its earlier self died.
     """
-    note = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "owner": owner, "lock": uuid.uuid4().hex}).encode()
+    note = json.dumps(here() | {"pid": os.getpid(), "time": time.time(), "owner": owner, "lock": uuid.uuid4().hex}).encode()
     for _ in range(2):
         if _create(path, note):
             return Lock(path, note)
@@ -111,6 +107,15 @@ def _create(path: Location, note: bytes) -> bool:
     return True
 
 
+def here() -> dict[str, Any]:
+    """Return where a process id means something: on this machine, in this container."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return {"host": socket.gethostname(), "space": space}
+
+
 def _holder(path: Location) -> dict[str, Any]:
     """Return what the holder says of itself; nothing where its note is torn."""
     try:
@@ -125,7 +130,7 @@ def _is_free(path: Location, owner: str, stale_seconds: float) -> bool:
     if files.now(path.parent) - files.modified(path) >= stale_seconds or (owner and holder.get("owner") == owner):
         return True
     try:
-        if holder.get("host") == socket.gethostname():
+        if here().items() <= holder.items():
             os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
         return True

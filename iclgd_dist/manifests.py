@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from iclgd_dist import files
 from iclgd_dist.cells import UPDATE
 from iclgd_dist.files import Location, StoreError, naming
 
-VERSION = 2  # 1: all parts are Parquet
+VERSION = 3  # 1: all parts are Parquet; 2: without a checksum
 PART_NAME = re.compile(r"part-\d{8}-[0-9a-f]{16}\.(?:arrows|parquet)")
 NAME = re.compile(r"manifest-(\d{8})\.json")
 
@@ -45,15 +47,24 @@ def read(path: Location, number: int) -> Manifest:
             content = json.loads(files.read(path))
             if content["version"] > VERSION:
                 raise StoreError("is of a newer version", path, way_out=UPDATE)
+            if content["version"] == VERSION and content.pop("sha256") != _checksum(content):
+                raise ValueError("its checksum is not that of its content")
             parts = tuple(Part(file=part["file"], sha256=part["sha256"], commits=dict(part["commits"])) for part in content["parts"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
         if strange := [part.file for part in parts if not PART_NAME.fullmatch(part.file)]:
             raise ValueError(f"names the file {strange[0]!r}, which is not a part")
-    return Manifest(number, parts)
+        manifest = Manifest(number, parts)
+        if len(manifest.commits) < sum(len(part.commits) for part in parts):
+            raise ValueError("lists a cell in two parts")
+    return manifest
 
 
 def following(folder: Location, number: int, parts: Sequence[Part]) -> tuple[Location, bytes]:
     """Return name and content of the manifest that follows manifest `number`."""
-    content = {"version": VERSION, "parts": [vars(part) for part in parts]}
-    return folder / f"manifest-{number + 1:08d}.json", json.dumps(content).encode()
+    content: dict[str, Any] = {"version": VERSION, "parts": [vars(part) for part in parts]}
+    return folder / f"manifest-{number + 1:08d}.json", json.dumps(content | {"sha256": _checksum(content)}).encode()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from iclgd_dist import files
 from iclgd_dist.cells import UPDATE, table_of
-from iclgd_dist.files import Location, StoreError, naming
+from iclgd_dist.files import Location, StoreError, Vanished, naming
 from iclgd_dist.schema import MEASURE
 
 SCHEMA = pa.schema([("key", pa.string()), *((name, kind) for name, kind, _ in MEASURE)])
@@ -66,6 +66,8 @@ def verify(root: Location) -> list[StoreError]:
             _read(root / "measures" / name)
         except StoreError as error:
             errors.append(error)
+        except Vanished:
+            pass
     return errors
 
 

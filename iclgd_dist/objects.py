@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from iclgd_dist.store_errors import AGAIN, StoreError, Vanished
 
 URL = re.compile(r"(s3|gs|az|abfss?)://[^/]+(/.*)?")
 _CREDENTIALS = "check the credentials in the environment and what they may do with the bucket"
+PAUSES = (0.5, 2.0)  # before a conditional put is tried again [s]
 _NETWORK = f"check the address, the bucket's name and the network, {AGAIN}"
 
 
@@ -80,16 +82,20 @@ class ObjectPath:
 
     def create(self, data: bytes) -> bool:
         """Create the object unless it exists; it is stored on return. Returns True if this call created it."""
-        with self._asking("written"):
+        for pause in (*PAUSES, None):
             try:
-                _client().put(_bucket(self.root), self.key, data, mode="create", use_multipart=False)
+                with self._asking("written"):
+                    _client().put(_bucket(self.root), self.key, data, mode="create", use_multipart=False)
                 return True
             except _client().exceptions.AlreadyExistsError:
-                pass
-        try:
-            return bool(self.read().to_pybytes() == data)  # the client asks again when an answer is lost: then it was this call
-        except Vanished:
-            return False  # it was there, and somebody deleted it
+                with contextlib.suppress(Vanished):
+                    return bool(self.read().to_pybytes() == data)  # an answer was lost, and we or the client asked again: then it was this call
+            except StoreError as error:  # the client does not ask again when it is not known whether a put came through
+                if pause is None or error.way_out != _NETWORK:
+                    raise
+            if pause is not None:
+                time.sleep(pause)
+        return False  # it was there, and somebody deletes it all the time
 
     def put(self, data: bytes | Path) -> None:
         """Store the object, whatever was there. A file may be of any size."""
@@ -145,7 +151,8 @@ def _bucket(root: str) -> Any:
     from obstore.store import from_url
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    options: Any = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "1h", **({"allow_http": True} if endpoint.startswith("http://") else {})}
+    # A read timeout runs while a request is sent, too: it bounds the upload of a kept capture.
+    options: Any = {"connect_timeout": "5s", "read_timeout": "10m", "timeout": "1h", **({"allow_http": True} if endpoint.startswith("http://") else {})}
     return from_url(root, client_options=options, retry_config={"max_retries": 6, "retry_timeout": timedelta(seconds=60)})
 
 

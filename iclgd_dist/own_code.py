@@ -1,6 +1,6 @@
 """Turn the code of a [[method]] or [[metric]] into an object. Knows Python's import machinery; knows nothing of what the object is for.
 
-Only actors, and `check-method`, call it: the sweep file is trusted, but planning runs nothing.
+Actors call it, and `run`, `measure` and `check-method` before a model is loaded: the sweep file is trusted, but planning runs nothing.
 """
 
 from __future__ import annotations

@@ -15,28 +15,30 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from iclgd_dist.background import background
 
 LOG_SECONDS = 15.0
+LATER = ("elsewhere", "again")  # outcomes of a block that belongs into the next round
 
 
 @dataclass
 class Counts:
     """What the driver knows while a sweep runs."""
 
-    num_cells: int  # to be computed by this run
-    total_flops: float
-    flops: dict[str, float]  # cost per block
+    num_cells: int = 0  # to be computed by this run
+    flops: dict[str, float] = field(default_factory=dict)  # cost per block
+    waits_for: str = ""  # in words, where nothing can run
     fractions: dict[str, float] = field(default_factory=dict)  # per block
     cells: dict[tuple[str, str], int] = field(default_factory=dict)  # per block and actor
     running: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last report of the blocks that run now
     outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)  # block -> outcome, reason
     deaths: dict[str, int] = field(default_factory=dict)  # of actors over a block, preempted ones left out
-    rounds: dict[str, int] = field(default_factory=dict)  # that a block went into because its actor died before it had begun
+    rounds: dict[str, int] = field(default_factory=dict)  # that a block went into because its actor was gone before it could end
     num_compacted: int = 0
     gflops: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     @property
     def fraction(self) -> float:
-        return sum(self.flops[name] * part for name, part in list(self.fractions.items())) / self.total_flops if self.total_flops else 1.0
+        total = sum(self.flops.values())
+        return sum(self.flops[name] * part for name, part in list(self.fractions.items())) / total if total else 1.0
 
     @property
     def num_committed(self) -> int:
@@ -58,13 +60,19 @@ class Counts:
 
     def end(self, name: str, outcome: str, reason: str) -> None:
         self.running.pop(name, None)
-        self.fractions[name] = 0.0 if outcome in ("elsewhere", "again") else 1.0
+        self.fractions[name] = 0.0 if outcome in LATER else 1.0
         self.outcomes[name] = (outcome, reason)
+
+    def again(self, name: str, reason: str, *, most: int) -> None:
+        """Let a block go into another round, unless it has been in so many."""
+        self.rounds[name] = self.rounds.get(name, 0) + 1
+        self.end(name, *(("again", reason) if self.rounds[name] <= most else ("failed", f"given up after {most} rounds: {reason}")))
 
     def line(self) -> str:
         running = list(self.running.values())
         more = f" (+{len(running) - 1} more)" if len(running) > 1 else ""
-        return f"{self.num_committed}/{self.num_cells} cells, {self.remaining()}; {running[0]['stage'] if running else 'starting actors'}{more}"
+        now = running[0]["stage"] if running else f"waiting for {self.waits_for}" if self.waits_for else "starting actors"
+        return f"{self.num_committed}/{self.num_cells} cells, {self.remaining()}; {now}{more}"
 
 
 def in_words(seconds: float) -> str:

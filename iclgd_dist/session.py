@@ -8,15 +8,15 @@ import secrets
 import signal
 import socket
 import threading
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from iclgd_dist import files
+from iclgd_dist.claims import unreachable
 from iclgd_dist.config import Resources, SweepError
 from iclgd_dist.store import Store, StoreError
 
 PREFLIGHT_SECONDS = 60.0
+LEFT_OUT: dict[str, str] = {}  # id of a node -> why no new actor goes there
 
 # Ray reads these when it is first imported; what the user has set stands.
 for _name, _value in {
@@ -60,8 +60,11 @@ def require_token(*, is_open: bool) -> None:
 
 
 @contextlib.contextmanager
-def connected(address: str | None, *, is_open: bool = False) -> Iterator[None]:
-    """Connect to a cluster, or start Ray on this machine for loopback only. Handlers of signals stay as they are. `is_open`: without a token."""
+def connected(address: str | None, *, is_open: bool = False) -> Iterator[str]:
+    """Connect to a cluster, or start Ray on this machine for loopback only; yields host:port of the head. Handlers of signals stay as they are.
+
+    `is_open`: without a token.
+    """
     if address is not None:
         require_token(is_open=is_open)
         require_answer(address)
@@ -80,13 +83,18 @@ def connected(address: str | None, *, is_open: bool = False) -> Iterator[None]:
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         else:
             ray.init(address=address, **quiet)
+    except SystemExit as end:  # Ray's own handler, which is there while it starts
+        if end.code == signal.SIGTERM and callable(ours := handlers[signal.SIGTERM]):
+            ours(signal.SIGTERM, None)
+        raise
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise SweepError(f"no Ray cluster answers at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray has put its own in their place
             signal.signal(number, handler)
+    LEFT_OUT.clear()
     try:
-        yield
+        yield str(ray.get_runtime_context().gcs_address)
     finally:
         ray.shutdown()
 
@@ -99,8 +107,8 @@ def nodes() -> list[dict[str, Any]]:
 
 
 def num_slots(resources: Resources) -> int:
-    """Return how many actors the cluster holds as it is now."""
-    return sum(_slots(node["Resources"], resources) for node in nodes())
+    """Return how many actors the cluster holds as it is now, on nodes that are not left out."""
+    return sum(_slots(node["Resources"], resources) for node in nodes() if node["NodeID"] not in LEFT_OUT)
 
 
 def require_room(resources: Resources) -> None:
@@ -120,65 +128,90 @@ def _slots(node: dict[str, float], resources: Resources) -> int:
     return min(slots, int(node.get("GPU", 0) // resources.gpus_per_actor)) if resources.gpus_per_actor else slots
 
 
-def preflight(store: Store, seconds: float = PREFLIGHT_SECONDS) -> None:
-    """Let every node import this package, see what the driver wrote to the store and write there itself.
+def preflight(store: Store, run: str, seconds: float = PREFLIGHT_SECONDS) -> None:
+    """Let every node import this package, see the file that says this run is under way, and write to the store itself.
 
     Errors: SweepError with the node's name for what is missing there; StoreError where it does not reach the store.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    probe = f"probe-{uuid.uuid4().hex}"
-    folder = store.root / "claims"
-    files.publish(folder / probe, b"", reach=lambda point: None)
-    looked = ray.remote(num_cpus=0, max_retries=0)(_look)
-    try:
-        asked = {}
+    asked = {_asked(node, store, run): node for node in nodes()}
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+    if slow := [node for node in map(asked.__getitem__, late) if _is_alive(node)]:
+        raise SweepError(f"node {_name_of(slow[0])} did not start a task within {seconds:.0f} s; take it out of the cluster, or try again")
+    for answer in ready:
+        try:
+            problem = ray.get(answer)
+        except Exception as error:
+            if not _is_alive(asked[answer]):
+                continue
+            raise SweepError(f"node {_name_of(asked[answer])}: {_root_cause(error)}; install this project there, the same version as here") from None
+        if problem:
+            raise StoreError(f"is not shared with node {_name_of(asked[answer])}: {problem}", store.root, way_out="use a store that every node sees")
+
+
+class Newcomers:
+    """Looks at nodes that join while a sweep runs, as `preflight` does at those that are there, and leaves out what cannot hold an actor."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self.store, self.run = store, run
+        self.known = {node["NodeID"] for node in nodes()}
+        self.asked: dict[Any, dict[str, Any]] = {}
+
+    def look(self) -> Iterator[str]:
+        """Ask those that are new, and yield a sentence for each that was found wanting since."""
+        import ray
+
         for node in nodes():
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[looked.options(scheduling_strategy=there).remote(str(store.root.absolute()), probe)] = _node_name(node)
-        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
-        if late:
-            raise SweepError(f"node {asked[late[0]]} did not start a task within {seconds:.0f} s; take it out of the cluster, or try again")
-        for answer in ready:
+            if node["NodeID"] not in self.known:
+                self.known.add(node["NodeID"])
+                self.asked[_asked(node, self.store, self.run)] = node
+        for answer in ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)[0] if self.asked else ():
+            node = self.asked.pop(answer)
             try:
                 problem = ray.get(answer)
             except Exception as error:
-                if asked[answer] not in _names():
-                    continue  # the node is gone
-                raise SweepError(f"node {asked[answer]}: {_root_cause(error)}; install this project there, the same version as here") from None
+                problem = _root_cause(error) if _is_alive(node) else ""
             if problem:
-                raise StoreError(f"is not shared with node {asked[answer]}: {problem}", store.root, way_out="use a store that every node sees")
-    finally:
-        files.remove(folder / probe)
+                yield leave_out(node["NodeID"], problem, name=_name_of(node))
 
 
-def _look(root: str, probe: str) -> str:
+def leave_out(node_id: str, why: str, *, name: str = "") -> str:
+    """Let no new actor go to a node, and return a sentence that says so; an empty text where it was left out already."""
+    if node_id in LEFT_OUT:
+        return ""
+    LEFT_OUT[node_id] = why
+    return f"node {name or next((_name_of(node) for node in nodes() if node['NodeID'] == node_id), node_id[:8])} is left out from now on: {why}"
+
+
+def place(bundle: dict[str, float], _config: dict[str, Any]) -> Any:
+    """Return where Tune may put an actor: on any node that is not left out."""
+    from ray.tune.execution.placement_groups import PlacementGroupFactory
+
+    away: dict[str, Any] = {"bundle_label_selector": [{"ray.io/node-id": f"!in({', '.join(sorted(LEFT_OUT))})"}]} if LEFT_OUT else {}
+    return PlacementGroupFactory([bundle], **away)
+
+
+def _asked(node: dict[str, Any], store: Store, run: str) -> Any:
+    """Let a node look at the store; return what its answer comes in."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(_look).options(scheduling_strategy=there).remote(str(store.root.absolute()), run)
+
+
+def _look(root: str, run: str) -> str:
     """Run on a node: say what is wrong with its view of the store; an empty text is well."""
-    import time
-
-    try:
-        folder = Store(root).root / "claims"
-        for _ in range(20):  # NFS: another machine's file may be late
-            if probe in files.names_in(folder):
-                break
-            time.sleep(0.5)
-        else:
-            return "it does not see a file that the driver wrote"
-        mine = folder / f"{probe}-{uuid.uuid4().hex[:8]}"
-        files.publish(mine, b"", reach=lambda point: None)
-        files.remove(mine)
-    except StoreError as error:
-        return str(error)
-    return ""
+    return unreachable(Store(root), run)
 
 
-def _node_name(node: dict[str, Any]) -> str:
+def _name_of(node: dict[str, Any]) -> str:
     return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
 
 
-def _names() -> set[str]:
-    return {_node_name(node) for node in nodes()}
+def _is_alive(node: dict[str, Any]) -> bool:
+    return any(each["NodeID"] == node["NodeID"] for each in nodes())
 
 
 def _root_cause(error: BaseException) -> str:

@@ -19,8 +19,8 @@ import datetime
 import errno
 import hashlib
 import json
+import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +41,10 @@ PART_GROUPS = 10  # batches per part
 MAX_SMALL_PARTS = 8  # parts of less than cells.GROUP_CELLS * PART_GROUPS cells; when there are so many, the next compaction merges them
 DEBRIS_STALE_SECONDS = 86_400  # what killed processes left is deleted when it is this old
 
-_CELL_NAME = re.compile(r"([0-9a-f]{64})\.(?:arrows|parquet)")
+CELL_NAME = re.compile(r"([0-9a-f]{64})\.(?:arrows|parquet)")
+_SUFFIXES = (cells.SUFFIX, cells.OLDER_SUFFIX)
+_OLDER_NAME = 32  # characters of an attempt's name in stores of older versions: random ones, instead of the hash of its content
+_OTHER_CONTENT = "is damaged: its content is not that of its name"
 _ATTEMPT = pa.schema([(name, kind) for name, kind, _ in ATTEMPT])
 _README = """Results of in-context learning versus gradient descent, one row per finished grid point; written by iclgd, not to be edited by hand.
 Read it with: from iclgd_dist.store import read_results; results = read_results("this directory"); results.cells.to_pandas()
@@ -94,7 +97,7 @@ class Store:
         if publish(probe, b"another probe"):
             raise StoreError("does not keep the first of two that write the same name", self.root, way_out="choose a store with conditional writes")
         files.remove(probe)
-        if not (self.root / "README.txt").exists():
+        if not files.exists(self.root / "README.txt"):
             publish(self.root / "README.txt", _README.encode())
 
     def keys(self) -> set[str]:
@@ -122,31 +125,35 @@ class Store:
     def record_attempt(self, attempt: dict[str, Any]) -> None:
         """Store how one execution of a block went: the columns of ATTEMPT."""
         cells.table_of([attempt], _ATTEMPT)
-        publish(self._attempts / f"{uuid.uuid4().hex}.json", json.dumps(attempt, allow_nan=False).encode())
+        data = json.dumps(attempt, allow_nan=False).encode()
+        publish(self._attempts / f"{_name_of(data)}.json", data)
 
     def attempts(self) -> pa.Table:
         """Return all attempts, oldest first."""
         rows = self._read_json(self._attempts)
-        for path, row in rows.items():
-            if newer := sorted(row.keys() - set(_ATTEMPT.names)):
-                raise StoreError(f"holds columns this version does not know: {', '.join(newer)}", path, way_out=cells.UPDATE)
-        with naming(self._attempts, "read"):
+        try:
             return cells.table_of(list(rows.values()), _ATTEMPT).sort_by("created_at")
+        except ValueError:
+            for path, row in rows.items():
+                _check_attempt(path, row)
+            raise
 
     def save_sweep(self, *, digest: str, resolved: dict[str, Any], keys: list[str]) -> Location:
         """Store what a run set out to do: the resolved sweep and its planned keys. The same plan is stored once."""
         if not re.fullmatch(r"[0-9a-f]{8,64}", digest):
             raise ValueError(f"digest must be 8 to 64 hex digits, got {digest!r}")
-        plan = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
-        path = self._sweeps / f"{digest}-{plan}.json"
-        if not path.exists():
+        path = self._sweeps / f"{digest}-{_plan_hash(keys)}.json"
+        if not files.exists(path):
             saved = {"digest": digest, "resolved": resolved, "keys": keys, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
             publish(path, json.dumps(saved, allow_nan=False).encode())
         return path
 
     def sweeps(self) -> list[dict[str, Any]]:
         """Return what `save_sweep` stored: digest, resolved, keys and created_at of each, the oldest first."""
-        return sorted(self._read_json(self._sweeps).values(), key=lambda sweep: sweep.get("created_at", ""))
+        found = self._read_json(self._sweeps)
+        for path, sweep in found.items():
+            _check_sweep(path, sweep)
+        return sorted(found.values(), key=lambda sweep: str(sweep.get("created_at", "")))
 
     def compact(self) -> int:
         """Move the loose cells into one file (merging small ones when there are many) and return how many; 0 if another process is at it.
@@ -156,9 +163,12 @@ class Store:
         if not self.loose() or not (lock := locks.acquire(self._compacted / "lock")):
             return 0
         with locks.touched([lock]):
+            before = self.manifest()
             try:
-                return self._compact()
-            except Vanished:
+                return self._compact(before)
+            except Vanished as error:
+                if self.manifest().number == before.number:
+                    raise StoreError("is missing; the newest manifest lists it", str(error)) from error
                 return 0  # another process took the lock over
 
     def cell(self, key: str) -> Location:
@@ -173,7 +183,7 @@ class Store:
     def loose(self) -> dict[str, Location]:
         """Return the loose cells' files by key, in the order of the keys. Of a cell that an older version wrote at the same time as this one, one counts."""
         names = sorted(files.names_in(self._cells), reverse=True)
-        found = {match[1]: self._cells / name for name in names if (match := _CELL_NAME.fullmatch(name))}
+        found = {match[1]: self._cells / name for name in names if (match := CELL_NAME.fullmatch(name))}
         return dict(reversed(found.items()))
 
     def manifest(self) -> Manifest:
@@ -189,9 +199,23 @@ class Store:
         raise StoreError("manifests come and go while they are read", self._compacted, way_out="check the disk, then run the same command again")
 
     def _read_json(self, folder: Location) -> dict[Location, dict[str, Any]]:
-        paths = [folder / name for name in sorted(files.names_in(folder)) if name.endswith(".json") and not name.startswith(".")]
+        paths = [folder / name for name in records_in(folder)]
         with ThreadPoolExecutor(files.num_readers(self.root)) as pool:
             return dict(zip(paths, pool.map(read_json, paths), strict=True))
+
+    def verify_records(self) -> list[StoreError]:
+        """Read every record of an attempt or a sweep and return what is wrong, also where only its content is not that of its name."""
+        errors = []
+        for folder, check in ((self._attempts, _check_attempt), (self._sweeps, _check_sweep)):
+            for path in (folder / name for name in records_in(folder)):
+                with contextlib.suppress(Vanished):
+                    try:
+                        check(path, record := read_json(path))
+                        if folder == self._sweeps and _plan_hash(record["keys"]) not in path.name:
+                            raise StoreError(_OTHER_CONTENT, path)
+                    except StoreError as error:
+                        errors.append(error)
+        return errors
 
     def load(self, key: str, path: Location) -> tuple[pa.Table, str]:
         """Return a loose cell as a table of one row, and the hash of its file."""
@@ -218,25 +242,21 @@ class Store:
             raise StoreError("is damaged: it does not hold the cells that the manifest lists", path)
         return tables
 
-    def _compact(self) -> int:
-        base = self.manifest()
+    def _compact(self, base: Manifest) -> int:
         fresh = {key: path for key, path in self.loose().items() if key not in base.commits}
         small = [part for part in base.parts if len(part.commits) < cells.GROUP_CELLS * PART_GROUPS]
         merged = small if fresh and len(small) >= MAX_SMALL_PARTS else []
         commits = {key: commit for part in merged for key, commit in part.commits.items()}
         groups = cells.regroup(chain(*map(self.part_tables, merged), self._loose_tables(fresh, commits)))
-        new: list[Part] = []
+        new = [self.write_part(base.number + 1, chain([first], islice(groups, PART_GROUPS - 1)), commits) for first in groups]
         is_published = False
-        try:
-            for first in groups:
-                new.append(self.write_part(base.number + 1, chain([first], islice(groups, PART_GROUPS - 1)), commits))
-            if new:
-                fault_point("before_manifest")
-                is_published = publish(*manifests.following(self._compacted, base.number, [*(part for part in base.parts if part not in merged), *new]))
-                is_published &= self.manifest().number == base.number + 1  # else so many came between that this number was free again
-                fault_point("after_manifest")
-        finally:
-            self._clear(replaced={part.file for part in (*base.parts, *new)}, with_debris=is_published)
+        if new:
+            fault_point("before_manifest")
+            # Where this fails, it may have come about all the same: what it lists stays then, and so does what it would replace.
+            is_published = publish(*manifests.following(self._compacted, base.number, [*(part for part in base.parts if part not in merged), *new]))
+            is_published &= self.manifest().number == base.number + 1  # else so many came between that this number was free again
+            fault_point("after_manifest")
+        self._clear(replaced={part.file for part in (*base.parts, *new)})
         return sum(len(part.commits) for part in new) - sum(len(part.commits) for part in merged) if is_published else 0
 
     def write_part(self, number: int, groups: Iterable[pa.Table], commits: dict[str, str]) -> Part:
@@ -246,27 +266,32 @@ class Store:
         )
         return Part(file=name, sha256=sha256, commits={key: commits[key] for key in keys})
 
-    def _clear(self, *, replaced: set[str], with_debris: bool) -> None:
-        """Delete loose cells that the newest manifest holds, parts it does not list any more, and what killed processes left long ago."""
+    def _clear(self, *, replaced: set[str]) -> None:
+        """Delete loose cells that the newest manifest holds, those of the `replaced` parts that it does not list, and what killed processes left long ago.
+
+        Errors: StoreError where a part that it lists is not there; nothing is deleted then.
+        """
         newest = self.manifest()
+        files.sync(self._compacted)  # another's manifest may be on no disk yet
+        names = files.names_in(self._compacted)
         listed = {part.file for part in newest.parts}
-        for key in self.loose().keys() & newest.commits.keys():
-            for suffix in (cells.SUFFIX, cells.OLDER_SUFFIX):
-                files.remove(self.cell(key).with_suffix(suffix))
-        for name in replaced - listed:
-            files.remove(self._compacted / name)
-        for name in files.names_in(self._compacted):
-            if (match := manifests.NAME.fullmatch(name)) and int(match[1]) < newest.number - 1:
-                files.remove(self._compacted / name)
-        if not with_debris:
-            return
+        if (missing := sorted(listed.difference(names))) and self.manifest().number == newest.number:
+            raise StoreError("is missing; the newest manifest lists it", self._compacted / missing[0])
+        gone = [
+            self._cells / f"{key}{suffix}"
+            for key, suffix in map(os.path.splitext, files.names_in(self._cells))
+            if key in newest.commits and suffix in _SUFFIXES
+        ]
+        gone += [self._compacted / name for name in replaced - listed]
+        gone += [self._compacted / m[0] for m in map(manifests.NAME.fullmatch, names) if m and int(m[1]) < newest.number - 1]
         now = files.now(self._compacted)
         for folder in (self._cells, self._compacted, self._attempts, self._sweeps, self.root / "captures", self.root / "measures"):
             for name in files.names_in(folder):
-                if name.startswith(".tmp-") or (manifests.PART_NAME.fullmatch(name) and name not in listed):
+                if name.startswith(".tmp-"):
                     with contextlib.suppress(Vanished):
-                        if now - files.modified(folder / name) > DEBRIS_STALE_SECONDS:
-                            files.remove(folder / name)
+                        gone += [folder / name] if now - files.modified(folder / name) > DEBRIS_STALE_SECONDS else []
+        with ThreadPoolExecutor(files.num_readers(self.root)) as pool:
+            list(pool.map(files.remove, gone))
 
     def _tables(self) -> list[pa.Table]:
         """Return all cells, each once: parts in the manifest's order, then loose cells by key."""
@@ -288,6 +313,35 @@ def read_json(path: Location) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise StoreError("is damaged: must be a JSON object", path)
     return found
+
+
+def records_in(folder: Location) -> list[str]:
+    """Return the names of the records of attempts or of sweeps."""
+    return [name for name in sorted(files.names_in(folder)) if name.endswith(".json") and not name.startswith(".")]
+
+
+def _check_attempt(path: Location, row: dict[str, Any]) -> None:
+    name = path.name.partition(".")[0]
+    if len(name) > _OLDER_NAME and _name_of(files.read(path)) != name:
+        raise StoreError(_OTHER_CONTENT, path)
+    if newer := sorted(row.keys() - set(_ATTEMPT.names)):
+        raise StoreError(f"holds columns this version does not know: {', '.join(newer)}", path, way_out=cells.UPDATE)
+    with naming(path, "read"):
+        cells.table_of([row], _ATTEMPT)
+
+
+def _check_sweep(path: Location, sweep: dict[str, Any]) -> None:
+    keys = sweep.get("keys")
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise StoreError("is damaged: it has no list of keys", path)
+
+
+def _plan_hash(keys: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
+
+
+def _name_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[: _OLDER_NAME + 8]
 
 
 def short_hash(data: bytes) -> str:

@@ -13,9 +13,8 @@ from rich.text import Text
 from iclgd_dist import files
 from iclgd_dist.config import SweepError
 from iclgd_dist.store import Store
-from iclgd_dist.terminal import Where, Yes, console, counted, existing, say
+from iclgd_dist.terminal import DONE, FAILED, STORAGE, Where, Yes, console, counted, existing, say
 
-DONE, FAILED, STORAGE = 0, 3, 74
 SHOWN = 10  # of a long list
 
 

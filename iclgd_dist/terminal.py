@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +17,11 @@ from iclgd_dist import files
 from iclgd_dist.config import Sweep, SweepError, load_sweep
 from iclgd_dist.store import Store
 
+DONE, USAGE, FAILED, STORAGE, INTERRUPTED, CONTROL_C = 0, 2, 3, 74, 75, 130  # exit codes
+
 console = Console(highlight=False)
+
+AS_JOB = "ICLGD_AS_JOB"  # set where a sweep runs as a job of a cluster
 
 SweepFile = Annotated[str, typer.Argument(help="Sweep file, e.g. sweeps/demo.toml", metavar="SWEEP")]
 StoreOption = Annotated[
@@ -33,7 +40,21 @@ def say(text: str) -> None:
 
 
 def say_how_to_resume() -> None:
-    say("stopped; what is committed stays. To resume:\n" + shlex.join(["iclgd", *sys.argv[1:]]))
+    if os.environ.get(AS_JOB):
+        say("stopped; what is committed stays. To resume, submit the sweep again.")
+    else:
+        say("stopped; what is committed stays. To resume:\n" + shlex.join(["iclgd", *sys.argv[1:]]))
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Say how to resume where the block ends with the exit code of a stop."""
+    try:
+        yield
+    except (SystemExit, typer.Exit) as end:
+        if (end.exit_code if isinstance(end, typer.Exit) else end.code) in (INTERRUPTED, CONTROL_C):
+            say_how_to_resume()
+        raise
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,9 @@ from iclgd_dist import store as stores
 from iclgd_dist.files import Location, StoreError, Vanished
 from iclgd_dist.manifests import Manifest, Part
 from iclgd_dist.schema import CELL
-from iclgd_dist.store import DEBRIS_STALE_SECONDS, Store, publish, read_json, read_results, short_hash
+from iclgd_dist.store import CELL_NAME, DEBRIS_STALE_SECONDS, Store, publish, read_results
 
 ASIDE = "set_aside"
-_CELL_FILE = re.compile(r"[0-9a-f]{64}\.(?:arrows|parquet)")
 _AGAIN = "run the same command again while nothing else writes to the store"
 _CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*")
 _OPERATORS: dict[str, Callable[..., Any]] = {
@@ -43,7 +42,7 @@ class Verified:
 
     num_cells: int | None = None  # this and what is missing or extra are known once nothing is damaged, or all that is was set aside
     damaged: list[StoreError] = field(default_factory=list)  # a file each: flipped, cut short, empty, of something else, gone
-    duplicates: list[str] = field(default_factory=list)  # keys; readers count each once
+    duplicates: list[str] = field(default_factory=list)  # keys of loose cells that differ from those of a part; readers count each once
     missing: list[str] = field(default_factory=list)  # keys that a sweep of this store planned
     extra: list[str] = field(default_factory=list)  # keys that none planned: a sweep file was edited
 
@@ -65,30 +64,26 @@ def verify(store: Store, *, quarantine: bool = False) -> Verified:
         found.damaged.append(error)
         if not (quarantine and error.is_damage):
             return found
-        set_aside(store, store.root / "compacted" / error.filename.rpartition("/")[2])
-        manifest = _rebuilt(store)
+        path = store.root / "compacted" / error.filename.rpartition("/")[2]
+        number = int(path.name.partition("-")[2].partition(".")[0])
+        manifest = _rebuilt(store, number, (), set(), found.damaged)
+        set_aside(store, path)  # after the next one is there: else an older one would count
     faults = {part.file: _faults_of_part(store, part) for part in manifest.parts}
     found.damaged += [error for errors in faults.values() for error in errors]
-    found.duplicates += [key for key, count in Counter(key for part in manifest.parts for key in part.commits).items() if count > 1]
-    for key, path in store.loose().items():
-        with contextlib.suppress(Vanished):
-            errors = _faults_of_cell(store, key, path)
-            found.damaged += errors
-            is_second = manifest.commits.get(key, "") not in ("", short_hash(files.read(path)))
-            found.duplicates += [key] if is_second else []
-            if quarantine and (is_second or any(error.is_damage for error in errors)):
-                set_aside(store, path)
     if quarantine and (bad := [file for file, errors in faults.items() if any(error.is_damage for error in errors)]):
-        _replace(store, manifest, dict.fromkeys(bad))
-        for file in bad:
-            set_aside(store, store.root / "compacted" / file)
-    others = [*_foreign(store), *_faults_of_records(store), *measured.verify(store.root)]
+        manifest = _replace(store, manifest, dict.fromkeys(bad))
+    _verify_loose(store, found, quarantine=quarantine)
+    strays = list(_strays(store, manifest))
+    found.damaged += strays
+    if quarantine and strays:
+        _rebuilt(store, manifest.number, manifest.parts, store.keys(), found.damaged)
+    others = [*_foreign(store), *store.verify_records(), *measured.verify(store.root)]
     found.damaged += others
     for other in others:
         if quarantine and other.is_damage:
             folder, name = other.filename.rsplit("/", 2)[1:]
             set_aside(store, store.root / folder / name)
-    if quarantine or not found.damaged:
+    if all(quarantine and error.is_damage for error in found.damaged):
         found.damaged += captures.verify(store, aside=(lambda path: set_aside(store, path)) if quarantine else None)
         planned = {key for sweep in store.sweeps() for key in sweep["keys"]}
         keys = store.keys()
@@ -96,20 +91,81 @@ def verify(store: Store, *, quarantine: bool = False) -> Verified:
     return found
 
 
-def _rebuilt(store: Store) -> Manifest:
-    """Publish a manifest of the parts that are there, the newest first, in the place of one that was damaged; return it."""
-    before, parts, seen = store.manifest(), list[Part](), set[str]()
-    for name in sorted(filter(manifests.PART_NAME.fullmatch, files.names_in(store.root / "compacted")), reverse=True):
-        with contextlib.suppress(StoreError):
-            path = store.root / "compacted" / name
-            keys = [key for table in cells.decode(files.contents(path), path) for key in table["key"].to_pylist()]
-            if seen.isdisjoint(keys):  # else it was merged into a newer one
-                parts.append(Part(name, files.sha256_of(path), dict.fromkeys(keys, "")))
-                seen |= set(keys)
-    numbers = [int(match[1]) for match in map(manifests.NAME.match, files.names_in(store.root / ASIDE)) if match]
-    path, data = manifests.following(store.root / "compacted", max([before.number, *numbers]), parts[::-1])
-    publish(path, data)
-    return store.manifest()
+def _verify_loose(store: Store, found: Verified, *, quarantine: bool) -> None:
+    """Read every loose cell, many at once."""
+
+    def look(one: tuple[str, Location]) -> tuple[StoreError | None, str]:
+        try:
+            return None, store.load(*one)[1]
+        except StoreError as error:
+            return error, ""
+        except Vanished:
+            return None, ""
+
+    loose, commits = store.loose(), store.manifest().commits
+    with ThreadPoolExecutor(files.num_readers(store.root)) as pool:
+        for (key, path), (error, commit) in zip(loose.items(), pool.map(look, loose.items()), strict=True):
+            found.damaged += [error] if error else []
+            is_second = bool(commit) and commits.get(key, "") not in ("", commit)
+            found.duplicates += [key] if is_second else []
+            # It may have been forgotten and computed again since: then it is the only one.
+            is_second = quarantine and is_second and store.manifest().commits.get(key, "") not in ("", commit)
+            if is_second or (quarantine and error and error.is_damage):
+                set_aside(store, path)
+
+
+def _unlisted(store: Store, manifest: Manifest) -> list[Location]:
+    """Return the parts that a manifest does not list, the newest first."""
+    listed = {part.file for part in manifest.parts}
+    names = filter(manifests.PART_NAME.fullmatch, files.names_in(store.root / "compacted"))
+    return [store.root / "compacted" / name for name in sorted(names, reverse=True) if name not in listed]
+
+
+def _keys_in(path: Location) -> list[str]:
+    return [key for table in cells.decode(files.contents(path), path) for key in table["key"].to_pylist()]
+
+
+def _strays(store: Store, manifest: Manifest) -> Iterator[StoreError]:
+    """Yield the parts that no manifest lists and that hold cells which are nowhere else: a manifest is gone."""
+    known = store.keys()
+    for path in _unlisted(store, manifest):
+        with contextlib.suppress(StoreError, Vanished):  # what cannot be read and no manifest lists is debris
+            if num_lost := len(set(_keys_in(path)) - known):
+                yield StoreError(f"is listed by no manifest and holds {num_lost} cells that are nowhere else; --quarantine lists it again", path)
+
+
+def _rebuilt(store: Store, number: int, parts: Sequence[Part], known: Collection[str], damaged: list[StoreError]) -> Manifest:
+    """Publish the manifest that follows `number`: `parts`, and of the parts that they leave out the cells not `known`, the newest first; return it.
+
+    A part that is damaged is set aside and added to `damaged`. Errors: StoreError for one that cannot be read for another reason.
+    """
+    found, seen = list(parts), set(known)
+    for path in _unlisted(store, Manifest(number, tuple(parts))):
+        try:
+            tables = cells.decode(files.contents(path), path)
+        except StoreError as error:
+            if not error.is_damage:
+                raise
+            damaged.append(error)
+            set_aside(store, path)
+            continue
+        keys = {key for table in tables for key in table["key"].to_pylist()}
+        if new := dict.fromkeys(sorted(keys - seen), ""):
+            if len(new) == len(keys):
+                found.append(Part(path.name, files.sha256_of(path), dict.fromkeys(_keys_in(path), "")))
+            else:  # the rest was merged into a newer one
+                rows = pa.concat_tables(tables)
+                found.append(store.write_part(number + 1, [rows.filter(pc.is_in(rows["key"], pa.array(list(new), pa.string())))], new))
+            seen |= keys
+    return _published(store, number, found)
+
+
+def _published(store: Store, number: int, parts: Sequence[Part]) -> Manifest:
+    """Publish the manifest that follows `number` and return it. Errors: StoreError where another came first."""
+    path, data = manifests.following(store.root / "compacted", number, parts)
+    if not publish(path, data) or (manifest := store.manifest()).number != number + 1:
+        raise StoreError("was written meanwhile", path, way_out=_AGAIN)
+    return manifest
 
 
 def _faults_of_part(store: Store, part: Part) -> list[StoreError]:
@@ -125,37 +181,15 @@ def _faults_of_part(store: Store, part: Part) -> list[StoreError]:
     return []
 
 
-def _faults_of_cell(store: Store, key: str, path: Location) -> list[StoreError]:
-    try:
-        store.load(key, path)
-    except StoreError as error:
-        return [error]
-    return []
-
-
 def _foreign(store: Store) -> list[StoreError]:
     """Return what lies among the cells and is not the store's."""
-    ours = {"cells": [_CELL_FILE], "compacted": [manifests.NAME, manifests.PART_NAME, re.compile("lock")]}
+    ours = {"cells": [CELL_NAME], "compacted": [manifests.NAME, manifests.PART_NAME, re.compile("lock")]}
     strange = []
     for folder, patterns in ours.items():
         for name in sorted(files.names_in(store.root / folder)):
             if not name.startswith(".") and not any(pattern.fullmatch(name) for pattern in patterns):
                 strange.append(StoreError("is damaged: no file of a store has such a name", store.root / folder / name))
     return strange
-
-
-def _faults_of_records(store: Store) -> list[StoreError]:
-    errors = []
-    for folder in ("attempts", "sweeps"):
-        for name in sorted(files.names_in(store.root / folder)):
-            if name.endswith(".json") and not name.startswith("."):
-                try:
-                    read_json(store.root / folder / name)
-                except StoreError as error:
-                    errors.append(error)
-                except Vanished:
-                    pass
-    return errors
 
 
 def set_aside(store: Store, path: Location) -> None:
@@ -209,43 +243,35 @@ def forget(store: Store, keys: Sequence[str]) -> int:
         for key in sorted(wanted & kept):  # first: a cell that runs again keeps a capture that is there
             set_aside(store, store.root / "captures" / f"{key}.safetensors")
         measured.forget(store.root, wanted, aside=lambda path: set_aside(store, path), reach=stores.fault_point)
+        for name in files.names_in(store.root / "cells"):  # before the manifest: what is committed after it is new
+            if (match := CELL_NAME.fullmatch(name)) and match[1] in wanted:
+                set_aside(store, store.root / "cells" / name)
         manifest = store.manifest()
-        changed: dict[str, pa.Table | None] = {}
+        changed: dict[str, Part | None] = {}
         for part in manifest.parts:
             if wanted & part.commits.keys():
                 table = pa.concat_tables(store.part_tables(part))
-                goes = pc.is_in(table["key"], pa.array(sorted(wanted), pa.string()))
-                _copy_aside(store, table.filter(goes))
-                rest = table.filter(pc.invert(goes))
-                changed[part.file] = rest if len(rest) else None
-        if changed:
-            _replace(store, manifest, changed)
-        for key, path in store.loose().items():
-            if key in wanted:
-                set_aside(store, path)
+                rest = table.filter(pc.invert(pc.is_in(table["key"], pa.array(sorted(wanted), pa.string()))))
+                changed[part.file] = store.write_part(manifest.number + 1, [rest], part.commits) if len(rest) else None
+        stores.fault_point("before_forgetting")
+        _replace(store, manifest, changed)  # also where nothing changes: a compaction that has read what is forgotten gives way
     return len(wanted)
 
 
-def _copy_aside(store: Store, table: pa.Table) -> None:
-    files.make_folder(store.root / ASIDE)
-    files.add(store.root / ASIDE, lambda path: cells.write_part(path, [table]), lambda sha256: f"forgotten-{sha256[:16]}{cells.SUFFIX}")
-
-
-def _replace(store: Store, manifest: Manifest, changed: dict[str, pa.Table | None]) -> None:
-    """Publish the manifest that follows, in which some parts hold less, or are gone."""
-    parts = [part for part in manifest.parts if part.file not in changed]
-    for part in manifest.parts:
-        if (table := changed.get(part.file)) is not None:
-            parts.append(store.write_part(manifest.number + 1, [table], part.commits))
-    path, data = manifests.following(store.root / "compacted", manifest.number, parts)
-    if not publish(path, data) or store.manifest().number != manifest.number + 1:
-        raise StoreError("was written meanwhile", path, way_out=_AGAIN)
+def _replace(store: Store, manifest: Manifest, changed: dict[str, Part | None]) -> Manifest:
+    """Publish the manifest that follows, in which some parts are others, or are gone, and set those aside; return it."""
+    parts = [changed.get(part.file, part) for part in manifest.parts]
+    following = _published(store, manifest.number, [part for part in parts if part is not None])
+    for file in changed:
+        set_aside(store, store.root / "compacted" / file)
+    return following
 
 
 def debris(store: Store) -> Iterator[tuple[Location, str]]:
     """Yield what nothing needs any more, and why: left by killed processes, replaced, set aside, or named by no cell. `files.remove` deletes it."""
     manifest = store.manifest()
     listed = {part.file for part in manifest.parts}
+    strays = {error.filename.rpartition("/")[2] for error in _strays(store, manifest)}
     now = files.now(store.root)
 
     def is_old(path: Location) -> bool:
@@ -258,7 +284,7 @@ def debris(store: Store) -> Iterator[tuple[Location, str]]:
             path = store.root / folder / name
             if name.startswith(".tmp-"):
                 why = "left by a killed process"
-            elif folder == "compacted" and manifests.PART_NAME.fullmatch(name) and name not in listed:
+            elif folder == "compacted" and manifests.PART_NAME.fullmatch(name) and name not in listed and name not in strays:
                 why = "listed by no manifest"
             elif folder == "compacted" and (match := manifests.NAME.fullmatch(name)) and int(match[1]) < manifest.number - 1:
                 why = "an older manifest"

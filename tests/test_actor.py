@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iclgd_dist import probes, updates
+from iclgd_dist import claims, files, probes, updates
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block
@@ -47,6 +47,27 @@ def test_a_model_is_loaded_once_and_each_baseline_computed_once_per_block(blocks
     assert {attempt["actor"] for attempt in attempts} == {host.actor}
     assert sum(attempt["num_training_steps"] for attempt in attempts) == 2 * 2 * 2 * 4
     assert store.keys() == {cell.key for block in blocks for cell in block.cells}
+
+
+def test_a_node_that_does_not_reach_the_drivers_store_computes_nothing(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "SEEN_TRIES", 1)
+    said = run(ModelHost(str(store.root), "run", 2, node="n"), blocks[0])
+    assert (said["outcome"], said["reason"], said["node"]) == ("unreachable", "it does not see a file that the driver wrote", "n")
+    assert not store.keys() and not len(store.attempts())
+    with claims.announced(store, "run"):
+        assert run(ModelHost(str(store.root), "another run", 2, node="n"), blocks[0])["outcome"] == "unreachable"
+        host = ModelHost(str(store.root), "run", 2, node="n")
+        assert run(host, blocks[0])["outcome"] == "done"
+        monkeypatch.setattr(Store, "keys", lambda self: raise_(StoreError("cannot be read", self.root)))
+        assert run(host, blocks[1])["outcome"] == "storage", "others would meet it too"
+        monkeypatch.setattr(files, "names_in", lambda folder: [])
+        assert run(host, blocks[1])["outcome"] == "unreachable", "it is this node's"
+    monkeypatch.undo()
+    assert not [name for name in files.names_in(store.root / "claims") if name.startswith(("run-", "probe-"))]
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 def test_a_block_that_needs_another_model_swaps_it(blocks: tuple[Block, ...], store: Store) -> None:

@@ -61,7 +61,7 @@ def test_a_holder_that_is_gone_holds_nothing(made: Store, block: Block) -> None:
     gone.wait()
     folder = made.root / "claims"
     for name in claims_of(block):
-        (folder / name).write_text(json.dumps({"host": os.uname().nodename, "pid": gone.pid, "owner": "a"}))
+        (folder / name).write_text(json.dumps(locks.here() | {"pid": gone.pid, "owner": "a"}))
     with claimed(made, block, "b") as second:
         assert second
     for name in claims_of(block):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from iclgd_dist import cli
+from iclgd_dist import cli, run_commands
 from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
@@ -187,7 +187,7 @@ def test_a_signal_while_planning_ends_with_the_command_that_resumes(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, "argv", ["iclgd", "run", "a sweep.toml"])
-    monkeypatch.setattr(cli, "load_sweep", lambda path: os.kill(os.getpid(), number))
+    monkeypatch.setattr(run_commands, "load_sweep", lambda path: os.kill(os.getpid(), number))
     try:
         with pytest.raises(SystemExit) as ended:
             cli.main()

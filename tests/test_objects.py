@@ -52,11 +52,15 @@ def test_of_processes_that_commit_a_cell_at_once_exactly_one_is_told_that_it_did
     made = prepared(bucket)
     code = """
         made = store.Store(sys.argv[1])
+        made.keys()
+        print("ready", flush=True)
         while not files.names_in(made.root / "go"):
             time.sleep(0.001)
         print("".join("1" if made.commit(row(number, host=sys.argv[2])) else "0" for number in range(10)))
     """
     both = [run_python(code, bucket, name) for name in ("a", "b")]
+    for process in both:
+        assert process.stdout and process.stdout.readline() == "ready\n"
     (made.root / "go" / "now").put(b"")
     told = [process.communicate()[0].strip() for process in both]
     assert [int(a) + int(b) for a, b in zip(*told, strict=True)] == [1] * 10
@@ -106,6 +110,40 @@ def test_an_answer_that_was_lost_is_no_loss(bucket: str, monkeypatch: pytest.Mon
     assert len(answers) == 1
     assert not path.create(b"another's")
     assert files.read(path) == b"mine"
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_put_whose_fate_is_not_known_is_asked_again(bucket: str, monkeypatch: pytest.MonkeyPatch, is_stored: bool) -> None:
+    """The client does not ask again by itself: it cannot know whether the first one came through."""
+    path, real, calls = Store(bucket).root / "cells" / "one", objects._client().put, []
+
+    def put(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            if is_stored:
+                real(*arguments, **options)
+            raise objects._client().exceptions.GenericError("operation timed out")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(objects._client(), "put", put)
+    monkeypatch.setattr(objects, "PAUSES", (0.0, 0.0))
+    assert path.create(b"mine") and len(calls) == 2
+    assert files.read(path) == b"mine" and not path.create(b"another's")
+
+
+def test_a_conflict_with_a_delete_is_asked_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 answers as if the object were there; it is not."""
+    path, real, calls = Store(bucket).root / "cells" / "one", objects._client().put, []
+
+    def put(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise objects._client().exceptions.AlreadyExistsError("409 ConditionalRequestConflict")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(objects._client(), "put", put)
+    monkeypatch.setattr(objects, "PAUSES", (0.0, 0.0))
+    assert path.create(b"mine") and files.read(path) == b"mine"
 
 
 def test_a_live_lock_is_respected_and_a_stale_one_is_not(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -142,11 +141,13 @@ def test_a_live_lock_is_respected_and_a_stale_one_is_not(tmp_path: Path) -> None
     assert made.compact() == 1
     assert not lock.exists()
     made.commit(row(2))
-    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": 0}))
+    lock.write_text(json.dumps(locks.here() | {"pid": os.getpid(), "time": 0}))
     assert made.compact() == 0, "this process lives"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": gone.pid, "time": 0}))
+    lock.write_text(json.dumps(locks.here() | {"space": 1, "pid": gone.pid, "time": 0}))
+    assert made.compact() == 0, "a process id of another container of this machine says nothing here"
+    lock.write_text(json.dumps(locks.here() | {"pid": gone.pid, "time": 0}))
     assert made.compact() == 1, "its holder is gone"
 
 

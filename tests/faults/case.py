@@ -19,7 +19,7 @@ from iclgd_dist import files
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import Plan, make_plan
-from iclgd_dist.store import Results, Store, read_results
+from iclgd_dist.store import Results, Store, read_results, short_hash
 from iclgd_dist.upkeep import verify
 from tests.tiny import save_fruit
 
@@ -80,10 +80,19 @@ class Case:
 
     def plot(self, *accidents: dict[str, Any]) -> None:
         """Say what will happen; what has happened before is forgotten."""
-        for old in self.folder.glob("happened-*"):
-            old.unlink()
+        self.settle()
         (self.folder / "accidents.json").write_text(json.dumps(accidents))
-        self.facts["injections"] += sum(accident.get("times", 1) for accident in accidents)
+
+    def settle(self) -> None:
+        """Hold that what was plotted has happened, count it, and forget it."""
+        plotted = self.folder / "accidents.json"
+        for number, accident in enumerate(json.loads(plotted.read_text()) if plotted.exists() else ()):
+            happened = list(self.folder.glob(f"happened-{number}-*"))
+            assert happened, f"never happened: {accident}"
+            self.facts["injections"] += len(happened) if accident["what"] != "slow" else 0  # which only makes time for others
+            for each in happened:
+                each.unlink()
+        plotted.unlink(missing_ok=True)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         command = [*ICLGD, "run", str(self.file), "--store", str(self.store.root), *arguments]
@@ -118,14 +127,13 @@ class Case:
             assert time.monotonic() < end, "nothing happened"
             time.sleep(0.02)
 
-    def committed(self) -> dict[str, bytes]:
-        """Return the cells' files as they are now; a compaction may take one away meanwhile."""
+    def committed(self) -> dict[str, str]:
+        """Return the cells by key, each with the hash of the file it was committed as; loose ones that a compaction takes meanwhile are in its manifest."""
         found = {}
-        for name in files.names_in(self.store.root / "cells"):
+        for key, path in self.store.loose().items():
             with contextlib.suppress(files.Vanished):
-                if name.endswith(".arrows"):
-                    found[name] = files.read(self.store.root / "cells" / name)
-        return found
+                found[key] = short_hash(files.read(path))
+        return found | self.store.manifest().commits
 
     def attempts(self, outcome: str | None = None) -> list[dict[str, Any]]:
         return [attempt for attempt in self.store.attempts().to_pylist() if outcome in (None, attempt["outcome"])]
@@ -135,7 +143,6 @@ class Case:
 
     def clean(self) -> tuple[Results, int]:
         """Return results and training steps of the same plan in one process, without Ray and without accidents."""
-        (self.folder / "accidents.json").unlink(missing_ok=True)
         root = self.folder / f"clean-{random.getrandbits(32):x}"
         Store(root).prepare()
         host = ModelHost(str(root), "clean", 1)
@@ -144,28 +151,29 @@ class Case:
             assert last["outcome"] == "done", last
         return read_results(root), sum(attempt["num_training_steps"] for attempt in Store(root).attempts().to_pylist())
 
-    def check(self, before: dict[str, bytes] | None = None, *, lost: set[str] | None = None, extra: bool = False) -> dict[str, Any]:
+    def check(self, before: dict[str, str] | None = None, *, lost: set[str] | None = None, extra: bool = False) -> dict[str, Any]:
         """Hold I1 to I6 after the resume; `lost`: cells that cannot run here. Returns the line of the matrix."""
+        self.settle()
         planned, found = set(self.plan().keys), verify(self.store)
         keys = read_results(self.store).cells["key"].to_pylist()
         committed = set(keys)
         lost = lost or set()
+        self.facts |= {"planned": len(planned), "committed": len(committed & planned), "duplicated": len(keys) - len(committed)}
+        self.facts |= {"lost": len(planned - committed - lost), "steps": self.num_steps()}
         assert planned - committed == lost, "I1"
         assert extra or not committed - planned, "I1"
         assert len(keys) == len(committed) and not found.duplicates, "I2"
         assert found.is_whole, found.damaged
         if before is not None:
-            assert {name.partition(".")[0] for name in before} <= committed, "I3"
+            assert before and before.keys() <= committed, "I3"
             now = self.committed()
-            assert all(now[name] == data for name, data in before.items() if name in now), "I4"
+            assert all(now[key] == data for key, data in before.items()), "I4"
         clean, clean_steps = self.clean()
+        self.facts["recomputed"] = max(0, self.facts["steps"] - clean_steps)
         same_results(read_results(self.store), clean, except_for=lost)
-        steps = self.num_steps()
         if not lost:
             self.run()
-            assert self.num_steps() == steps, "I6"
-        self.facts |= {"planned": len(planned), "committed": len(committed & planned), "duplicated": len(keys) - len(committed)}
-        self.facts |= {"lost": len(planned - committed - lost), "steps": steps, "recomputed": max(0, steps - clean_steps)}
+            assert self.num_steps() == self.facts["steps"], "I6"
         return self.facts
 
     def end(self) -> None:

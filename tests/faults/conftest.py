@@ -32,7 +32,6 @@ def case(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, reco
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Return a Ray of three nodes on this machine: a head without CPUs and two workers of one."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")  # how long what lost the head waits for it
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False})

@@ -83,7 +83,7 @@ def _soak(case: Case, chance: random.Random, seconds: float) -> int:
             driver.communicate(timeout=120)
     before = case.committed()
     case.plot()
-    case.write(seeds=case.sizes["seeds"][: max(1, len(before) // 40)])  # what is left would take longer than what was there
+    case.write(seeds=case.sizes["seeds"][: max(1, len(before) // 9)])  # what is left would take longer than what was there
     case.run("--address", cluster.address, seconds=1200)
     cluster.shutdown()
     facts = case.check(before, extra=True)

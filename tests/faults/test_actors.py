@@ -58,6 +58,8 @@ def test_f4_out_of_memory_halves_the_lanes_and_a_lane_that_does_not_fit_stays_pe
     pending = set(case.plan().keys) - case.store.keys()
     trained = {cell.key for block in case.plan().blocks if block.seed == 1 for cell in block.cells if cell.method == "accident"}
     assert pending == (trained if num_oom else set())
+    lanes = {attempt["num_lanes"] for attempt in case.attempts() if "-s1-" in attempt["block"]}
+    assert lanes == {1 if num_oom else 2}, "they were halved"
     case.check(lost=pending)
 
 
@@ -80,9 +82,11 @@ def test_f15_a_paused_writer_is_overtaken_and_dropped_without_error(case: Case) 
     for name in os.listdir(case.store.root / "claims"):
         long_ago = time.time() - claims.STALE_SECONDS - 1
         os.utime(case.store.root / "claims" / name, (long_ago, long_ago))
-    case.run()
+    second = case.start()
+    case.wait(lambda: case.store.keys() == set(case.plan().keys))
+    second.kill()  # before it compacts: the late writer finds the other's files
+    second.wait()
     before = case.committed()
-    assert case.store.keys() == set(case.plan().keys)
     os.kill(paused, signal.SIGCONT)
     said, _ = first.communicate(timeout=120)
     assert first.returncode == 0, said

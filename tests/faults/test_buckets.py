@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,8 @@ def test_a_sweep_into_a_bucket_is_killed_resumed_and_verified(case: Case, bucket
     assert said.returncode == 0 and page.exists(), said.stderr
     secret = b"canary-secret"
     assert secret not in page.read_bytes() + said.stdout.encode()
+    ours = [path for driver in case.drivers for path in Path("/tmp/ray").glob(f"session_*_{driver.pid}/**/*") if path.is_file() and not path.is_symlink()]
+    assert len(ours) > 10 and not [path for path in ours if secret in path.read_bytes()], "what Ray writes of a run holds no secret"
 
 
 def test_two_drivers_share_a_bucket(case: Case, bucket: str) -> None:

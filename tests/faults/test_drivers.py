@@ -36,7 +36,6 @@ def test_f7_a_driver_killed_at_ten_random_times_loses_nothing(case: Case) -> Non
     assert facts["recomputed"] <= in_flight
 
 
-@pytest.mark.long
 @slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_f8_a_signal_drains_in_ten_seconds_and_says_how_to_resume(case: Case, number: signal.Signals, code: int) -> None:
@@ -55,12 +54,29 @@ def test_f8_a_signal_drains_in_ten_seconds_and_says_how_to_resume(case: Case, nu
 
 @pytest.mark.long
 @slow
+def test_f8_a_long_step_is_not_waited_for(case: Case) -> None:
+    case.plot({"what": "slow", "seconds": 60})
+    driver = case.start()
+    case.wait(lambda: list(case.folder.glob("happened-*")))
+    sent = time.monotonic()
+    os.kill(driver.pid, signal.SIGTERM)
+    said, _ = driver.communicate(timeout=60)
+    assert time.monotonic() - sent < 10
+    assert driver.returncode == 75 and f"run {case.file}" in said.rstrip().splitlines()[-1], said
+    case.facts["injections"] = 1
+    case.run()
+    case.check()
+
+
+@pytest.mark.long
+@slow
 def test_f10_what_tune_leaves_of_its_own_state_has_no_effect(case: Case) -> None:
     driver = case.start()
     case.wait(lambda: len(case.committed()) >= 3)
     for path in glob.glob(f"/tmp/ray/session_*_{driver.pid}/artifacts/**/experiment_state*.json", recursive=True):
         os.truncate(path, 10)
         case.facts["injections"] += 1
+    assert case.facts["injections"], "Tune keeps such files elsewhere now"
     said, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, said
     assert not list(case.store.root.glob(".tune*")), "nothing of Tune's is in the store"
