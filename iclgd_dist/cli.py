@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -59,8 +60,14 @@ Exit codes: 0 every cell is final; 2 wrong usage; 3 some cells failed;
 74 storage; 75 stopped by SIGTERM, a spent budget or a lost cluster;
 130 by Ctrl-C. Run again to resume.""",
 )
-for _command in (run_commands.plan, run_commands.run, run_commands.measure):
-    app.command()(_command)
+
+
+def _add(*commands: Callable[..., None]) -> None:
+    for command in commands:
+        app.command()(command)
+
+
+_add(run_commands.plan, run_commands.run, run_commands.measure)
 
 
 @app.command()
@@ -134,8 +141,7 @@ def check_method_command(
     raise typer.Exit(0 if all(finding.holds for finding in findings) else USAGE)
 
 
-for _command in (store_commands.verify, store_commands.compact, store_commands.forget, store_commands.gc, job_commands.submit, job_commands.stop):
-    app.command()(_command)
+_add(store_commands.verify, store_commands.compact, store_commands.forget, store_commands.gc, job_commands.submit, job_commands.stop)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from tests.buckets import bucket, s3_server  # noqa: F401  fixtures
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is first imported
 
 SWEEP = """
 name = "tiny"

@@ -13,7 +13,6 @@ import pytest
 from tests.faults.case import Case
 
 TOKEN = secrets.token_hex(32)  # Ray reads it once in a process
-os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # nodes at 127.0.0.1
 
