@@ -52,6 +52,10 @@ def note_death(store: Store, block: Block, run: str, number: int) -> None:
     files.publish(store.root / "claims" / f"{_deaths(block, run)}{number}", b"", reach=lambda point: None)
 
 
+def take_death_back(store: Store, block: Block, run: str, number: int) -> None:
+    files.remove(store.root / "claims" / f"{_deaths(block, run)}{number}")
+
+
 def num_deaths(store: Store, block: Block, run: str) -> int:
     return sum(name.startswith(_deaths(block, run)) for name in files.names_in(store.root / "claims"))
 

@@ -98,10 +98,10 @@ def watched(budget: Budget, stopped: Stopped, *, num_gpus: Callable[[], int], he
         while not ended.wait(WATCH_SECONDS):
             now = time.monotonic()
             budget.spend(num_gpus(), now - before)
-            drained += now - before if stopped.code else 0.0
+            drained += now - before if stopped.code or stopped.why else 0.0
             before = now
             if drained > DRAIN_SECONDS:  # actors in the middle of a long step: its cells are not committed, and no half of them is
-                _end(stopped.code)
+                _end(stopped.code or INTERRUPTED)  # without a code the signal waits behind a call that does not return
             if why := budget.over():
                 stopped.ask(why)
             if not stopped.code and now - looked > HEAD_SECONDS:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from iclgd_dist.blocks import Block
-from iclgd_dist.claims import note_death
+from iclgd_dist.claims import note_death, take_death_back
 from iclgd_dist.config import Resources
 from iclgd_dist.files import Vanished
 from iclgd_dist.progress import Counts
-from iclgd_dist.session import Newcomers, leave_out, num_slots, place
+from iclgd_dist.session import Newcomers, leave_out, nodes, num_slots, place
 from iclgd_dist.stopping import Stopped
 from iclgd_dist.store import Store, StoreError
 from iclgd_dist.terminal import say
@@ -30,6 +30,7 @@ COMPACT_EVERY = 5_000  # cells
 MAX_FAILURES = 3  # deaths of a block's actor; after each, half as many learning rates train at once
 MAX_ROUNDS = 10  # that a block goes into whose actors died with their nodes, or before they had begun
 NODES_SECONDS = 10.0  # between looks at which nodes there are
+NOTICED_SECONDS = 60.0  # within which Ray notices that a node is gone
 SILENT_SECONDS = 3600.0  # without a word from an actor, after which it is ended like one that hangs
 WAIT_SECONDS = 600.0  # that a run waits for a node with room for an actor
 
@@ -105,6 +106,7 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
             self.heard: dict[str, float] = {}  # trial -> when it last said something
             self.recovered: dict[str, int] = {}  # trial -> iteration in which its death was noted
             self.failures: dict[str, int] = {}  # trial -> deaths that Tune counts
+            self.suspects: list[tuple[float, str, str, int]] = []  # time, node, block and number of deaths that may turn out to be the node's
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             if time.monotonic() - self.looked < NODES_SECONDS:
@@ -115,6 +117,15 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
                 self.end_silent(trials)
 
         def look_at_nodes(self) -> None:
+            alive = {node["NodeID"] for node in nodes()}
+            self.suspects = [suspect for suspect in self.suspects if self.looked - suspect[0] < NOTICED_SECONDS]
+            for suspect in list(self.suspects):
+                _, node, name, number = suspect
+                if node and node not in alive and counts.deaths.get(name):
+                    self.suspects.remove(suspect)
+                    counts.deaths[name] -= 1
+                    take_death_back(store, by_name[name], run, number)
+                    say(f"{name}: its actor went with its node; that does not count against it")
             for sentence in running.newcomers.look():
                 counts.deaths.clear()  # who knows which of them were that node's
                 say(sentence)
@@ -169,11 +180,12 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
             name, before, reason = trial.config["block"], self.failures.get(trial.trial_id, 0), _why(trial)
             if trial.num_failures > before:  # no preemption with notice
                 self.failures[trial.trial_id] = before + 1
-                if "node has died" not in reason and "node was terminated" not in reason:  # the block is not at fault
+                if "node has died" not in reason:  # else the block is not at fault
                     counts.deaths[name] = counts.deaths.get(name, 0) + 1
+                    self.suspects.append((time.monotonic(), counts.running.get(name, {}).get("node", ""), name, counts.deaths[name]))
                     with contextlib.suppress(StoreError, OSError):
                         note_death(store, by_name[name], run, counts.deaths[name])
-            say(f"{name}: its actor is gone{f' ({counts.deaths[name]} of {MAX_FAILURES + 1})' if name in counts.deaths else ''}: {reason}")
+            say(f"{name}: its actor is gone{f' ({counts.deaths[name]} of {MAX_FAILURES + 1})' if counts.deaths.get(name) else ''}: {reason}")
             _record_death(running, name, reason)
 
     return Counting()
