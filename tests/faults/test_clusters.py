@@ -84,9 +84,9 @@ def test_a_node_that_lacks_the_store_or_the_package_is_named_before_anything_sta
 
 @pytest.mark.parametrize("lacks", BROKEN)
 def test_a_node_that_joins_without_the_store_or_the_package_is_left_out_and_nothing_is_lost(case: Case, cluster: Any, lacks: str) -> None:
-    case.write(seeds=list(range(1, 25)), actors=8)
+    case.write(seeds=list(range(1, 17)), actors=8)
     case.file.write_text(case.file.read_text().replace("max_actors = 8", "cpus_per_actor = 1"))
-    case.plot({"what": "slow", "seconds": 0.8, "times": 400})
+    case.plot({"what": "slow", "seconds": 5, "times": 400})
     driver = case.start("--address", cluster.address)
     case.wait(lambda: len(case.committed()) >= 6)
     before = case.committed()

@@ -111,9 +111,11 @@ def test_f19_a_sweep_file_that_grows_shrinks_or_changes_runs_new_cells_only(case
 @pytest.mark.long
 @slow
 def test_a_budget_of_hours_stops_like_sigterm_and_the_same_command_resumes(case: Case) -> None:
-    case.plot({"what": "slow", "seconds": 0.5, "times": 100})
-    said = case.run("--hours", "0.0002", code=75)
-    assert "0.0002 hours are spent" in said
+    case.write(seeds=list(range(1, 13)))
+    case.plot({"what": "slow", "seconds": 3, "times": 100})
+    said = case.run("--hours", "0.006", code=75)
+    assert "0.006 hours are spent" in said
     case.plot()
+    case.facts["injections"] = 1
     case.run()
     case.check()
