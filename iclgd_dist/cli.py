@@ -45,6 +45,7 @@ A sweep file says what to compare. The commands in order of use:
 \b
 iclgd plan   sweeps/demo.toml   what it costs; nothing is written
 iclgd run    sweeps/demo.toml   compute what is missing; again resumes
+iclgd tune   sweeps/tune.toml   search for learning rates
 iclgd status results/demo       how far it is, also while it runs
 iclgd report results/demo       the table, and a page of figures
 iclgd measure SWEEP.toml        metrics and controls that were added since
@@ -67,7 +68,7 @@ def _add(*commands: Callable[..., None]) -> None:
         app.command()(command)
 
 
-_add(run_commands.plan, run_commands.run, run_commands.measure)
+_add(run_commands.plan, run_commands.run, run_commands.tune, run_commands.measure)
 
 
 @app.command()

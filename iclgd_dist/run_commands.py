@@ -1,9 +1,10 @@
-"""iclgd plan | run | measure: what a sweep costs, running it, and filling in what was added since. Knows words and exit codes; the work is elsewhere."""
+"""iclgd plan | run | tune | measure: what a sweep costs, running it, searching, and filling in what was added since. Knows words and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -18,10 +19,11 @@ from iclgd_dist.runner import run_sweep
 from iclgd_dist.session import check_machine
 from iclgd_dist.stopping import Budget
 from iclgd_dist.store import Store
-from iclgd_dist.terminal import DONE, FAILED, GpuHours, Hours, Insecure, StoreOption, SweepFile, console, counted, existing, resumable, store_of
+from iclgd_dist.terminal import DONE, FAILED, GpuHours, Hours, Insecure, StoreOption, SweepFile, console, counted, existing, resumable, say, store_of
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
+    from iclgd_dist.search import Study
 
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
@@ -110,6 +112,83 @@ def _random_deltas(sweep: Sweep, store: Store, *, address: str | None, budget: B
         f"random weights of the same effect for {counted(sum(len(block.random_targets) for block in planned.blocks), 'trained cell')}", highlight=False
     )
     return run_sweep(sweep, planned.of_blocks(), store, address=address, console=console, budget=budget, is_open=is_open)
+
+
+def tune(
+    sweep: SweepFile,
+    store: StoreOption = None,
+    address: AddressOption = None,
+    hours: Hours = None,
+    gpu_hours: GpuHours = None,
+    insecure: Insecure = False,
+) -> None:
+    """Search for learning rates, as [search] of the sweep file says: each round trains a few, and what they score says where to look next.
+
+    Judged on fold A of the queries, so that fold B can be reported. Every cell that is evaluated stays in the store; the same command again resumes.
+
+    Example: iclgd tune sweeps/tune.toml
+    """
+    with resumable():
+        _tune(sweep, store, address, budget=Budget(hours, gpu_hours), is_open=insecure)
+
+
+def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget, is_open: bool) -> NoReturn:
+    from iclgd_dist.search import num_cells_at_most, rounds, studies_of
+
+    loaded = load_sweep(sweep)
+    if loaded.search is None:
+        raise SweepError(f"{sweep}: has no [search], which says where to look; for example\n\n[search.learning_rates]\nvanilla = [1e-4, 1e-1]")
+    results, search, code = store_of(loaded, store), loaded.search, DONE
+    _try_code(loaded)
+    if address is None:
+        check_machine(loaded.resources)
+    results.prepare()
+    studies = studies_of(loaded)
+    say(
+        f"{loaded.name}: {len(studies)} searches by {search.sampler} for the best {search.objective} on fold A; "
+        f"at most {num_cells_at_most(loaded):,} finetuned cells; store {results.root}"
+    )
+
+    def compute(plan: Plan, said: str) -> int:
+        say(f"{said}: {counted(plan.num_to_run, 'cell')} to run")
+        return run_sweep(loaded, plan, results, address=address, console=console, budget=budget, is_open=is_open)
+
+    def judge(keys: Sequence[str]) -> Mapping[str, Mapping[str, float | None]]:
+        from iclgd_analysis.search import fold_figures
+
+        return fold_figures(results, keys, search.metrics, fold="A")
+
+    for of_round in rounds(loaded, studies, results.keys, judge, compute):
+        code = code or of_round
+        if of_round not in (DONE, FAILED):
+            code = of_round
+            break
+    results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=sorted(set().union(*(study.keys for study in studies))), kind="search")
+    if code in (DONE, FAILED):
+        _show_studies(studies)
+        say(f"next: put what was found into [learning_rates], with its neighbours, and iclgd run {sweep}")
+    raise typer.Exit(code)
+
+
+def _show_studies(studies: Sequence[Study]) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("task", "model", "k", "method", "lr", "step", f"{studies[0].search.objective} (A)", "learning rates tried", "mark"):
+        table.add_column(column, justify="left" if column in ("task", "model", "method", "mark") else "right", overflow="fold")
+    for study in studies:
+        best, place, tried = study.best, study.place, [score for found in study.scores[0].values() for score in found[-1:]]
+        mark = (
+            "at the edge of what was tried: widen its range"
+            if study.is_edge
+            else ""
+            if best
+            else "none holds all constraints"
+            if tried
+            else "nothing could be computed"
+        )
+        found = (f"{best.learning_rate:.3g}", str(best.step), f"{best.objective:.4f}") if best else ("", "", "")
+        name = place.model.source.rpartition("/")[2]
+        table.add_row(*map(Text, (place.task, name, str(place.num_demonstrations), study.method, *found, str(len(tried)), mark)))
+    console.print(table)
 
 
 def measure(

@@ -65,6 +65,7 @@ class Study:
     search: Search
     number: int  # of the study in its sweep: its sampler's own seed
     scores: list[dict[float, list[Score]]] = field(default_factory=list)  # rung -> learning rate -> its steps; none where it could not be computed
+    keys: set[str] = field(default_factory=set)  # of all cells that were asked for, baselines included
 
     def __post_init__(self) -> None:
         self._ask = _sampler(self.search, self.method, self.number)
@@ -107,6 +108,19 @@ def rungs_of(sweep: Sweep) -> list[Rung]:
     assert sweep.search is not None
     whole = Rung(num_queries=sweep.num_queries, num_seeds=max(len(_seeds(sweep, task)) for task in sweep.tasks))
     return [*(rung for rung in sweep.search.rungs if rung != whole), whole]
+
+
+def num_cells_at_most(sweep: Sweep) -> int:
+    """Return how many finetuned cells a search evaluates if no two samples are the same."""
+    assert sweep.search is not None
+    num, rungs = 0, rungs_of(sweep)
+    for study in studies_of(sweep):
+        steps, samples = sum(step <= study.place.num_demonstrations for step in sweep.steps), sweep.search.samples
+        for rung in rungs:
+            seeds = _seeds(sweep, study.place.task)[: rung.num_seeds]
+            num += samples * steps * sum(seed in seeds for seed, _ in sweep.runs_of(study.place.task))
+            samples = max(1, math.ceil(samples * sweep.search.keep))
+    return num
 
 
 def studies_of(sweep: Sweep) -> list[Study]:
@@ -182,6 +196,7 @@ def _judge(studies: Sequence[Study], wanted: Mapping[int, list[float]], rung: in
     for at, rates in wanted.items():
         study = studies[at]
         blocks = whole[study.place]
+        study.keys |= {cell.key for block in blocks for cell in block.cells if cell.method in (None, study.method)}
         for rate in rates:
             study.scores[rung][rate] = list(_scores(study, rate, blocks, figures))
 
