@@ -130,7 +130,7 @@ class Frames:
 
         `terms`: key, weight, draw and replicate. `values` (by key) stand in for the cells' own figures and have no value per query.
         """
-        found = self.by_replicate(terms, self.figures(terms["key"], metric, fold) if values is None else values)
+        found = self.by_replicate(terms, self.figures(terms["key"].drop_duplicates(), metric, fold) if values is None else values)
         if found.empty:
             return Estimate()
         has_queries = values is None and (metric in ACCURACIES or metric in self.examples.columns)

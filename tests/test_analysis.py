@@ -145,7 +145,8 @@ def make_store(root: Path, rows: list[Row], *, missing: int = 0) -> Path:
     store.prepare()
     for row in rows:
         assert store.commit(row)
-    store.save_sweep(digest="0123abcd", resolved={"name": "made_up"}, keys=[row["key"] for row in rows] + [f"{index:064x}" for index in range(missing)])
+    planned = [row["key"] for row in rows if row["origin"] == "grid"]
+    store.save_sweep(digest="0123abcd", resolved={"name": "made_up"}, keys=planned + [f"{index:064x}" for index in range(missing)])
     return root
 
 
