@@ -30,7 +30,10 @@ def crossfit(frames: Frames, terms: Mapping[str, pd.DataFrame], metric: str, *, 
 
     `figures` (fold -> value by key) stand in for the cells' own and have no value per query. None of a fold is none at all.
     """
-    found = {fold: frames.by_replicate(part, figures[fold] if figures else frames.figures(part["key"].drop_duplicates(), metric, fold)) for fold, part in terms.items()}
+    found = {
+        fold: frames.by_replicate(part, figures[fold] if figures else frames.figures(part["key"].drop_duplicates(), metric, fold))
+        for fold, part in terms.items()
+    }
     if any(part.empty for part in found.values()):
         return Estimate()
     means = pd.concat([part["mean"] for part in found.values()], axis=1).dropna().mean(axis=1)

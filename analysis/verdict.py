@@ -81,6 +81,12 @@ def verdict(norm: Estimate, gain: Estimate, specific: Estimate, effect: float) -
     return f"{said}, but not task-specific" if said == "closer" and is_unspecific else said
 
 
+def smallest_effect(frames: Frames) -> float:
+    """Return the smallest difference that matters, as the newest sweep file set it before its run."""
+    effects = [sweep["analysis"]["smallest_effect"] for sweep in frames.sweeps if "smallest_effect" in sweep.get("analysis", {})]
+    return float(effects[-1]) if effects else SMALLEST_EFFECT
+
+
 def findings(frames: Frames) -> list[Findings]:
     """Return what is known of each trained model, protocol and number of demonstrations under which both methods ran."""
     groups: dict[tuple[str, ...], list[Setting]] = {}
@@ -97,7 +103,6 @@ def findings(frames: Frames) -> list[Findings]:
 
 
 def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, Sequence[Setting]]) -> Findings:
-    effects = [sweep["analysis"]["smallest_effect"] for sweep in frames.sweeps if "smallest_effect" in sweep.get("analysis", {})]
     at_size = {setting.named["task"]: {method: matched(setting, method) for method in (BASE, METHOD)} for setting in settings}
     at_gain = {setting.named["task"]: at_equal_gain(frames, setting, (BASE, METHOD)) for setting in settings}
     chosen = {method: {setting.named["task"]: selected(frames, setting, method) for setting in settings} for method in (BASE, METHOD)}
@@ -125,7 +130,7 @@ def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, 
     tables = {setting.named["task"]: controls.data(frames, setting) for setting in settings}
     return Findings(
         settings,
-        float(effects[-1]) if effects else SMALLEST_EFFECT,
+        smallest_effect(frames),
         gate=over(lambda setting: _gate(frames, setting)),
         accuracies=accuracies | {method: over(accuracy(method)) for method in (BASE, METHOD)},
         rates={method: {task: (picked["B"][0], picked["A"][0]) for task, picked in of_tasks.items() if picked} for method, of_tasks in chosen.items()},
@@ -240,10 +245,10 @@ def _collapsed(settings: Sequence[Setting]) -> str:
     return f"Collapsed, one label predicted for nearly all queries: {', '.join(parts)}."
 
 
-def data(frames: Frames) -> pd.DataFrame:
+def data(every: Sequence[Findings]) -> pd.DataFrame:
     """Return one row per model, quantity and task (and over all tasks): mean, interval, draws used of draws planned, the verdict."""
     rows: list[dict[str, Any]] = []
-    for found in findings(frames):
+    for found in every:
         named = {name: value for name, value in found.settings[0].named.items() if name not in ("task", "train_on")}
         quantities = {"ICL less zero-shot, balanced accuracy": found.gate, "D_norm": found.norm, "D_gain": found.gain, "task_specific": found.specific}
         quantities |= {f"balanced accuracy, {name}": one for name, one in found.accuracies.items()} | {

@@ -7,7 +7,7 @@ answers known learning rates from there, so the same command resumes. Knows Optu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from statistics import mean
@@ -227,7 +227,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _sampler(search: Search, method: str, number: int) -> Iterator[list[float]]:
+def _sampler(search: Search, method: str, number: int) -> Generator[list[float], Sequence[Score], None]:
     """Yield learning rates, a round at a time; what is sent is every score so far. The first thing yielded is nothing."""
     lowest, highest = search.learning_rates[method]
     span = math.log(highest / lowest)
@@ -236,7 +236,7 @@ def _sampler(search: Search, method: str, number: int) -> Iterator[list[float]]:
     def rates(places: Sequence[float]) -> list[float]:
         return sorted({float(f"{lowest * math.exp(span * place):.{DIGITS - 1}e}") for place in places})
 
-    told = yield []
+    told: Sequence[Score] = yield []
     count = min(search.per_round, search.samples)
     if search.sampler == "grid":
         places = np.linspace(0, 1, search.samples).tolist() if search.samples > 1 else [0.5]
@@ -244,26 +244,26 @@ def _sampler(search: Search, method: str, number: int) -> Iterator[list[float]]:
             told = yield rates(places[first : first + search.per_round])
         return
     # The first round covers the range evenly, with a place of its own for each sampler's seed.
-    told = yield rates(((np.arange(count) + random.random(count)) / count).tolist())
-    suggest = _tpe(search, lowest, highest, number) if search.sampler == "tpe" else lambda told, count: rates(random.random(count).tolist())
+    told = yield rates([(n + random.random()) / count for n in range(count)])
+    suggest = _tpe(search, lowest, highest, number) if search.sampler == "tpe" else None
     left = search.samples - count
     while left > 0:
         count = min(search.per_round, left)
         left -= count
-        told = yield suggest(told, count)
+        told = yield suggest(told, count, left) if suggest else rates([random.random() for _ in range(count)])
 
 
-def _tpe(search: Search, lowest: float, highest: float, number: int) -> Callable[[Sequence[Score], int], list[float]]:
+def _tpe(search: Search, lowest: float, highest: float, number: int) -> Callable[[Sequence[Score], int, int], list[float]]:
     try:
         import optuna
     except ImportError:
         raise SweepError('[search] sampler = "tpe" needs Optuna: pip install \'iclgd-dist[search]\', or set sampler = "random"') from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = {"learning_rate": optuna.distributions.FloatDistribution(lowest, highest, log=True)}
+    space: dict[str, Any] = {"learning_rate": optuna.distributions.FloatDistribution(lowest, highest, log=True)}
 
-    def suggest(told: Sequence[Score], count: int) -> list[float]:
+    def suggest(told: Sequence[Score], count: int, left: int) -> list[float]:
         # Made anew from all that is known: what a study would remember beside it is nothing that a resumed search could not know.
-        seed = int(np.random.default_rng((search.seed, number, len(told))).integers(2**31))
+        seed = int(np.random.default_rng((search.seed, number, left)).integers(2**31))
         constraints = (lambda trial: (0.0,)) if search.constraints else None  # of no trial: all are told with theirs
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True, constraints_func=constraints))
         for score in told:

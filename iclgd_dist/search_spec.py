@@ -104,8 +104,8 @@ class Search(Frozen):
 
     def check(self, methods: Sequence[str] | None, *, num_queries: int | None, num_seeds: int) -> None:
         """Errors: At for a method, a metric or a rung that the sweep around it does not have."""
-        for method in self.learning_rates if methods else ():
-            if method not in methods:
+        for method in self.learning_rates:
+            if methods and method not in methods:
                 raise At(f"search.learning_rates: {unknown('method', method, methods)} among methods", "learning_rates", method)
         for keys, metric in ((("objective",), self.objective), *((("constraints", n), bound.metric) for n, bound in enumerate(self.bounds))):
             if metric not in (known := _judged()):

@@ -171,7 +171,7 @@ def test_both_differences_equal_plain_loops_over_the_rows(tmp_path: Path) -> Non
         query = np.concatenate([np.mean(of_fold[fold], axis=0) for fold in "AB"])
         tasks.append(t_mean(values, np.var(query, ddof=1) / len(query)))
     assert (found.gain.mean.mean, found.gain.mean.lower, found.gain.mean.upper) == pytest.approx(joined(tasks))
-    table = verdict.data(load(root))
+    table = verdict.data([found])
     row = table[(table["quantity"] == "D_norm") & (table["task"] == "all tasks")].iloc[0]
     assert row["mean"] == pytest.approx(found.norm.mean.mean) and (row["num_used"], row["num_planned"]) == (10, 10)
 
