@@ -26,6 +26,7 @@ from iclgd_dist.terminal import (
     INTERRUPTED,
     STORAGE,
     USAGE,
+    AsJson,
     Insecure,
     Where,
     console,
@@ -75,6 +76,7 @@ _add(run_commands.plan, run_commands.run, run_commands.tune, run_commands.measur
 def status(
     store: Annotated[str | None, typer.Argument(help="Store, or the sweep file whose store it is", metavar="STORE")] = None,
     address: Annotated[str | None, typer.Option(help="Dashboard of a Ray cluster, e.g. http://127.0.0.1:8265: show its sweeps", show_default=False)] = None,
+    as_json: AsJson = False,
     insecure: Insecure = False,
 ) -> None:
     """Show how far a store is, also while a sweep runs; or, with --address, the sweeps of a cluster.
@@ -88,7 +90,7 @@ def status(
     if address is not None:
         job_commands.show_jobs(address, is_open=insecure)
     else:
-        store_commands.show_status(existing(str(store)))
+        store_commands.show_status(existing(str(store)), as_json=as_json)
 
 
 @app.command()

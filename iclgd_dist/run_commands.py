@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.filesize import decimal
@@ -19,7 +19,23 @@ from iclgd_dist.runner import run_sweep
 from iclgd_dist.session import check_machine
 from iclgd_dist.stopping import Budget
 from iclgd_dist.store import Store
-from iclgd_dist.terminal import DONE, FAILED, GpuHours, Hours, Insecure, StoreOption, SweepFile, console, counted, existing, resumable, say, store_of
+from iclgd_dist.terminal import (
+    DONE,
+    FAILED,
+    AsJson,
+    GpuHours,
+    Hours,
+    Insecure,
+    StoreOption,
+    SweepFile,
+    console,
+    counted,
+    existing,
+    resumable,
+    say,
+    say_json,
+    store_of,
+)
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
@@ -30,7 +46,7 @@ AddressOption = Annotated[
 ]
 
 
-def plan(sweep: SweepFile, store: StoreOption = None) -> None:
+def plan(sweep: SweepFile, store: StoreOption = None, as_json: AsJson = False) -> None:
     """Show what a sweep would run.
 
     Cells, blocks, tokens, FLOPs, memory and time, by arithmetic on the actual prompts. Loads no model, writes no results.
@@ -41,7 +57,10 @@ def plan(sweep: SweepFile, store: StoreOption = None) -> None:
     loaded = load_sweep(sweep)
     results = store_of(loaded, store)
     planned = _plan(loaded, results, tolerate_unreachable=True)
-    _show_plan(loaded, planned, results)
+    if as_json:
+        say_json({"name": loaded.name, "store": str(results.root)} | _counts_of(planned) | (_costs_of(planned) if planned.blocks else {}))
+    else:
+        _show_plan(loaded, planned, results)
 
 
 def run(
@@ -274,26 +293,47 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         console.print(f"not reachable: tokens, FLOPs and finished cells unknown ({problem})", markup=False, soft_wrap=True)
     if not planned.blocks:
         return
-    costs = [block.cost for block in planned.blocks]
-    flops = sum(cost.flops for cost in costs)
-    rate = machine_gflops() * 1e9
+    cost = _costs_of(planned)
     rows = {
         "to run": f"{planned.num_to_run:,} cells in {len(planned.blocks):,} blocks; {planned.num_done:,} are there",
-        "tokens": f"{sum(cost.training_tokens for cost in costs):,} trained, {sum(cost.capture_tokens for cost in costs):,} captured (times learning rates and steps)",
-        "FLOPs": f"{flops:.2e}",
-        "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor",
-        "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
+        "tokens": f"{cost['training_tokens']:,} trained, {cost['capture_tokens']:,} captured (times learning rates and steps)",
+        "FLOPs": f"{cost['flops']:.2e}",
+        "memory": f"about {cost['peak_gib']:.1f} GiB per actor",
+        "time": f"about {in_words(cost['seconds'])} on this machine alone ({cost['gflops']:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
-    if kept := {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}:
-        rows["captures"] = f"{decimal(sum(kept.values()))} kept, of {len(kept):,} cells"
+    if cost["kept_captures"]:
+        rows["captures"] = f"{decimal(cost['kept_bytes'])} kept, of {cost['kept_captures']:,} cells"
     if sweep.resources.is_offloaded:
-        once, more = max((cost.layer_bytes, cost.vanilla_reads) for cost in costs)
+        once, more = max((block.cost.layer_bytes, block.cost.vanilla_reads) for block in planned.blocks)
         vanilla = f"; methods that need the layers above read them {more} times more, {decimal(once * more)}" if more else ""
         rows["weights"] = f"{decimal(once)} of layers, read once a block by baselines and layer by layer training{vanilla}"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _counts_of(planned: Plan) -> dict[str, Any]:
+    counts = {"cells": planned.num_cells, "blocks": planned.num_blocks_planned, "cells_to_run": planned.num_to_run, "blocks_to_run": len(planned.blocks)}
+    told = {"warnings": planned.warnings, "notes": planned.notes, "unreachable": planned.unreachable}
+    return counts | {"cells_done": planned.num_done} | {name: list(lines) for name, lines in told.items()}
+
+
+def _costs_of(planned: Plan) -> dict[str, Any]:
+    """Return what the blocks of a plan cost: tokens, FLOPs, GiB of an actor, seconds on this machine alone, bytes of kept captures."""
+    costs = [block.cost for block in planned.blocks]
+    kept = {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}
+    flops, gflops = sum(cost.flops for cost in costs), machine_gflops()
+    return {
+        "training_tokens": sum(cost.training_tokens for cost in costs),
+        "capture_tokens": sum(cost.capture_tokens for cost in costs),
+        "flops": flops,
+        "peak_gib": max(cost.peak_gib for cost in costs),
+        "gflops": gflops,
+        "seconds": flops / (gflops * 1e9) / 0.6,
+        "kept_captures": len(kept),
+        "kept_bytes": sum(kept.values()),
+    }
 
 
 def machine_gflops(size: int = 768) -> float:

@@ -28,7 +28,7 @@ FLOORS = {
     3: ("deltas", "attention", "layerwise", "losses"),
     2.7: ("positions",),
     2.5: ("sites",),
-    2.2: ("search",),
+    2.2: ("search", "loading"),
     2.1: ("provenance",),
     2: ("model", "plan"),
     1.9: ("claims",),
