@@ -50,7 +50,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         return pd.DataFrame()
     rows: list[dict[str, Any]] = []
     for metric in METRICS:
-        for name, values in _by_name(frames, of_setting, setting.icl, metric, "all").items():
+        for name, values in by_name(frames, of_setting, setting.icl["key"], metric, "all").items():
             rows.append({"method": "icl", "fold": "all", "metric": metric, "against": name} | frames.estimate(setting.icl, metric, values=values).columns)
     for choice in choices(frames, setting):
         named = {"choice": choice.name, "method": choice.method, "learning_rate": choice.learning_rate, "is_edge": choice.is_edge, "fold": choice.fold}
@@ -61,36 +61,36 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
 
 
 def _finetuned(frames: Frames, of_setting: pd.DataFrame, choice: Choice, variants: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
-    cells, by_name = choice.cells, _by_name(frames, of_setting, choice.cells, metric, choice.fold)
+    cells, named = choice.cells, by_name(frames, of_setting, choice.cells["key"], metric, choice.fold)
     found = {ICL: frames.estimate(cells, metric, fold=choice.fold)}
-    found |= {name: frames.estimate(cells, metric, values=values) for name, values in by_name.items()}
+    found |= {name: frames.estimate(cells, metric, values=values) for name, values in named.items()}
     for train_on, part in variants[variants["train_on"] != "true"].groupby("train_on"):
         found[f"{TRAINED_ON}{train_on}"] = frames.estimate(part, metric, fold=choice.fold)
-    teach_nothing = [name for name in by_name if _kind(name) in EMPTY]
-    if set(EMPTY) <= {_kind(name) for name in teach_nothing}:
-        empty = pd.DataFrame({name: frames.by_replicate(each(cells), by_name[name])["mean"] for name in teach_nothing}).max(axis=1, skipna=False)
+    teach_nothing = [name for name in named if kind_of(name) in EMPTY]
+    if set(EMPTY) <= {kind_of(name) for name in teach_nothing}:
+        empty = pd.DataFrame({name: frames.by_replicate(each(cells), named[name])["mean"] for name in teach_nothing}).max(axis=1, skipna=False)
         own = frames.by_replicate(each(cells), frames.figures(cells["key"], metric, choice.fold))
         found[TASK_SPECIFIC] = estimate(own["mean"] - empty, used=int(own["count"].reindex(empty.dropna().index).sum()))
-    random_R = geometric_mean(_by_name(frames, of_setting, cells, "update_ratio", choice.fold).get(RANDOM_DELTA, pd.Series(dtype=float)))
+    random_R = geometric_mean(by_name(frames, of_setting, cells["key"], "update_ratio", choice.fold).get(RANDOM_DELTA, pd.Series(dtype=float)))
     return [{"against": name, "R": random_R if name == RANDOM_DELTA else choice.R} | value.columns for name, value in found.items()]
 
 
-def _by_name(frames: Frames, of_setting: pd.DataFrame, cells: pd.DataFrame, metric: str, fold: str) -> dict[str, pd.Series]:
+def by_name(frames: Frames, of_setting: pd.DataFrame, keys: pd.Series, metric: str, fold: str) -> dict[str, pd.Series]:
     """Return the cells' figures of each control, by key, in the order of MEANING; the draws of random weights as one."""
-    values = frames.measured(of_setting[of_setting["cell"].isin(cells["key"])], metric, fold)
+    values = frames.measured(of_setting[of_setting["cell"].isin(keys)], metric, fold)
     names = values.index.get_level_values("control").astype(str).str.replace(rf"^{RANDOM_DELTA}_\d+$", RANDOM_DELTA, regex=True)
     means = values.groupby([names, values.index.get_level_values("cell").astype(str)]).mean()
     return {name: means[name] for name in sorted(set(names), key=_rank)}
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return what kind of control it is: other_task:trec is an other_task."""
     return name.partition(":")[0]
 
 
 def _rank(name: str) -> tuple[int, str]:
     names = list(MEANING)
-    return names.index(_kind(name)) if _kind(name) in names else len(names), name
+    return names.index(kind_of(name)) if kind_of(name) in names else len(names), name
 
 
 def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
@@ -107,7 +107,7 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
             what = "size of the change, to ICL's" if name == "R" else "its R, to be within 5 % of R"
             body.append([name, *(number(row.get("R"), 2) for row in found), what])
         if name != "R":
-            body.append([name, *map(entry, found), MEANING.get(_kind(name), "")])
+            body.append([name, *map(entry, found), MEANING.get(kind_of(name), "")])
     headers = ["in-context" if not c["choice"] else f"{c['method']} {c['choice']} {rate(c['learning_rate'])}{EDGE if c['is_edge'] else ''}" for c in columns]
     note = f"{setting.caption} {NOTE}{descriptive(shown)}"
     return [Grid(f"{TITLE}: {setting.title}", ("compared with", *headers, "what it is"), body, note)]

@@ -130,7 +130,7 @@ class Frames:
 
         `terms`: key, weight, draw and replicate. `values` (by key) stand in for the cells' own figures and have no value per query.
         """
-        found = self.by_replicate(terms, self.figures(terms["key"], metric, fold) if values is None else values)
+        found = self.by_replicate(terms, self.figures(terms["key"].drop_duplicates(), metric, fold) if values is None else values)
         if found.empty:
             return Estimate()
         has_queries = values is None and (metric in ACCURACIES or metric in self.examples.columns)
@@ -271,8 +271,10 @@ def _together(parts: Sequence[Results]) -> Results:
     return Results(**whole)
 
 
-def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
-    """Turn the Arrow tables of `read_results` and the sweeps' planned keys into Frames."""
+def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = (), *, with_search: bool = False) -> Frames:
+    """Turn the Arrow tables of `read_results` and the sweeps' planned keys into Frames. `with_search`: keep what a search found among the cells."""
+    sweeps = [sweep for sweep in sweeps if sweep.get("kind", "grid") == "grid"]
+    planned = {key for sweep in sweeps for key in sweep["keys"]}
     cells = results.cells.to_pandas()
     cells["collapsed"] = cells["collapsed"].eq(True)
     cells["protocol"] = cells["protocol"].map({text: _resolved(text) for text in cells["protocol"].unique()})
@@ -280,7 +282,7 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     cells["replicate"] = cells["init_seed"].where(cells["init"] != "trained", cells["seed"])
     cells["draw"] = [draw_of(*draw) for draw in cells[["init_seed", "seed", "order"]].itertuples(index=False)]
     cells["method"] = _labels(cells)
-    is_search = cells["origin"] == "search"
+    is_search = (cells["origin"] == "search") & ~cells["key"].isin(planned) & (not with_search)
     named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "num_context_demonstrations", "origin", "sweep")]
     grid = cells[~is_search].sort_values("created_at", kind="stable")
     latest = grid[~grid.duplicated(named, keep="last")].sort_values(
@@ -293,7 +295,6 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = ()) -> Frames:
     examples = results.examples.drop_columns(["label_scores"]).to_pandas()
     is_right = (examples["prediction"] == examples["gold"]).astype(float)
     examples = examples.assign(query_number=pd.factorize(examples["query"])[0], fold=examples["fold"].astype(object), accuracy=is_right)
-    planned = {key for sweep in sweeps for key in sweep["keys"]}
     return Frames(
         cells=latest,
         finetuned=finetuned,

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
-from . import controls, equal_size, heatmap, layer_profile, measures, protocol_effects, ratio, table
+from . import controls, equal_size, heatmap, layer_profile, measures, protocol_effects, ratio, table, verdict
 from .chosen import select
 from .intervals import MIN_SEEDS
 from .load import Frames, Setting, load
@@ -86,6 +86,8 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
     for part, module in ACROSS_SETTINGS.items() if only is None else ():
         data[part] = [module.data(frames)]
         across += module.grids(*data[part])
+    known = verdict.findings(frames) if only is None else []
+    data["verdict"] = [verdict.data(known)]
     for part, tables in data.items():
         written = pd.concat(tables) if tables else pd.DataFrame()
         if part == only or (only is None and (part in PARTS or len(written))):
@@ -97,6 +99,8 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
         name=name,
         policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         scripts=[Markup(script) for script in scripts],
+        verdicts=[verdict.paragraph(each) for each in known],
+        effect=f"{verdict.smallest_effect(frames):g}",
         lead=lead(frames),
         sections=sections,
         across=across,

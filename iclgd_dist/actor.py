@@ -18,14 +18,12 @@ from typing import Any
 
 from ray import get_runtime_context, tune
 
-from iclgd_dist import model as models
-from iclgd_dist import sources
 from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.claims import claimed, num_deaths, unreachable
+from iclgd_dist.loading import load_model
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
-from iclgd_dist.prepared import prepared
 from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
 
@@ -129,13 +127,7 @@ class ModelHost:
 
     def _load(self, block: Block) -> None:
         self.lm, self.held = None, None  # the old one goes before the new one comes
-        directory, storage_dtype = sources.fetch(block.model), block.storage_dtype
-        if block.resources.gpus_per_actor == 0 and not block.resources.is_offloaded and block.spec.init_seed is None:
-            # Trained weights that stay in this machine's memory are mapped, and shared with the actors beside this one.
-            directory = prepared(directory, block.model.content_hash, storage_dtype=storage_dtype, compute_dtype=block.spec.compute_dtype)
-            storage_dtype = block.spec.compute_dtype
-        tokenizer = sources.load_tokenizer(block.model)
-        self.lm = models.load(directory, block.spec, block.resources, storage_dtype=storage_dtype, name=block.model.name, tokenizer=tokenizer)
+        self.lm = load_model(block)
         self.held = _model_key(block)
 
     def _described(self, block: Block, counts: Progress) -> dict[str, Any]:

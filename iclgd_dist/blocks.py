@@ -63,6 +63,7 @@ class Block:
     cost: Cost
     is_measuring: bool = False  # its cells are there; what is missing are measures of them
     random_targets: tuple[RandomTarget, ...] = ()  # instead of training: random weights of the same effect
+    origin: str = "grid"  # or "search": who asked for it
 
     def trained(self) -> list[tuple[str, str]]:
         """Return (method, train_on) of the missing cells: each is a pass of its own over the same baselines."""
@@ -112,7 +113,7 @@ class Block:
             "method_options": json.dumps(options, sort_keys=True) if options else None,
             "learning_rate": cell.learning_rate,
             "step": cell.step,
-            "origin": "grid",
+            "origin": self.origin,
             "sweep": self.sweep,
         }
 

@@ -26,6 +26,7 @@ from iclgd_dist.terminal import (
     INTERRUPTED,
     STORAGE,
     USAGE,
+    AsJson,
     Insecure,
     Where,
     console,
@@ -45,6 +46,7 @@ A sweep file says what to compare. The commands in order of use:
 \b
 iclgd plan   sweeps/demo.toml   what it costs; nothing is written
 iclgd run    sweeps/demo.toml   compute what is missing; again resumes
+iclgd tune   sweeps/tune.toml   search for learning rates
 iclgd status results/demo       how far it is, also while it runs
 iclgd report results/demo       the table, and a page of figures
 iclgd measure SWEEP.toml        metrics and controls that were added since
@@ -67,13 +69,14 @@ def _add(*commands: Callable[..., None]) -> None:
         app.command()(command)
 
 
-_add(run_commands.plan, run_commands.run, run_commands.measure)
+_add(run_commands.plan, run_commands.run, run_commands.tune, run_commands.measure)
 
 
 @app.command()
 def status(
     store: Annotated[str | None, typer.Argument(help="Store, or the sweep file whose store it is", metavar="STORE")] = None,
     address: Annotated[str | None, typer.Option(help="Dashboard of a Ray cluster, e.g. http://127.0.0.1:8265: show its sweeps", show_default=False)] = None,
+    as_json: AsJson = False,
     insecure: Insecure = False,
 ) -> None:
     """Show how far a store is, also while a sweep runs; or, with --address, the sweeps of a cluster.
@@ -87,7 +90,7 @@ def status(
     if address is not None:
         job_commands.show_jobs(address, is_open=insecure)
     else:
-        store_commands.show_status(existing(str(store)))
+        store_commands.show_status(existing(str(store)), as_json=as_json)
 
 
 @app.command()

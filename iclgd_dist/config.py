@@ -20,6 +20,7 @@ from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
 from iclgd_dist.resources import Resources
+from iclgd_dist.search_spec import Search
 from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import line_of, not_toml, unknown
 
@@ -62,7 +63,8 @@ class Sweep(Frozen):
     query_seed: Seed = 1
     steps: Annotated[tuple[Count, ...], Field(min_length=1)]
     controls: Controls = Controls()
-    learning_rates: Rates  # one list in the file holds for every method
+    search: Search | None = None  # where `iclgd tune` looks for learning rates
+    learning_rates: Rates = Field(default_factory=dict, validate_default=True)  # one list in the file holds for every method; may lack what [search] has
     per_task: dict[str, TaskAxes] = Field(default_factory=dict)  # [per_task.sst2] holds for that task alone
     protocol: Protocol = Protocol()
     protocols: tuple[Protocol, ...] = ()  # [[protocols]] instead of [protocol]: every cell under each of them
@@ -135,6 +137,14 @@ class Sweep(Frozen):
             raise At(unknown("task", controls.control_task, known), "control_task")
         return controls
 
+    @field_validator("search")
+    @classmethod
+    def _of_this_sweep(cls, search: Search | None, info: ValidationInfo) -> Search | None:
+        seeds = {seed for seed, _ in info.data.get("runs", ())} or info.data.get("seeds", ())
+        if search is not None:
+            search.check(info.data.get("methods"), num_queries=info.data.get("num_queries"), num_seeds=len(seeds))
+        return search
+
     @field_validator("learning_rates", mode="before")
     @classmethod
     def _for_each_method(cls, value: Any, info: ValidationInfo) -> Any:
@@ -147,11 +157,11 @@ class Sweep(Frozen):
     @classmethod
     def _positive_rates(cls, lists: dict[str, tuple[float, ...]], info: ValidationInfo) -> dict[str, tuple[float, ...]]:
         _check_positive(lists, info, "learning_rates")
-        methods = info.data.get("methods", ())
+        methods, search = info.data.get("methods", ()), info.data.get("search")
         for method in methods:
-            if method not in lists and "*" not in lists:
-                raise ValueError(f"learning_rates.{method} is required, as {method!r} is one of the methods; got none")
-        return {method: tuple(sorted(set(lists.get(method) or lists["*"]))) for method in methods}
+            if method not in lists and "*" not in lists and not (search and method in search.learning_rates):
+                raise ValueError(f"learning_rates.{method} is required, as {method!r} is one of the methods; got none" if lists else "is required, got nothing")
+        return {method: tuple(sorted(set(lists.get(method) or lists.get("*", ())))) for method in methods}
 
     @field_validator("per_task")
     @classmethod
@@ -202,8 +212,7 @@ class Sweep(Frozen):
         return tuple(self.model_copy(update={"protocol": protocol, "protocols": ()}) for protocol in self.protocols) or (self,)
 
     def num_runs(self, task: str) -> int:
-        runs = self._own(task).runs or self.runs
-        return len(runs) or len(self.seeds) * self.orders
+        return len(self._own(task).runs or self.runs) or len(self.seeds) * self.orders
 
     def runs_of(self, task: str) -> tuple[tuple[int, int], ...]:
         """Return the (seed, order) pairs of a task."""
@@ -235,6 +244,7 @@ class Sweep(Frozen):
         """Return 16 hex digits that name what is swept: the same for the same cells, whatever the file looks like and whatever runs it."""
         used = {*self.tasks, *(self.control_task_of(name) for name in self.tasks if self.controls.need_other_task)}
         values = self.resolved() | {"resources": None, "capture": None, "task": [own.model_dump() for own in self.task if own.name in used]}
+        del values["search"]
         values |= {axis: sorted(values[axis], key=json.dumps) for axis in ("models", "task", "tasks", "methods")}
         values |= dict.fromkeys(("seeds", "orders", "learning_rates", "per_task"))
         values |= {"runs": {task: sorted(self.runs_of(task)) for task in self.tasks}, "rates": {task: self.rates_of(task) for task in self.tasks}}

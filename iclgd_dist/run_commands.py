@@ -1,11 +1,12 @@
-"""iclgd plan | run | measure: what a sweep costs, running it, and filling in what was added since. Knows words and exit codes; the work is elsewhere."""
+"""iclgd plan | run | tune | measure: what a sweep costs, running it, searching, and filling in what was added since. Knows words and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.filesize import decimal
@@ -18,17 +19,34 @@ from iclgd_dist.runner import run_sweep
 from iclgd_dist.session import check_machine
 from iclgd_dist.stopping import Budget
 from iclgd_dist.store import Store
-from iclgd_dist.terminal import DONE, FAILED, GpuHours, Hours, Insecure, StoreOption, SweepFile, console, counted, existing, resumable, store_of
+from iclgd_dist.terminal import (
+    DONE,
+    FAILED,
+    AsJson,
+    GpuHours,
+    Hours,
+    Insecure,
+    StoreOption,
+    SweepFile,
+    console,
+    counted,
+    existing,
+    resumable,
+    say,
+    say_json,
+    store_of,
+)
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
+    from iclgd_dist.search import Study
 
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
 ]
 
 
-def plan(sweep: SweepFile, store: StoreOption = None) -> None:
+def plan(sweep: SweepFile, store: StoreOption = None, as_json: AsJson = False) -> None:
     """Show what a sweep would run.
 
     Cells, blocks, tokens, FLOPs, memory and time, by arithmetic on the actual prompts. Loads no model, writes no results.
@@ -39,7 +57,10 @@ def plan(sweep: SweepFile, store: StoreOption = None) -> None:
     loaded = load_sweep(sweep)
     results = store_of(loaded, store)
     planned = _plan(loaded, results, tolerate_unreachable=True)
-    _show_plan(loaded, planned, results)
+    if as_json:
+        say_json({"name": loaded.name, "store": str(results.root)} | _counts_of(planned) | (_costs_of(planned) if planned.blocks else {}))
+    else:
+        _show_plan(loaded, planned, results)
 
 
 def run(
@@ -110,6 +131,83 @@ def _random_deltas(sweep: Sweep, store: Store, *, address: str | None, budget: B
         f"random weights of the same effect for {counted(sum(len(block.random_targets) for block in planned.blocks), 'trained cell')}", highlight=False
     )
     return run_sweep(sweep, planned.of_blocks(), store, address=address, console=console, budget=budget, is_open=is_open)
+
+
+def tune(
+    sweep: SweepFile,
+    store: StoreOption = None,
+    address: AddressOption = None,
+    hours: Hours = None,
+    gpu_hours: GpuHours = None,
+    insecure: Insecure = False,
+) -> None:
+    """Search for learning rates, as [search] of the sweep file says: each round trains a few, and what they score says where to look next.
+
+    Judged on fold A of the queries, so that fold B can be reported. Every cell that is evaluated stays in the store; the same command again resumes.
+
+    Example: iclgd tune sweeps/tune.toml
+    """
+    with resumable():
+        _tune(sweep, store, address, budget=Budget(hours, gpu_hours), is_open=insecure)
+
+
+def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget, is_open: bool) -> NoReturn:
+    from iclgd_dist.search import num_cells_at_most, rounds, studies_of
+
+    loaded = load_sweep(sweep)
+    if loaded.search is None:
+        raise SweepError(f"{sweep}: has no [search], which says where to look; for example\n\n[search.learning_rates]\nvanilla = [1e-4, 1e-1]")
+    results, search, code = store_of(loaded, store), loaded.search, DONE
+    _try_code(loaded)
+    if address is None:
+        check_machine(loaded.resources)
+    results.prepare()
+    studies = studies_of(loaded)
+    say(
+        f"{loaded.name}: {len(studies)} searches by {search.sampler} for the best {search.objective} on fold A; "
+        f"at most {num_cells_at_most(loaded):,} finetuned cells; store {results.root}"
+    )
+
+    def compute(plan: Plan, said: str) -> int:
+        say(f"{said}: {counted(plan.num_to_run, 'cell')} to run")
+        return run_sweep(loaded, plan, results, address=address, console=console, budget=budget, is_open=is_open)
+
+    def judge(keys: Sequence[str]) -> Mapping[str, Mapping[str, float | None]]:
+        from iclgd_analysis.search import fold_figures
+
+        return fold_figures(results, keys, search.metrics, fold="A")
+
+    for of_round in rounds(loaded, studies, results.keys, judge, compute):
+        code = code or of_round
+        if of_round not in (DONE, FAILED):
+            code = of_round
+            break
+    results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=sorted(set().union(*(study.keys for study in studies))), kind="search")
+    if code in (DONE, FAILED):
+        _show_studies(studies)
+        say(f"next: put what was found into [learning_rates], with its neighbours, and iclgd run {sweep}")
+    raise typer.Exit(code)
+
+
+def _show_studies(studies: Sequence[Study]) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("task", "model", "k", "method", "lr", "step", f"{studies[0].search.objective} (A)", "learning rates tried", "mark"):
+        table.add_column(column, justify="left" if column in ("task", "model", "method", "mark") else "right", overflow="fold")
+    for study in studies:
+        best, place, tried = study.best, study.place, [score for found in study.scores[0].values() for score in found[-1:]]
+        mark = (
+            "at the edge of what was tried: widen its range"
+            if study.is_edge
+            else ""
+            if best
+            else "none holds all constraints"
+            if tried
+            else "nothing could be computed"
+        )
+        found = (f"{best.learning_rate:.3g}", str(best.step), f"{best.objective:.4f}") if best else ("", "", "")
+        name = place.model.source.rpartition("/")[2]
+        table.add_row(*map(Text, (place.task, name, str(place.num_demonstrations), study.method, *found, str(len(tried)), mark)))
+    console.print(table)
 
 
 def measure(
@@ -195,26 +293,47 @@ def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         console.print(f"not reachable: tokens, FLOPs and finished cells unknown ({problem})", markup=False, soft_wrap=True)
     if not planned.blocks:
         return
-    costs = [block.cost for block in planned.blocks]
-    flops = sum(cost.flops for cost in costs)
-    rate = machine_gflops() * 1e9
+    cost = _costs_of(planned)
     rows = {
         "to run": f"{planned.num_to_run:,} cells in {len(planned.blocks):,} blocks; {planned.num_done:,} are there",
-        "tokens": f"{sum(cost.training_tokens for cost in costs):,} trained, {sum(cost.capture_tokens for cost in costs):,} captured (times learning rates and steps)",
-        "FLOPs": f"{flops:.2e}",
-        "memory": f"about {max(cost.peak_gib for cost in costs):.1f} GiB per actor",
-        "time": f"about {in_words(flops / rate / 0.6)} on this machine alone ({rate / 1e9:.0f} GFLOP/s measured; 60 % of it assumed)",
+        "tokens": f"{cost['training_tokens']:,} trained, {cost['capture_tokens']:,} captured (times learning rates and steps)",
+        "FLOPs": f"{cost['flops']:.2e}",
+        "memory": f"about {cost['peak_gib']:.1f} GiB per actor",
+        "time": f"about {in_words(cost['seconds'])} on this machine alone ({cost['gflops']:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
-    if kept := {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}:
-        rows["captures"] = f"{decimal(sum(kept.values()))} kept, of {len(kept):,} cells"
+    if cost["kept_captures"]:
+        rows["captures"] = f"{decimal(cost['kept_bytes'])} kept, of {cost['kept_captures']:,} cells"
     if sweep.resources.is_offloaded:
-        once, more = max((cost.layer_bytes, cost.vanilla_reads) for cost in costs)
+        once, more = max((block.cost.layer_bytes, block.cost.vanilla_reads) for block in planned.blocks)
         vanilla = f"; methods that need the layers above read them {more} times more, {decimal(once * more)}" if more else ""
         rows["weights"] = f"{decimal(once)} of layers, read once a block by baselines and layer by layer training{vanilla}"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _counts_of(planned: Plan) -> dict[str, Any]:
+    counts = {"cells": planned.num_cells, "blocks": planned.num_blocks_planned, "cells_to_run": planned.num_to_run, "blocks_to_run": len(planned.blocks)}
+    told = {"warnings": planned.warnings, "notes": planned.notes, "unreachable": planned.unreachable}
+    return counts | {"cells_done": planned.num_done} | {name: list(lines) for name, lines in told.items()}
+
+
+def _costs_of(planned: Plan) -> dict[str, Any]:
+    """Return what the blocks of a plan cost: tokens, FLOPs, GiB of an actor, seconds on this machine alone, bytes of kept captures."""
+    costs = [block.cost for block in planned.blocks]
+    kept = {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}
+    flops, gflops = sum(cost.flops for cost in costs), machine_gflops()
+    return {
+        "training_tokens": sum(cost.training_tokens for cost in costs),
+        "capture_tokens": sum(cost.capture_tokens for cost in costs),
+        "flops": flops,
+        "peak_gib": max(cost.peak_gib for cost in costs),
+        "gflops": gflops,
+        "seconds": flops / (gflops * 1e9) / 0.6,
+        "kept_captures": len(kept),
+        "kept_bytes": sum(kept.values()),
+    }
 
 
 def machine_gflops(size: int = 768) -> float:

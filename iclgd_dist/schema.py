@@ -96,7 +96,7 @@ IDENTITY: list[Column] = [
     ("method_options", text, "what the sweep file says of a method of its own, as JSON; NULL for built-in methods"),
     ("learning_rate", f64, "constant learning rate; NULL unless finetuned"),
     ("step", i64, "number of updates done; NULL unless finetuned"),
-    ("origin", text, "grid or search"),
+    ("origin", text, "grid or search: who asked for the cell first; a cell that a grid asks for too is the grid's"),
     ("sweep", text, "name of the sweep that first computed the cell"),
 ]
 

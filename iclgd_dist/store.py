@@ -138,18 +138,18 @@ class Store:
                 _check_attempt(path, row)
             raise
 
-    def save_sweep(self, *, digest: str, resolved: dict[str, Any], keys: list[str]) -> Location:
-        """Store what a run set out to do: the resolved sweep and its planned keys. The same plan is stored once."""
+    def save_sweep(self, *, digest: str, resolved: dict[str, Any], keys: list[str], kind: str = "grid") -> Location:
+        """Store what a run set out to do: the resolved sweep and its planned keys; or, of a search, the keys that it evaluated. The same is stored once."""
         if not re.fullmatch(r"[0-9a-f]{8,64}", digest):
             raise ValueError(f"digest must be 8 to 64 hex digits, got {digest!r}")
         path = self._sweeps / f"{digest}-{_plan_hash(keys)}.json"
         if not files.exists(path):
-            saved = {"digest": digest, "resolved": resolved, "keys": keys, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
+            saved = {"digest": digest, "kind": kind, "resolved": resolved, "keys": keys, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
             publish(path, json.dumps(saved, allow_nan=False).encode())
         return path
 
     def sweeps(self) -> list[dict[str, Any]]:
-        """Return what `save_sweep` stored: digest, resolved, keys and created_at of each, the oldest first."""
+        """Return what `save_sweep` stored: digest, kind (older ones have none: grid), resolved, keys and created_at of each, the oldest first."""
         found = self._read_json(self._sweeps)
         for path, sweep in found.items():
             _check_sweep(path, sweep)

@@ -13,17 +13,23 @@ from rich.text import Text
 from iclgd_dist import files
 from iclgd_dist.config import SweepError
 from iclgd_dist.store import Store
-from iclgd_dist.terminal import DONE, FAILED, STORAGE, Where, Yes, console, counted, existing, say
+from iclgd_dist.terminal import DONE, FAILED, STORAGE, AsJson, Where, Yes, console, counted, existing, say, say_json
 
 SHOWN = 10  # of a long list
 
 
-def show_status(store: Store) -> None:
+def show_status(store: Store, *, as_json: bool = False) -> None:
     keys = store.keys()
     planned = {key for sweep in store.sweeps() for key in sweep["keys"]}
     attempts = store.attempts().to_pylist()
     loads = Counter(a["actor"] for a in attempts if a["num_model_loads"])
     others = Counter(a["outcome"] for a in attempts if a["outcome"] != "done")
+    failed = [a for a in attempts if a["outcome"] not in ("done", "interrupted")]
+    if as_json:
+        counts = {"planned": len(planned), "committed": len(keys), "missing": len(planned - keys), "extra": len(keys - planned) if planned else 0}
+        steps = {name: sum(a[name] for a in attempts) for name in ("num_baselines", "num_training_steps", "num_model_loads")}
+        say_json({"store": str(store.root), **counts, "attempts": dict(Counter(a["outcome"] for a in attempts)), **steps, "failed": failed[-5:]})
+        return
     table = Table(title=Text(str(store.root)), title_justify="left", show_header=False, box=None)
     for name, value in (
         ("cells planned", len(planned)),
@@ -40,7 +46,7 @@ def show_status(store: Store) -> None:
     ):
         table.add_row(name, str(value))
     console.print(table)
-    for attempt in [a for a in attempts if a["outcome"] not in ("done", "interrupted")][-5:]:
+    for attempt in failed[-5:]:
         say(f"  {attempt['created_at'][:19]} {attempt['block']} on {attempt['host']}: {attempt['outcome']}: {attempt['reason']}")
 
 
@@ -56,7 +62,9 @@ def _cost(attempts: list[dict[str, Any]]) -> str:
 
 
 def verify(
-    store: Where, quarantine: Annotated[bool, typer.Option("--quarantine", help="Move what is damaged to set_aside/, so that its cells run again")] = False
+    store: Where,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Move what is damaged to set_aside/, so that its cells run again")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read every file of a store and say what is damaged, there twice, missing or not asked for.
 
@@ -68,6 +76,13 @@ def verify(
 
     results = existing(store)
     found = look(results, quarantine=quarantine)
+    is_left = not found.is_whole and (not quarantine or not all(error.is_damage for error in found.damaged))
+    code = STORAGE if is_left else FAILED if found.missing else DONE
+    if as_json:
+        damaged = [{"file": error.filename, "what": error.strerror} for error in found.damaged]
+        keys_of = {"duplicates": found.duplicates, "missing": found.missing, "extra": found.extra}
+        say_json({"store": str(results.root), "cells": found.num_cells, "is_whole": found.is_whole, "damaged": damaged, **keys_of})
+        raise typer.Exit(code)
     for error in found.damaged:
         console.print(Text.assemble(("damaged ", "red"), str(error)), soft_wrap=True)
     for name, keys in (("there twice, counted once", found.duplicates), ("missing", found.missing), ("asked for by no sweep", found.extra)):
@@ -79,8 +94,7 @@ def verify(
         say("what is missing is known after `iclgd verify --quarantine`")
     if found.num_cells is not None:
         say(f"{counted(found.num_cells, 'cell')} in {results.root}, {len(found.missing)} missing")
-    is_left = not found.is_whole and (not quarantine or not all(error.is_damage for error in found.damaged))
-    raise typer.Exit(STORAGE if is_left else FAILED if found.missing else DONE)
+    raise typer.Exit(code)
 
 
 def compact(store: Where) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,12 +32,18 @@ Where = Annotated[str, typer.Argument(help="Store (a directory, s3://bucket/pref
 Hours = Annotated[float | None, typer.Option(min=0, help="Stop after so many hours; the same command resumes", show_default=False)]
 GpuHours = Annotated[float | None, typer.Option(min=0, help="Stop when blocks have used GPUs for so many hours together", show_default=False)]
 Insecure = Annotated[bool, typer.Option("--insecure-no-auth", help="Use a cluster without a token: Ray runs code for whoever reaches it")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would be done")]
 
 
 def say(text: str) -> None:
     """Print a line as it is: nothing in it is markup, and paths are not broken."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def say_json(said: Mapping[str, Any]) -> None:
+    """Print one JSON object, and nothing else: not broken, not coloured."""
+    sys.stdout.write(json.dumps(said, allow_nan=False) + "\n")
 
 
 def say_how_to_resume() -> None:

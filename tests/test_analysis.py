@@ -145,7 +145,8 @@ def make_store(root: Path, rows: list[Row], *, missing: int = 0) -> Path:
     store.prepare()
     for row in rows:
         assert store.commit(row)
-    store.save_sweep(digest="0123abcd", resolved={"name": "made_up"}, keys=[row["key"] for row in rows] + [f"{index:064x}" for index in range(missing)])
+    planned = [row["key"] for row in rows if row["origin"] == "grid"]
+    store.save_sweep(digest="0123abcd", resolved={"name": "made_up"}, keys=planned + [f"{index:064x}" for index in range(missing)])
     return root
 
 
@@ -328,14 +329,14 @@ def test_the_page_asks_nothing_of_a_network(page: str) -> None:
 def test_the_figures_data_stands_beside_the_page(tmp_path: Path) -> None:
     page = write_report(make_store(tmp_path / "store", make_rows()))
     assert page == tmp_path / "store" / "report.html"
-    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == ["heatmap.csv", "layer_profile.csv", "ratio.csv", "table.csv"]
+    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == ["heatmap.csv", "layer_profile.csv", "ratio.csv", "table.csv", "verdict.csv"]
     lines = list(csv.DictReader((page.parent / "figures" / "heatmap.csv").open()))
     assert {line["state"] for line in lines if line["learning_rate"] == "0.1" and line["step"] == "4.0"} == {"diverged"}
     assert {line["task"] for line in lines} == {"trec"}
     ratios = list(csv.DictReader((page.parent / "figures" / "ratio.csv").open()))
     assert all(bool(line["random_state"]) == (bool(line["value"]) and line["metric"] in ("sim_aou", "sim_aou_norm")) for line in ratios)
     elsewhere = iclgd_analysis.write_report(tmp_path / "store", tmp_path / "out" / "page.html")
-    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == ["heatmap.csv", "layer_profile.csv", "page.html", "ratio.csv", "table.csv"]
+    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == ["heatmap.csv", "layer_profile.csv", "page.html", "ratio.csv", "table.csv", "verdict.csv"]
 
 
 def test_diverged_and_undefined_cells_of_a_heat_map_are_not_drawn_as_zero(page: str) -> None:

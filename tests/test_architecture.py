@@ -28,6 +28,7 @@ FLOORS = {
     3: ("deltas", "attention", "layerwise", "losses"),
     2.7: ("positions",),
     2.5: ("sites",),
+    2.2: ("search", "loading"),
     2.1: ("provenance",),
     2: ("model", "plan"),
     1.9: ("claims",),
@@ -42,7 +43,7 @@ FLOORS = {
     0.2: ("files",),
     0.15: ("objects",),
     0.1: ("config",),
-    0.06: ("extensions", "model_spec", "task_spec", "resources"),
+    0.06: ("extensions", "model_spec", "task_spec", "resources", "search_spec"),
     0.05: ("axes", "progress"),
     0: ("protocol", "schema", "toml_text", "store_errors", "nowhere", "background"),
 }

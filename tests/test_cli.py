@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -212,6 +213,10 @@ def test_a_sweep_runs_once_resumes_to_nothing_and_grows(sweep_file: Path) -> Non
     assert (code, errors) == (0, "")
     assert "tiny: 19 cells in 2 blocks; store results/tiny\n" in out
     assert figures(out)["to run"] == "19 cells in 2 blocks; 0 are there"
+    code, out, errors, _ = iclgd(folder, "plan", "tiny.toml", "--json")
+    told = json.loads(out)
+    assert (code, told["cells"], told["cells_to_run"], told["blocks_to_run"], told["cells_done"]) == (0, 19, 19, 2, 0) and told["flops"] > 0
+    assert len(told["notes"]) == 2, "labels of several tokens"
     assert not store.root.exists()
 
     code, out, errors, _ = iclgd(folder, "run", "tiny.toml")
@@ -229,6 +234,10 @@ def test_a_sweep_runs_once_resumes_to_nothing_and_grows(sweep_file: Path) -> Non
     assert shown["training steps"].startswith(f"{2 * 4 * 2 * 2} ")  # seeds x steps x methods x learning rates
     assert shown["models loaded"] == f"{shown['actors']} (at most 1 by one actor)"
     assert shown["attempts not done"] == "0"
+    told = json.loads(iclgd(folder, "status", "tiny.toml", "--json")[1])
+    assert (told["planned"], told["committed"], told["missing"], told["attempts"]) == (19, 19, 0, {"done": len(attempts)})
+    told = json.loads(iclgd(folder, "verify", "results/tiny", "--json")[1])
+    assert told["is_whole"] and told["cells"] == 19 and not told["missing"] + told["damaged"]
 
     code, out, errors, imported = iclgd(folder, "run", "tiny.toml")
     assert (code, errors, imported & {"ray"}) == (0, "", set())

@@ -1,0 +1,105 @@
+"""Figures by cross-fitting, and methods at equal improvement: what one fold chooses, the other reports; then the folds change places, and the two are averaged.
+
+Equal improvement: G(lr) = nll_label of zero-shot less that of finetuning, mean over seeds, at the largest step. Half of the smaller of the methods' largest G on
+one fold is what both have to reach on the other: there each method's figures lie between the two neighbouring learning rates where G first comes up to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from .chosen import Matched, select
+from .intervals import Estimate, estimate
+from .load import ACCURACIES, Frames, Setting, each
+
+FOLDS = {"A": "B", "B": "A"}  # fold that chooses -> fold that reports
+REASONS = {
+    "never_improves": "no learning rate of the method improves on zero-shot",
+    "below_range": "the smallest learning rate improves more already",
+    "above_range": "no learning rate improves so much on the other fold",
+    "missing": "a neighbouring cell is missing or diverged",
+}
+
+
+def crossfit(frames: Frames, terms: Mapping[str, pd.DataFrame], metric: str, *, figures: Mapping[str, pd.Series] | None = None) -> Estimate:
+    """Return the mean of the contrasts of both folds with its interval, paired by replicate; `terms`: fold that reports -> key, weight, draw, replicate.
+
+    `figures` (fold -> value by key) stand in for the cells' own and have no value per query. None of a fold is none at all.
+    """
+    found = {
+        fold: frames.by_replicate(part, figures[fold] if figures else frames.figures(part["key"].drop_duplicates(), metric, fold))
+        for fold, part in terms.items()
+    }
+    if any(part.empty for part in found.values()):
+        return Estimate()
+    means = pd.concat([part["mean"] for part in found.values()], axis=1).dropna().mean(axis=1)
+    used = min(int(part["count"].reindex(means.index).sum()) for part in found.values())
+    groups: list[np.ndarray] = []
+    if figures is None and (metric in ACCURACIES or metric in frames.examples.columns):
+        queries = pd.concat([frames.per_query(part, metric, fold) for fold, part in terms.items()])
+        groups = [part.to_numpy() for _, part in queries.groupby(level=0)] if metric == "balanced_accuracy" else [queries.to_numpy()]
+    is_share = metric in ACCURACIES and all((part["weight"] > 0).all() for part in terms.values())
+    return estimate(means, used=used, groups=groups, is_share=is_share)
+
+
+def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[float, pd.DataFrame]]:
+    """Return, by the fold that reports, the learning rate that the other fold selects and its cells as terms; nothing where none is defined."""
+    found = {}
+    for chooses, reports in FOLDS.items():
+        if picked := select(frames, setting, method, fold=chooses):
+            found[reports] = (picked.learning_rate, each(setting.at(method, picked.learning_rate, setting.last_step)))
+    return found if len(found) == len(FOLDS) else {}
+
+
+def gains(frames: Frames, setting: Setting, method: str, fold: str) -> pd.Series:
+    """Return G by learning rate, ascending: mean over seeds of the mean over their draws; of learning rates that diverge in no draw more than others do."""
+    cells = setting.at_last_step(method)
+    cells = cells[cells["learning_rate"] > 0]
+    zero_shot = float(frames.figures(setting.zero_shot["key"], "nll_label", fold).mean())
+    table = cells.assign(gain=zero_shot - frames.figures(cells["key"], "nll_label", fold).to_numpy()).dropna(subset=["gain"])
+    counts = table.groupby("learning_rate")["gain"].count()
+    table = table[table["learning_rate"].isin(counts[counts == counts.max()].index)]
+    return table.groupby(["learning_rate", "replicate"])["gain"].mean().groupby("learning_rate").mean().sort_index()
+
+
+def at_equal_gain(frames: Frames, setting: Setting, methods: Sequence[str]) -> dict[str, dict[str, Matched]]:
+    """Return, by the fold that reports, what stands for each method where it improves as much as the others do; no terms where there is no such point."""
+    found: dict[str, dict[str, Matched]] = {}
+    for chooses, reports in FOLDS.items():
+        largest = {method: gains(frames, setting, method, chooses).max() for method in methods}
+        target = 0.5 * min(largest.values())
+        for method in methods:
+            cells = setting.at_last_step(method)
+            terms, reasons = [], Counter[str]()
+            if not target > 0:
+                reasons["never_improves"] += cells["draw"].nunique() if not largest[method] > 0 else 0
+            else:
+                curve = gains(frames, setting, method, reports)
+                weights = _upward(curve, target)
+                for draw, rows in cells.groupby("draw"):
+                    keys = rows.set_index("learning_rate")["key"].reindex(list(weights))
+                    if not weights:
+                        reasons["below_range" if len(curve) and curve.iloc[0] >= target else "above_range"] += 1
+                    elif keys.isna().any() or frames.figures(keys, "nll_label", reports).isna().any():
+                        reasons["missing"] += 1
+                    else:
+                        terms += [
+                            {"key": key, "weight": weight, "draw": draw, "replicate": rows["replicate"].iloc[0]}
+                            for key, weight in zip(keys, weights.values(), strict=True)
+                        ]
+            found.setdefault(reports, {})[method] = Matched(pd.DataFrame(terms, columns=["key", "weight", "draw", "replicate"]), reasons)
+    return found
+
+
+def _upward(curve: pd.Series, target: float) -> dict[float, float]:
+    """Return learning rate -> weight of the point where a curve first comes up to a value between neighbours; nothing where it starts above or never does."""
+    values, rates = curve.to_list(), curve.index.to_list()
+    for at in range(1, len(values)):
+        if values[at - 1] < target <= values[at]:
+            share = (target - values[at - 1]) / (values[at] - values[at - 1])
+            return {rates[at - 1]: 1 - share, rates[at]: share} if share < 1 else {rates[at]: 1.0}
+    return {}

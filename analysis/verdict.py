@@ -1,0 +1,266 @@
+"""The first paragraph of a report: is layer-causal finetuning closer to ICL than vanilla, at equal size of update and at equal improvement, and is that about the task?
+
+The rule stands here; the smallest effect that matters and R* stand in the sweep file before the run. What the paragraph says is counted from the store, with the
+intervals of intervals.py. Unit of a mean over tasks: the task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from . import controls
+from .chosen import REASONS as SIZE_REASONS
+from .chosen import Matched, difference, matched
+from .crossing import REASONS as GAIN_REASONS
+from .crossing import at_equal_gain, crossfit, selected
+from .intervals import MIN_SEEDS, Estimate, estimate, over_tasks
+from .load import SETTING, Frames, Setting, each
+from .text import counted, number, rate
+
+BASE, METHOD, METRIC = "vanilla", "layer_causal", "sim_aou"
+SMALLEST_EFFECT = 0.02  # unless a sweep file sets [analysis] smallest_effect
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Estimates of one quantity: of each task, and over all of them; why draws are left out."""
+
+    tasks: Mapping[str, Estimate]
+    planned: int
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def mean(self) -> Estimate:
+        return over_tasks(list(self.tasks.values())) if len(self.tasks) > 1 else next(iter(self.tasks.values()), Estimate())
+
+    @property
+    def signs(self) -> str:
+        finite = [found.mean for found in self.tasks.values() if math.isfinite(found.mean)]
+        return f"{sum(mean > 0 for mean in finite)} of {counted(len(finite), 'task')}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the paragraph of one trained model is made of."""
+
+    settings: Sequence[Setting]
+    effect: float
+    gate: Compared  # balanced accuracy of ICL less that of zero-shot
+    accuracies: Mapping[str, Compared]  # zero_shot, icl and the methods at their selected learning rates, cross-fitted
+    rates: Mapping[str, Mapping[str, tuple[float, float]]]  # method -> task -> learning rates that the two folds select
+    levels: Mapping[str, Compared]  # sim_aou of each method at R*
+    norm: Compared  # their difference
+    gain: Compared  # the same at equal improvement
+    specific: Compared  # of layer-causal at R*: in-context less the largest empty context
+    scale: Mapping[str, Compared]  # other_draw, other_task, random_delta
+    untrained: Mapping[str, Compared]  # initialisation -> the difference at R*
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.norm.mean, self.gain.mean, self.specific.mean, self.effect)
+
+
+def verdict(norm: Estimate, gain: Estimate, specific: Estimate, effect: float) -> str:
+    """Return closer, further, not closer or undecided, and whether what is closer is not specific to the task; on 95 % intervals of both differences."""
+    both = (norm, gain)
+    if not all(math.isfinite(one.lower) for one in both):
+        return "undecided"
+    if all(one.lower > 0 for one in both) and norm.mean >= effect:
+        said = "closer"
+    elif all(one.upper < 0 for one in both):
+        said = "further"
+    else:
+        said = "not closer" if all(one.upper < effect for one in both) else "undecided"
+    is_unspecific = math.isfinite(specific.lower) and specific.lower <= 0
+    return f"{said}, but not task-specific" if said == "closer" and is_unspecific else said
+
+
+def smallest_effect(frames: Frames) -> float:
+    """Return the smallest difference that matters, as the newest sweep file set it before its run."""
+    effects = [sweep["analysis"]["smallest_effect"] for sweep in frames.sweeps if "smallest_effect" in sweep.get("analysis", {})]
+    return float(effects[-1]) if effects else SMALLEST_EFFECT
+
+
+def findings(frames: Frames) -> list[Findings]:
+    """Return what is known of each trained model, protocol and number of demonstrations under which both methods ran."""
+    groups: dict[tuple[str, ...], list[Setting]] = {}
+    untrained: dict[tuple[str, ...], dict[str, list[Setting]]] = {}
+    for setting in frames.settings():
+        if setting.train_on != "true" or not {BASE, METHOD} <= set(setting.methods):
+            continue
+        place = tuple(setting.first[[name for name in SETTING if name not in ("task", "num_queries", "init", "init_scheme")]].astype(str))
+        if setting.is_random:
+            untrained.setdefault(place, {}).setdefault(setting.named["init"], []).append(setting)
+        else:
+            groups.setdefault(place, []).append(setting)
+    return [_found(frames, settings, untrained.get(place, {})) for place, settings in groups.items()]
+
+
+def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, Sequence[Setting]]) -> Findings:
+    at_size = {setting.named["task"]: {method: matched(setting, method) for method in (BASE, METHOD)} for setting in settings}
+    at_gain = {setting.named["task"]: at_equal_gain(frames, setting, (BASE, METHOD)) for setting in settings}
+    chosen = {method: {setting.named["task"]: selected(frames, setting, method) for setting in settings} for method in (BASE, METHOD)}
+
+    def over(quantity: Callable[[Setting], Estimate], some: Sequence[Setting] = settings, reasons: Iterable[Counter[str]] = ()) -> Compared:
+        found = {setting.named["task"]: quantity(setting) for setting in some}
+        return Compared(found, sum(setting.num_draws for setting in some), sum(reasons, Counter()))
+
+    def level(method: str) -> Callable[[Setting], Estimate]:
+        return lambda setting: frames.contrast(at_size[setting.named["task"]][method].terms, METRIC)
+
+    def accuracy(method: str) -> Callable[[Setting], Estimate]:
+        def of(setting: Setting) -> Estimate:
+            picked = chosen[method][setting.named["task"]]
+            return crossfit(frames, {fold: terms for fold, (_, terms) in picked.items()}, "balanced_accuracy") if picked else Estimate()
+
+        return of
+
+    accuracies = {
+        "zero-shot": over(lambda setting: frames.estimate(setting.zero_shot, "balanced_accuracy")),
+        "in-context": over(lambda setting: frames.estimate(setting.icl, "balanced_accuracy")),
+    }
+    size_reasons = [one.reasons for found in at_size.values() for one in found.values()]
+    gain_reasons = [one.reasons for found in at_gain.values() for of_fold in found.values() for one in of_fold.values()]
+    tables = {setting.named["task"]: controls.data(frames, setting) for setting in settings}
+    return Findings(
+        settings,
+        smallest_effect(frames),
+        gate=over(lambda setting: _gate(frames, setting)),
+        accuracies=accuracies | {method: over(accuracy(method)) for method in (BASE, METHOD)},
+        rates={method: {task: (picked["B"][0], picked["A"][0]) for task, picked in of_tasks.items() if picked} for method, of_tasks in chosen.items()},
+        levels={method: over(level(method)) for method in (BASE, METHOD)},
+        norm=over(lambda setting: _at_size(frames, at_size[setting.named["task"]]), reasons=size_reasons),
+        gain=over(lambda setting: _at_gain(frames, at_gain[setting.named["task"]]), reasons=gain_reasons),
+        specific=over(lambda setting: _specific(frames, setting, at_size[setting.named["task"]][METHOD])),
+        scale={
+            "ICL with other demonstrations": over(lambda setting: _line(tables[setting.named["task"]], "icl", "other_draw")),
+            "with another task's": over(lambda setting: _line(tables[setting.named["task"]], "icl", "other_task")),
+            "random weights of the same effect": over(lambda setting: _line(tables[setting.named["task"]], METHOD, controls.RANDOM_DELTA)),
+        },
+        untrained={
+            init: over(lambda setting: _at_size(frames, {method: matched(setting, method) for method in (BASE, METHOD)}), some)
+            for init, some in untrained.items()
+        },
+    )
+
+
+def _gate(frames: Frames, setting: Setting) -> Estimate:
+    """Return ICL's balanced accuracy less zero-shot's, paired by query."""
+    icl = each(setting.icl)
+    if icl.empty or len(setting.zero_shot) != 1:
+        return Estimate()
+    return frames.contrast(pd.concat([icl, icl.assign(key=setting.zero_shot["key"].iloc[0], weight=-1.0)]), "balanced_accuracy")
+
+
+def _at_size(frames: Frames, found: Mapping[str, Matched]) -> Estimate:
+    return frames.contrast(difference(found[METHOD].terms, found[BASE].terms), METRIC)
+
+
+def _at_gain(frames: Frames, found: Mapping[str, Mapping[str, Matched]]) -> Estimate:
+    return crossfit(frames, {fold: difference(of_fold[METHOD].terms, of_fold[BASE].terms) for fold, of_fold in found.items()}, METRIC)
+
+
+def _specific(frames: Frames, setting: Setting, at: Matched) -> Estimate:
+    """Return, at R*, the similarity with ICL's change less the largest with a context that teaches nothing, taken in each seed."""
+    here = frames.controls[frames.controls["cell"].isin(at.terms["key"])]
+    by_name = controls.by_name(frames, here, at.terms["key"].drop_duplicates(), METRIC, "all")
+    empty = [name for name in by_name if controls.kind_of(name) in controls.EMPTY]
+    if {controls.kind_of(name) for name in empty} != set(controls.EMPTY):
+        return Estimate()
+    largest = pd.DataFrame({name: frames.by_replicate(at.terms, by_name[name])["mean"] for name in empty}).max(axis=1, skipna=False)
+    own = frames.by_replicate(at.terms, frames.figures(at.terms["key"].drop_duplicates(), METRIC))
+    return estimate(own["mean"] - largest, used=int(own["count"].reindex(largest.dropna().index).sum()))
+
+
+def _line(table: pd.DataFrame, method: str, against: str) -> Estimate:
+    """Return the mean of a control of one task, without an interval."""
+    if table.empty:
+        return Estimate()
+    rows = table[(table["method"] == method) & (table["metric"] == METRIC) & table["against"].map(controls.kind_of).eq(against)]
+    if "choice" in rows:
+        rows = rows[rows["choice"].isna() | rows["choice"].ne("selected")]
+    return Estimate(float(rows["mean"].mean()), used=int(rows["num_used"].sum()), replicates=int(rows["num_replicates"].min())) if len(rows) else Estimate()
+
+
+def paragraph(found: Findings) -> list[str]:
+    """Return the sentences on one trained model, the verdict first."""
+    first, ratio = found.settings[0], found.settings[0].matched_ratio
+    tasks, seeds = [setting.named["task"] for setting in found.settings], min(len(setting.replicates) for setting in found.settings)
+    protocol = "" if first.named["protocol"] == "clean" else f", protocol {first.named['protocol']}"
+    norm, gain = found.norm.mean, found.gain.mean
+    said = [
+        f"On {', '.join(tasks)} ({counted(seeds, 'draw')}), {first.model}, k = {first.named['k']}{protocol}: at equal size of update (R = {ratio:g}) "
+        f"layer-causal finetuning is {found.verdict} to ICL than vanilla: {METRIC} {number(found.levels[METHOD].mean.mean)} against "
+        f"{number(found.levels[BASE].mean.mean)}, difference {norm}, above 0 in {found.norm.signs}; at equal improvement {gain}, above 0 in {found.gain.signs}."
+    ]
+    if (norm.used, gain.used) != (found.norm.planned, found.norm.planned):
+        left = ", ".join(_left_out(found.norm.reasons, SIZE_REASONS)), ", ".join(_left_out(found.gain.reasons, GAIN_REASONS))
+        said.append(
+            f"Draws used: {norm.used} of {found.norm.planned} at equal size{f' ({left[0]})' if left[0] else ''}, "
+            f"{gain.used} of {found.gain.planned} at equal improvement{f' ({left[1]})' if left[1] else ''}."
+        )
+    scale = [f"{name} {number(one.mean.mean)}" for name, one in found.scale.items() if math.isfinite(one.mean.mean)]
+    said += [f"For scale: {', '.join(scale)}."] if scale else ["No control context was captured: what unrelated changes score is not known."]
+    if math.isfinite(found.specific.mean.mean):
+        said.append(f"Specific to the task (ICL less the largest of {', '.join(controls.EMPTY)}): {found.specific.mean}.")
+    said.append(_in_words(found))
+    passed = [task for task, gate in found.gate.tasks.items() if gate.lower > 0]
+    which = f" ({', '.join(passed)})" if passed else ""
+    said.append(
+        f"ICL beats zero-shot, with its interval above 0, in {len(passed)} of {counted(len(tasks), 'task')}{which}: elsewhere there is no ICL to be close to."
+    )
+    said.append(_collapsed(found.settings))
+    for init, one in found.untrained.items():
+        said.append(f"On random weights ({init}) the difference at equal size is {one.mean}.")
+    if seeds < MIN_SEEDS:
+        said.append(f"Descriptive: {counted(seeds, 'draw')}, fewer than {MIN_SEEDS}.")
+    return said
+
+
+def _in_words(found: Findings) -> str:
+    parts = [f"{name} {found.accuracies[name].mean}" for name in ("zero-shot", "in-context")]
+    for method in (BASE, METHOD):
+        rates = sorted({one for of_task in found.rates[method].values() for one in of_task})
+        at = rate(rates[0]) if len(rates) == 1 else f"{rate(rates[0])} to {rate(rates[-1])}" if rates else "none defined"
+        parts.append(f"{method} {found.accuracies[method].mean} (learning rate selected by nll_label on the other fold: {at})")
+    return f"Balanced accuracy: {', '.join(parts)}."
+
+
+def _left_out(reasons: Counter[str], meaning: Mapping[str, str]) -> list[str]:
+    return [f"{reasons[name]} {why}" for name, why in meaning.items() if reasons[name]]
+
+
+def _collapsed(settings: Sequence[Setting]) -> str:
+    icl = pd.concat([setting.icl for setting in settings])
+    parts = [f"{int(icl['collapsed'].sum())} of {counted(len(icl), 'in-context cell')}"]
+    for method in (BASE, METHOD):
+        cells = pd.concat([setting.at_last_step(method) for setting in settings])
+        parts.append(f"{int(cells['collapsed'].sum())} of {len(cells)} of {method} at the largest step")
+    return f"Collapsed, one label predicted for nearly all queries: {', '.join(parts)}."
+
+
+def data(every: Sequence[Findings]) -> pd.DataFrame:
+    """Return one row per model, quantity and task (and over all tasks): mean, interval, draws used of draws planned, the verdict."""
+    rows: list[dict[str, Any]] = []
+    for found in every:
+        named = {name: value for name, value in found.settings[0].named.items() if name not in ("task", "train_on")}
+        quantities = {"ICL less zero-shot, balanced accuracy": found.gate, "D_norm": found.norm, "D_gain": found.gain, "task_specific": found.specific}
+        quantities |= {f"balanced accuracy, {name}": one for name, one in found.accuracies.items()} | {
+            f"{METRIC} at R*, {m}": one for m, one in found.levels.items()
+        }
+        quantities |= {f"scale: {name}": one for name, one in found.scale.items()} | {
+            f"D_norm, random weights: {init}": one for init, one in found.untrained.items()
+        }
+        for quantity, one in quantities.items():
+            for task, value in (*one.tasks.items(), ("all tasks", one.mean)):
+                rows.append(named | {"quantity": quantity, "task": task} | value.columns | {"num_planned": one.planned, "verdict": found.verdict})
+    return pd.DataFrame(rows)
+
+
+__all__ = ["Findings", "data", "findings", "paragraph", "verdict"]

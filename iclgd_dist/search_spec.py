@@ -1,0 +1,138 @@
+"""The sweep file's [search]: where `iclgd tune` looks for learning rates, by what it judges them, and how far it goes. None of it is part of a cell's key."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from iclgd_dist.axes import At, Count, Number, Seed, listed
+from iclgd_dist.protocol import Frozen
+from iclgd_dist.toml_text import unknown
+
+BASELINES = ("zero_shot", "icl")  # that a constraint may compare a cell with
+SMALLER_IS_BETTER = ("nll_", "kl_", "loss")  # beginnings of the names of metrics that a search makes small unless told otherwise
+_COMPARED = {">=": operator.ge, "<=": operator.le}
+_CONSTRAINT = re.compile(r"\s*([a-z]\w*)\s*(>=|<=)\s*([A-Za-z_]\w*|[-+0-9.eE]+)\s*")
+
+Range = tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]]
+
+
+class Rung(Frozen):
+    """How much evidence a learning rate is judged by: the first queries of the draw, the first seeds of the sweep."""
+
+    num_queries: Annotated[int, Field(strict=True, ge=2)]
+    num_seeds: Count = 1
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a cell must fulfil beside its objective: a metric against a number, or against the same metric of a baseline."""
+
+    metric: str
+    sign: str
+    bound: float | str  # a number, or one of BASELINES
+
+    def violation(self, value: float, bound: float) -> float:
+        """Return by how much it is missed; not above 0 where it holds."""
+        return bound - value if self.sign == ">=" else value - bound
+
+    @staticmethod
+    def of(text: str) -> Constraint:
+        """Errors: ValueError for what is no constraint."""
+        match = _CONSTRAINT.fullmatch(text)
+        bound: float | str | None = None
+        if match:
+            with contextlib.suppress(ValueError):
+                bound = match[3] if match[3] in BASELINES else float(match[3])
+        if match is None or bound is None:
+            raise ValueError(f'must be like "balanced_accuracy >= zero_shot" or "update_ratio <= 1.0", got {text!r:.80}')
+        return Constraint(match[1], match[2], bound)
+
+
+class Search(Frozen):
+    """What `iclgd tune` does for each model, protocol, task, number of demonstrations and method."""
+
+    learning_rates: dict[str, Range]  # method -> lowest and highest; log-uniform between them
+    sampler: Literal["tpe", "random", "grid"] = "tpe"  # grid: evenly spaced in log
+    objective: str = "nll_label"  # a metric of a cell, on fold A; reports are on fold B
+    goal: Literal["min", "max"] | None = None  # by default max, and min for nll_*, kl_* and loss
+    step: Literal["last", "best"] = "last"  # judge a learning rate at s = k, or at the best of its steps
+    constraints: tuple[str, ...] = ()  # "balanced_accuracy >= zero_shot": a metric against a number, zero_shot or icl
+    samples: Count = 12  # learning rates
+    per_round: Count = 4  # asked for at once: they train together
+    seed: Seed = 1  # of the sampler
+    rungs: tuple[Rung, ...] = ()  # growing evidence: each rung evaluates the best of the one before; by default everything at once
+    keep: Annotated[Number, Field(gt=0, lt=1)] = 0.5  # share of the learning rates that goes on to the next rung
+
+    @field_validator("constraints", "rungs", mode="before")
+    @classmethod
+    def _list_or_one(cls, value: Any) -> Any:
+        return listed(value)
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _ascending(cls, ranges: dict[str, Range]) -> dict[str, Range]:
+        for method, (lowest, highest) in ranges.items():
+            if lowest >= highest:
+                raise At(f"learning_rates.{method} must be a lower and a higher learning rate, got [{lowest:g}, {highest:g}]", method)
+        return ranges
+
+    @field_validator("constraints")
+    @classmethod
+    def _readable(cls, constraints: tuple[str, ...]) -> tuple[str, ...]:
+        for number, text in enumerate(constraints):
+            try:
+                Constraint.of(text)
+            except ValueError as error:
+                raise At(str(error), number) from None
+        return constraints
+
+    @field_validator("rungs")
+    @classmethod
+    def _growing(cls, rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
+        for number, (before, rung) in enumerate(itertools.pairwise(rungs), 1):
+            if rung == before or rung.num_queries < before.num_queries or rung.num_seeds < before.num_seeds:
+                raise At("must grow from rung to rung in queries or in seeds, and shrink in neither", number)
+        return rungs
+
+    def check(self, methods: Sequence[str] | None, *, num_queries: int | None, num_seeds: int) -> None:
+        """Errors: At for a method, a metric or a rung that the sweep around it does not have."""
+        for method in self.learning_rates:
+            if methods and method not in methods:
+                raise At(f"search.learning_rates: {unknown('method', method, methods)} among methods", "learning_rates", method)
+        for keys, metric in ((("objective",), self.objective), *((("constraints", n), bound.metric) for n, bound in enumerate(self.bounds))):
+            if metric not in (known := _judged()):
+                raise At(f"search: {unknown('metric', metric, known)}", *keys)
+        for number, rung in enumerate(self.rungs):
+            for name, limit in (("num_queries", num_queries), ("num_seeds", num_seeds)):
+                if limit and getattr(rung, name) > limit:
+                    raise At(f"search.rungs: {name} must be at most the sweep's {limit}, got {getattr(rung, name)}", "rungs", number)
+
+    @property
+    def sign(self) -> float:
+        """What the objective is multiplied by to be made small."""
+        goal = self.goal or ("min" if self.objective.startswith(SMALLER_IS_BETTER) else "max")
+        return 1.0 if goal == "min" else -1.0
+
+    @property
+    def bounds(self) -> tuple[Constraint, ...]:
+        return tuple(map(Constraint.of, self.constraints))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Every metric that judging a cell needs."""
+        return tuple(dict.fromkeys((self.objective, *(bound.metric for bound in self.bounds))))
+
+
+def _judged() -> tuple[str, ...]:
+    """Return the metrics of a cell that are known on a fold: those of the fold, and those of its layers."""
+    from iclgd_dist.schema import FOLD, LAYER, f64  # imports pyarrow, which most sweep files do not need
+
+    return tuple(name for name, kind, _ in (*FOLD, *LAYER) if kind == f64)

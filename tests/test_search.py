@@ -1,0 +1,224 @@
+"""The search for learning rates: what is asked, judged, promoted and resumed; on made-up scores, without training."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iclgd_dist.blocks import Cell
+from iclgd_dist.config import Sweep, SweepError, load_sweep
+from iclgd_dist.plan import Plan
+from iclgd_dist.search import Study, rounds, rungs_of, studies_of
+
+LOW, HIGH = 1e-4, 1e-1
+SEARCH = """
+[search]
+samples = {samples}
+per_round = 4
+{more}
+[search.learning_rates]
+vanilla = [1e-4, 1e-1]
+layer_causal = [1e-4, 1e-1]
+"""
+
+
+def bowl(cell: Cell, seed: int, num_queries: int) -> float:
+    """Return a loss with its best at 4e-3 (vanilla) or 1e-3, as flat and as steep as a real one; another seed is a little different."""
+    assert cell.learning_rate is not None and cell.step is not None
+    away = math.log10(cell.learning_rate / (4e-3 if cell.method == "vanilla" else 1e-3))
+    return 0.5 + 0.12 * min(away**2, 4.0) + 0.02 / cell.step + 0.001 * seed
+
+
+class Made:
+    """A store that is made up: a cell is there once it was planned, with a figure of our own."""
+
+    def __init__(self, figure: Callable[[Cell, int, int], float | None], fails: Callable[[Cell], bool] = lambda cell: False) -> None:
+        self.figure, self.fails = figure, fails
+        self.cells: dict[str, tuple[Cell, int, int]] = {}
+        self.plans: list[Plan] = []
+        self.ends_after = 10**9
+
+    def run(self, plan: Plan, said: str) -> int:
+        self.plans.append(plan)
+        for block in plan.blocks:
+            assert block.origin == "search"
+            for cell in block.cells:
+                if not self.fails(cell):
+                    self.cells[cell.key] = (cell, block.seed, len(block.draw.queries))
+        return 75 if len(self.plans) >= self.ends_after else 0
+
+    def judge(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, float | None]]:
+        found = {}
+        for key in keys:
+            if key in self.cells:
+                cell, seed, num_queries = self.cells[key]
+                trained = cell.kind == "finetuned"
+                found[key] = {
+                    "nll_label": self.figure(cell, seed, num_queries) if trained else 0.7,
+                    "balanced_accuracy": (0.8 if cell.learning_rate < 2e-3 else 0.5) if trained else 0.6,
+                }
+        return found
+
+    def search(self, sweep: Sweep) -> list[Study]:
+        studies = studies_of(sweep)
+        for code in rounds(sweep, studies, lambda: set(self.cells), self.judge, self.run):
+            if code:
+                break
+        return studies
+
+    @property
+    def num_finetuned(self) -> int:
+        return sum(cell.kind == "finetuned" for cell, _, _ in self.cells.values())
+
+
+@pytest.fixture
+def made() -> Made:
+    return Made(bowl)
+
+
+@pytest.fixture
+def swept(sweep_file: Path) -> Callable[..., Sweep]:
+    text = sweep_file.read_text()
+
+    def write(samples: int = 12, more: str = "", replace: tuple[str, str] = ("", "")) -> Sweep:
+        sweep_file.write_text(text.replace(*replace) + SEARCH.format(samples=samples, more=more))
+        return load_sweep(sweep_file)
+
+    return write
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_each_method_gets_its_samples_inside_its_range(swept: Callable[..., Sweep], made: Made, sampler: str) -> None:
+    for study in made.search(swept(10, f'sampler = "{sampler}"')):
+        asked = list(study.scores[0])
+        assert 8 <= len(asked) <= 10 and all(LOW <= rate <= HIGH for rate in asked)
+        assert all(rate == float(f"{rate:.2e}") for rate in asked)
+        assert min(asked) < 5e-4 and max(asked) > 2e-2, "the whole range is looked at"
+        assert [score.step for score in study.scores[0][asked[0]]] == [2, 4]
+    assert [len(plan.blocks) for plan in made.plans] == [2, 2, 2], "both methods of a draw train together: a block for each seed"
+
+
+def test_the_best_is_found_with_few_samples(swept: Callable[..., Sweep]) -> None:
+    """The median over ten seeds of the sampler is within 2 % of the best of a grid of three times as many."""
+    grid = min(0.5 + 0.12 * math.log10(rate / 4e-3) ** 2 for rate in np.geomspace(LOW, HIGH, 24)) + 0.02 / 4 + 0.0015
+    for sampler in ("tpe", "random"):
+        found = []
+        for seed in range(10):
+            study, _ = Made(bowl).search(swept(8, f'sampler = "{sampler}"\nseed = {seed}'))
+            assert study.method == "vanilla" and study.best
+            found.append(study.best.objective)
+        assert statistics.median(found) <= 1.02 * grid, (sampler, found)
+
+
+def test_the_same_search_asks_the_same_and_a_killed_one_resumes(swept: Callable[..., Sweep]) -> None:
+    sweep, whole, killed = swept(12), Made(bowl), Made(bowl)
+    first = whole.search(sweep)
+    killed.ends_after = 2
+    killed.search(sweep)
+    assert 0 < killed.num_finetuned < whole.num_finetuned
+    killed.ends_after = 10**9
+    before = set(killed.cells)
+    again = killed.search(sweep)
+    assert [study.scores for study in again] == [study.scores for study in first]
+    assert killed.cells.keys() == whole.cells.keys()
+    assert not {cell.key for plan in killed.plans[2:] for block in plan.blocks for cell in block.cells} & before, "what is there is not run again"
+    num_plans = len(whole.plans)
+    whole.search(sweep)
+    assert len(whole.plans) == num_plans, "all is answered from the store"
+
+
+def test_a_constraint_rules_out_what_misses_it(swept: Callable[..., Sweep], made: Made) -> None:
+    vanilla, _ = made.search(swept(12, 'constraints = ["balanced_accuracy >= zero_shot"]'))
+    assert vanilla.best and vanilla.best.learning_rate < 2e-3, "the lowest loss is at 4e-3, where accuracy is too low"
+    none, _ = Made(bowl).search(swept(8, 'constraints = ["balanced_accuracy >= 0.95"]'))
+    assert none.best is None
+    free, _ = Made(bowl).search(swept(12))
+    assert free.best and 2e-3 < free.best.learning_rate < 9e-3
+
+
+def test_what_diverges_is_never_best_and_what_cannot_run_is_no_score(swept: Callable[..., Sweep]) -> None:
+    made = Made(
+        lambda cell, seed, queries: None if cell.learning_rate > 1e-3 else bowl(cell, seed, queries), fails=lambda cell: (cell.learning_rate or 1) < 2e-4
+    )
+    study, _ = made.search(swept(12))
+    assert study.best and 5e-4 <= study.best.learning_rate <= 1e-3
+    assert all(not found for rate, found in study.scores[0].items() if rate < 2e-4)
+    assert all(math.isinf(score.loss) for rate, found in study.scores[0].items() if rate > 1e-3 for score in found)
+
+
+def test_rungs_grow_in_queries_then_in_seeds_and_keep_the_best(swept: Callable[..., Sweep], made: Made) -> None:
+    rungs = "rungs = [{ num_queries = 4 }, { num_queries = 8 }]\nkeep = 0.25"
+    sweep = swept(8, rungs, replace=("seeds = [1, 2]", "seeds = [1, 2, 3]"))
+    assert [(rung.num_queries, rung.num_seeds) for rung in rungs_of(sweep)] == [(4, 1), (8, 1), (8, 3)]
+    for study in made.search(sweep):
+        assert [len(scores) for scores in study.scores] == [8, 2, 1] or len(study.scores[0]) < 8
+        ranked = [score.learning_rate for score in study.ranking(0)]
+        assert set(study.scores[1]) == set(ranked[:2])
+        assert study.best and study.best.learning_rate in study.scores[2]
+    sizes = {(queries, seed) for cell, seed, queries in made.cells.values() if cell.kind == "finetuned"}
+    assert sizes == {(4, 1), (8, 1), (8, 2), (8, 3)}
+
+
+def test_the_best_step_counts_where_it_is_asked_for(swept: Callable[..., Sweep]) -> None:
+    worse_later = Made(lambda cell, seed, queries: bowl(cell, seed, queries) + 0.1 * cell.step)
+    last, _ = worse_later.search(swept(8))
+    best, _ = worse_later.search(swept(8, 'step = "best"'))
+    assert last.best and last.best.step == 4 and best.best and best.best.step == 2
+
+
+def test_an_objective_that_should_be_large_is_made_large(swept: Callable[..., Sweep]) -> None:
+    made = Made(bowl)
+    study, _ = made.search(swept(8, 'objective = "balanced_accuracy"'))
+    assert study.best and study.best.objective == 0.8 and study.best.loss == -0.8
+
+
+def test_a_best_at_the_end_of_its_range_is_marked(swept: Callable[..., Sweep]) -> None:
+    falling = Made(lambda cell, seed, queries: -math.log10(cell.learning_rate))
+    assert all(study.is_edge for study in falling.search(swept(12)))
+    assert not Made(bowl).search(swept(12))[0].is_edge
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('objective = "nll_lable"', "did you mean 'nll_label'"),
+        ('constraints = ["balanced_accuracy > zero_shot"]', 'must be like "balanced_accuracy >= zero_shot"'),
+        ('constraints = ["balanced_accurracy >= zero_shot"]', "did you mean 'balanced_accuracy'"),
+        ("rungs = [{ num_queries = 9 }]", "num_queries must be at most the sweep's 8, got 9"),
+        ("rungs = [{ num_queries = 8 }, { num_queries = 4 }]", "must grow from rung to rung"),
+        ("rungs = [{ num_queries = 8, num_seeds = 3 }]", "num_seeds must be at most the sweep's 2, got 3"),
+        ("keep = 1.0", "keep must be less than 1"),
+        ('sampler = "bayes"', "must be 'tpe', 'random' or 'grid'"),
+    ],
+)
+def test_a_mistake_in_the_section_is_told_with_its_line(swept: Callable[..., Sweep], more: str, said: str) -> None:
+    with pytest.raises(SweepError, match=r"tiny\.toml:\d+: ") as caught:
+        swept(8, more)
+    assert said in str(caught.value)
+
+
+def test_ranges_are_of_methods_of_the_sweep_and_ascend(sweep_file: Path) -> None:
+    text = sweep_file.read_text()
+    for range_, said in (
+        ("vanila = [1e-3, 1e-2]", "did you mean 'vanilla'"),
+        ("vanilla = [1e-2, 1e-3]", "a lower and a higher"),
+        ("vanilla = [0, 1e-3]", "greater than 0"),
+    ):
+        sweep_file.write_text(f"{text}\n[search.learning_rates]\n{range_}\n")
+        with pytest.raises(SweepError) as caught:
+            load_sweep(sweep_file)
+        assert said in str(caught.value)
+
+
+def test_a_sweep_for_a_search_alone_needs_no_list_of_learning_rates(sweep_file: Path) -> None:
+    lines = [line for line in sweep_file.read_text().splitlines() if "0.003" not in line and line != "[learning_rates]"]
+    sweep_file.write_text("\n".join(lines))
+    with pytest.raises(SweepError, match="learning_rates is required, got nothing"):
+        load_sweep(sweep_file)
+    sweep_file.write_text("\n".join(lines) + SEARCH.format(samples=4, more=""))
+    assert load_sweep(sweep_file).rates_of("fruit") == {"vanilla": (), "layer_causal": ()}

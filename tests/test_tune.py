@@ -1,0 +1,90 @@
+"""`iclgd tune` through the command line, on a real Ray: what it finds stays in the store, apart from the grid, and is never computed twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iclgd_dist.store import Store, read_results
+
+pytestmark = pytest.mark.slow
+ICLGD = [sys.executable, "-m", "iclgd_dist.cli"]
+SEARCH = """
+[resources]
+max_actors = 1
+
+[search]
+samples = 6
+per_round = 3
+rungs = [{ num_queries = 4 }]
+constraints = ["balanced_accuracy >= 0.0"]
+
+[search.learning_rates]
+vanilla = [1e-4, 1e-1]
+layer_causal = [1e-4, 1e-1]
+"""
+
+
+@pytest.fixture
+def search_file(sweep_file: Path) -> Path:
+    sweep_file.write_text(sweep_file.read_text() + SEARCH)
+    return sweep_file
+
+
+def iclgd(*arguments: str, folder: Path, code: int = 0) -> str:
+    done = subprocess.run([*ICLGD, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_search_is_resumed_and_what_it_found_is_the_grids_once_a_grid_asks_for_it(search_file: Path) -> None:
+    folder, store = search_file.parent, Store(search_file.parent / "results" / "tiny")
+    driver = subprocess.Popen(
+        [*ICLGD, "tune", str(search_file)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 120
+    while len(store.keys()) < 4:
+        assert driver.poll() is None and time.monotonic() < end, driver.communicate()[0]
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    said = iclgd("tune", str(search_file), folder=folder)
+    assert "next: put what was found into [learning_rates]" in said and said.count("vanilla") >= 1, said
+    cells = read_results(store).cells.to_pandas()
+    trained = cells[cells.kind == "finetuned"]
+    assert set(cells.origin) == {"search"} and not trained.key.duplicated().any()
+    assert set(trained.num_queries) == {4, 8} and set(trained[trained.num_queries == 4].seed) == {1}
+    steps = sum(attempt["num_training_steps"] for attempt in store.attempts().to_pylist())
+    again = iclgd("tune", str(search_file), folder=folder)
+    assert again.split("next:")[0].splitlines()[-3:] == said.split("next:")[0].splitlines()[-3:], "the same search, the same answer"
+    assert sum(attempt["num_training_steps"] for attempt in store.attempts().to_pylist()) == steps, "all of it from the store"
+
+    assert "0 in-context, 0 finetuned" in iclgd("report", str(store.root), folder=folder) or "0 finetuned" in (store.root / "report.html").read_text()
+    whole = trained[(trained.num_queries == 8) & (trained.method == "vanilla")]
+    rate = float(whole.learning_rate.iloc[0])
+    search_file.write_text(
+        search_file.read_text()
+        .replace("vanilla = [0.003, 0.05]", f"vanilla = [{rate!r}]")
+        .replace("layer_causal = [0.003, 0.05]", f"layer_causal = [{rate!r}]")
+    )
+    iclgd("run", str(search_file), folder=folder)
+    found = read_results(store).cells.to_pandas()
+    same = found[(found.method == "vanilla") & (found.learning_rate == rate) & (found.num_queries == 8)]
+    assert set(same.key) == set(whole[whole.learning_rate == rate].key), "not computed again"
+    from iclgd_analysis import load
+
+    frames = load(str(store.root))
+    assert set(frames.finetuned.learning_rate) == {rate} and set(frames.finetuned.method) == {"vanilla", "layer_causal"}
+    assert frames.num_search and frames.num_missing == 0
+
+
+def test_without_the_section_it_says_what_to_write(sweep_file: Path) -> None:
+    done = subprocess.run([*ICLGD, "tune", str(sweep_file)], cwd=sweep_file.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "[search.learning_rates]" in done.stderr
+    assert not (sweep_file.parent / "results").exists()

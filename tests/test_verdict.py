@@ -1,0 +1,209 @@
+"""The verdict on made-up stores whose answer is known, its figures recomputed with plain loops, and the coverage of the intervals it rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from iclgd_analysis import load, verdict
+from iclgd_analysis.intervals import Estimate, estimate, over_tasks
+from scipy import stats
+
+from tests.test_analysis import Row, diverged, make_cell, make_store
+
+TASKS, SEEDS, STEP = ("trec", "subj"), (1, 2, 3, 4, 5), 4
+RATES = {"vanilla": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "layer_causal": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+SIZES = (0.1, 0.25, 0.45, 0.8, 1.4)  # R along the learning rates
+GAINS = (0.05, 0.15, 0.25, 0.2, -0.1)  # how much each improves nll_label
+ZERO_SHOT = 0.7
+
+
+def world(
+    root: Path,
+    *,
+    closer: float,
+    empty: float = 0.02,
+    noise: float = 0.004,
+    icl_skill: float = 0.9,
+    diverges: Callable[[str, int, int], bool] = lambda method, rank, seed: False,
+    gains: Callable[[str, int], float] = lambda method, rank: GAINS[rank],
+) -> tuple[list[Row], Path]:
+    """Make a store in which layer-causal's sim_aou is `closer` above vanilla's at every size, and contexts that teach nothing score `empty` with layer-causal."""
+    chance = np.random.default_rng(7)
+    rows: list[Row] = []
+    for task in TASKS:
+        base = make_cell("zero_shot", task=task, seed=None, skill=0.2)
+        rows.append(with_figures(base, nll=np.full(24, ZERO_SHOT)))
+        query = chance.normal(0, 0.02, 24)
+        for seed in SEEDS:
+            of_seed = chance.normal(0, noise)
+            rows.append(with_figures(make_cell("icl", task=task, seed=seed, skill=icl_skill), nll=np.full(24, 0.4)))
+            rows[-1]["measures"] = controls(other_draw=0.95, other_task=0.6, shuffled_words=0.4, separator=0.2)
+            for method, rates in RATES.items():
+                for rank, rate in enumerate(rates):
+                    row = make_cell("finetuned", task=task, seed=seed, skill=0.7, method=method, learning_rate=rate, step=STEP, size=SIZES[rank])
+                    level = 0.1 + 0.1 * SIZES[rank] + (closer + of_seed if method == "layer_causal" else 0.0)
+                    similar = level + query + chance.normal(0, 0.01, 24)
+                    row = with_figures(row, nll=ZERO_SHOT - gains(method, rank) + chance.normal(0, 0.01, 24), sim_aou=similar)
+                    row["measures"] = controls(other_task=empty, shuffled_words=empty / 2, separator=empty / 4)
+                    rows.append(diverged(row) if diverges(method, rank, seed) else row)
+    return rows, make_store(root, rows)
+
+
+def controls(**levels: float) -> list[Row]:
+    return [
+        {"kind": "control", "name": name, "metric": "sim_aou", "layer": 0, "fold": fold, "n": 24, "mean": level, "sd": 0.1}
+        for name, level in levels.items()
+        for fold in ("A", "B", "all")
+    ]
+
+
+def with_figures(row: Row, *, nll: np.ndarray, sim_aou: np.ndarray | None = None) -> Row:
+    """Give each query its figures, and folds, layers and the row their means."""
+    folds = np.array([query["fold"] for query in row["examples"]])
+    for number, query in enumerate(row["examples"]):
+        query |= {"nll_label": float(nll[number])} | ({} if sim_aou is None else {"sim_aou": float(sim_aou[number])})
+    row["nll_label"] = float(nll.mean())
+    for fold in row["folds"]:
+        fold["nll_label"] = float(nll[folds == fold["fold"]].mean())
+    if sim_aou is not None:
+        row["sim_aou"] = float(sim_aou.mean())
+        for layer in row["layers"]:
+            layer["sim_aou"] = float(sim_aou[folds == layer["fold"]].mean() if layer["fold"] != "all" else sim_aou.mean())
+    return row
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ({"closer": 0.06}, "closer"),
+        ({"closer": 0.06, "empty": 0.5}, "closer, but not task-specific"),
+        ({"closer": 0.0, "noise": 0.001}, "not closer"),
+        ({"closer": -0.06}, "further"),
+        ({"closer": 0.01, "noise": 0.1}, "undecided"),
+        ({"closer": 0.06, "diverges": lambda method, rank, seed: rank == 4}, "closer"),
+    ],
+)
+def test_the_verdict_is_that_of_the_world_it_was_made_from(tmp_path: Path, made: dict[str, Any], expected: str) -> None:
+    _, root = world(tmp_path, **made)
+    (found,) = verdict.findings(load(root))
+    assert found.verdict == expected
+    said = " ".join(verdict.paragraph(found))
+    assert f"layer-causal finetuning is {expected} to ICL than vanilla" in said
+    assert "On subj, trec (5 draws), Tiny-135M-Instruct.Q4_1" in said and "Descriptive" not in said
+    assert "ICL with other demonstrations 0.950, with another task's 0.600" in said
+
+
+def test_what_never_improves_or_diverges_is_said_and_decides_nothing(tmp_path: Path) -> None:
+    never = world(tmp_path / "a", closer=0.06, gains=lambda method, rank: -0.1 if method == "vanilla" else GAINS[rank])[1]
+    (found,) = verdict.findings(load(never))
+    assert found.verdict == "undecided" and math.isnan(found.gain.mean.mean)
+    assert "no learning rate of the method improves on zero-shot" in " ".join(verdict.paragraph(found))
+    burnt = world(tmp_path / "b", closer=0.06, diverges=lambda method, rank, seed: rank >= 3)[1]
+    (found,) = verdict.findings(load(burnt))
+    assert found.verdict == "undecided" and found.norm.mean.used == 0 and found.norm.reasons["diverged"] == 2 * 2 * 5
+    assert "Draws used: 0 of 10 at equal size (20 diverged before R*)" in " ".join(verdict.paragraph(found))
+
+
+def test_tasks_where_icl_shows_nothing_are_told_apart(tmp_path: Path) -> None:
+    (found,) = verdict.findings(load(world(tmp_path, closer=0.06, icl_skill=0.2)[1]))
+    assert "ICL beats zero-shot, with its interval above 0, in 0 of 2 tasks:" in " ".join(verdict.paragraph(found))
+
+
+def t_mean(values: list[float], query_variance: float) -> tuple[float, float, float]:
+    """Return mean, standard error and degrees of freedom of one task."""
+    return float(np.mean(values)), math.sqrt(np.var(values, ddof=1) / len(values) + query_variance), len(values) - 1
+
+
+def joined(tasks: list[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Return the mean over tasks and its interval."""
+    mean, error = float(np.mean([m for m, _, _ in tasks])), math.sqrt(sum(e**2 for _, e, _ in tasks)) / len(tasks)
+    freedom = sum(e**2 for _, e, _ in tasks) ** 2 / sum(e**4 / f for _, e, f in tasks)
+    half = stats.t.ppf(0.975, freedom) * error
+    return mean, mean - half, mean + half
+
+
+def test_both_differences_equal_plain_loops_over_the_rows(tmp_path: Path) -> None:
+    rows, root = world(tmp_path, closer=0.04)
+    (found,) = verdict.findings(load(root))
+    at = {(r["task"], r["method"], r["learning_rate"], r["seed"]): r for r in rows if r["kind"] == "finetuned"}
+    share = math.log(0.5 / 0.45) / math.log(0.8 / 0.45)
+
+    def line(row: Row, fold: str | None) -> np.ndarray:
+        return np.array([query["sim_aou"] for query in row["examples"] if fold in (None, query["fold"])])
+
+    tasks = []
+    for task in TASKS:
+        gaps = []
+        for seed in SEEDS:
+            here = {m: (1 - share) * line(at[task, m, r[2], seed], None) + share * line(at[task, m, r[3], seed], None) for m, r in RATES.items()}
+            gaps.append(here["layer_causal"] - here["vanilla"])
+        query = np.mean(gaps, axis=0)
+        tasks.append(t_mean([gap.mean() for gap in gaps], np.var(query, ddof=1) / len(query)))
+    assert (found.norm.mean.mean, found.norm.mean.lower, found.norm.mean.upper) == pytest.approx(joined(tasks))
+
+    tasks = []
+    for task in TASKS:
+        of_fold: dict[str, list[np.ndarray]] = {}
+        for chooses, reports in (("A", "B"), ("B", "A")):
+
+            def gain(method: str, rate: float, fold: str, task: str = task) -> float:
+                return float(np.mean([ZERO_SHOT - next(f["nll_label"] for f in at[task, method, rate, seed]["folds"] if f["fold"] == fold) for seed in SEEDS]))
+
+            target = 0.5 * min(max(gain(m, rate, chooses) for rate in r) for m, r in RATES.items())
+            weights = {}
+            for method, rates in RATES.items():
+                curve = [gain(method, rate, reports) for rate in rates]
+                n = next(n for n in range(1, 5) if curve[n - 1] < target <= curve[n])
+                part = (target - curve[n - 1]) / (curve[n] - curve[n - 1])
+                weights[method] = ((rates[n - 1], 1 - part), (rates[n], part))
+            of_fold[reports] = [
+                sum(w * line(at[task, "layer_causal", rate, seed], reports) for rate, w in weights["layer_causal"])
+                - sum(w * line(at[task, "vanilla", rate, seed], reports) for rate, w in weights["vanilla"])
+                for seed in SEEDS
+            ]
+        values = [(of_fold["A"][n].mean() + of_fold["B"][n].mean()) / 2 for n in range(len(SEEDS))]
+        query = np.concatenate([np.mean(of_fold[fold], axis=0) for fold in "AB"])
+        tasks.append(t_mean(values, np.var(query, ddof=1) / len(query)))
+    assert (found.gain.mean.mean, found.gain.mean.lower, found.gain.mean.upper) == pytest.approx(joined(tasks))
+    table = verdict.data([found])
+    row = table[(table["quantity"] == "D_norm") & (table["task"] == "all tasks")].iloc[0]
+    assert row["mean"] == pytest.approx(found.norm.mean.mean) and (row["num_used"], row["num_planned"]) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("norm", "gain", "expected"),
+    [
+        ((0.05, 0.01, 0.09), (0.04, 0.001, 0.08), "closer"),
+        ((0.015, 0.01, 0.02), (0.04, 0.001, 0.08), "undecided"),
+        ((0.05, 0.01, 0.09), (0.04, -0.001, 0.08), "undecided"),
+        ((-0.05, -0.09, -0.01), (-0.04, -0.08, -0.001), "further"),
+        ((0.001, -0.01, 0.012), (0.0, -0.019, 0.019), "not closer"),
+        ((0.015, 0.011, 0.019), (0.015, 0.011, 0.019), "not closer"),
+        ((0.05, math.nan, math.nan), (0.04, 0.001, 0.08), "undecided"),
+    ],
+)
+def test_the_rule(norm: tuple[float, ...], gain: tuple[float, ...], expected: str) -> None:
+    assert verdict.verdict(Estimate(*norm), Estimate(*gain), Estimate(0.1, 0.05, 0.15), 0.02) == expected
+    said = verdict.verdict(Estimate(*norm), Estimate(*gain), Estimate(0.1, -0.05, 0.15), 0.02)
+    assert said == (f"{expected}, but not task-specific" if expected == "closer" else expected)
+
+
+@pytest.mark.parametrize(("query_noise", "least", "most"), [(0.3, 0.93, 1.0), (0.0, 0.93, 0.97)])
+def test_the_intervals_cover_the_truth(query_noise: float, least: float, most: float) -> None:
+    """1,000 simulated stores of 3 tasks and 5 seeds: a paired difference with noise of seeds, of queries and of both together."""
+    chance, truth, covered = np.random.default_rng(11), 0.05, {"task": 0, "all": 0}
+    for _ in range(1000):
+        found = []
+        for _ in range(3):
+            gap_SQ = truth + chance.normal(0, 0.05, (5, 1)) + chance.normal(0, query_noise, 60) + chance.normal(0, query_noise, (5, 60))
+            found.append(estimate(pd.Series(gap_SQ.mean(1)), used=5, groups=[gap_SQ.mean(0)] if query_noise else []))
+        covered["task"] += found[0].lower <= truth <= found[0].upper
+        whole = over_tasks(found)
+        covered["all"] += whole.lower <= truth <= whole.upper
+    assert all(least <= number / 1000 <= most for number in covered.values()), covered
