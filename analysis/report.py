@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
-from . import controls, equal_size, heatmap, layer_profile, measures, protocol_effects, ratio, table, verdict
+from . import controls, equal_size, heatmap, layer_profile, measures, paper_tables, protocol_effects, ratio, table, verdict
 from .chosen import select
 from .intervals import MIN_SEEDS
 from .load import Frames, Setting, load
@@ -29,7 +29,7 @@ from .text import counted, number, rate
 
 PARTS = ("table", "heatmap", "ratio", "layer_profile")
 OF_A_SETTING: dict[str, Any] = {"controls": controls, "measures": measures}  # tables that are there only where the store has such rows
-ACROSS_SETTINGS: dict[str, Any] = {"equal_size": equal_size, "protocol_effects": protocol_effects}
+ACROSS_SETTINGS: dict[str, Any] = {"paper_tables": paper_tables, "equal_size": equal_size, "protocol_effects": protocol_effects}
 # Panels are drawn when they come near the window, and all of them, narrow, before the page is printed.
 SCRIPT = """
 const panels = [...document.querySelectorAll("[data-figure]")];

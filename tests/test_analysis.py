@@ -285,7 +285,7 @@ def test_the_page_names_what_every_figure_rests_on(page: str) -> None:
         "Tiny-135M-Instruct.Q4_1, instruction-tuned, dequantised from 4-bit; stored as float32, computed in float32. Task trec, k = 4. Recorded position: "
         "last prompt token; sink: &lt;/s&gt;; separator: newline. 24 queries (query seed 1); 1 seed (1)."
     )
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page[: page.index('id="across"')], re.DOTALL)
     assert len(captions) == 4
     assert all(caption in found for found in captions)
     assert "of 17 planned, 3 are missing" in page
@@ -329,14 +329,15 @@ def test_the_page_asks_nothing_of_a_network(page: str) -> None:
 def test_the_figures_data_stands_beside_the_page(tmp_path: Path) -> None:
     page = write_report(make_store(tmp_path / "store", make_rows()))
     assert page == tmp_path / "store" / "report.html"
-    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == ["heatmap.csv", "layer_profile.csv", "ratio.csv", "table.csv", "verdict.csv"]
+    written = ["heatmap.csv", "layer_profile.csv", "paper_tables.csv", "ratio.csv", "table.csv", "verdict.csv"]
+    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == written
     lines = list(csv.DictReader((page.parent / "figures" / "heatmap.csv").open()))
     assert {line["state"] for line in lines if line["learning_rate"] == "0.1" and line["step"] == "4.0"} == {"diverged"}
     assert {line["task"] for line in lines} == {"trec"}
     ratios = list(csv.DictReader((page.parent / "figures" / "ratio.csv").open()))
     assert all(bool(line["random_state"]) == (bool(line["value"]) and line["metric"] in ("sim_aou", "sim_aou_norm")) for line in ratios)
     elsewhere = iclgd_analysis.write_report(tmp_path / "store", tmp_path / "out" / "page.html")
-    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == ["heatmap.csv", "layer_profile.csv", "page.html", "ratio.csv", "table.csv", "verdict.csv"]
+    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == sorted([*written, "page.html"])
 
 
 def test_diverged_and_undefined_cells_of_a_heat_map_are_not_drawn_as_zero(page: str) -> None:
