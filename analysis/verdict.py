@@ -133,7 +133,10 @@ def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, 
         smallest_effect(frames),
         gate=over(lambda setting: _gate(frames, setting)),
         accuracies=accuracies | {method: over(accuracy(method)) for method in (BASE, METHOD)},
-        rates={method: {task: (picked["B"][0], picked["A"][0]) for task, picked in of_tasks.items() if picked} for method, of_tasks in chosen.items()},
+        rates={
+            method: {task: (picked["B"][0].learning_rate, picked["A"][0].learning_rate) for task, picked in of_tasks.items() if picked}
+            for method, of_tasks in chosen.items()
+        },
         levels={method: over(level(method)) for method in (BASE, METHOD)},
         norm=over(lambda setting: _at_size(frames, at_size[setting.named["task"]]), reasons=size_reasons),
         gain=over(lambda setting: _at_gain(frames, at_gain[setting.named["task"]]), reasons=gain_reasons),
