@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from .chosen import Matched, select
+from .chosen import Matched, Selected, select
 from .intervals import Estimate, estimate
 from .load import ACCURACIES, Frames, Setting, each
 
@@ -46,12 +46,12 @@ def crossfit(frames: Frames, terms: Mapping[str, pd.DataFrame], metric: str, *, 
     return estimate(means, used=used, groups=groups, is_share=is_share)
 
 
-def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[float, pd.DataFrame]]:
+def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[Selected, pd.DataFrame]]:
     """Return, by the fold that reports, the learning rate that the other fold selects and its cells as terms; nothing where none is defined."""
     found = {}
     for chooses, reports in FOLDS.items():
         if picked := select(frames, setting, method, fold=chooses):
-            found[reports] = (picked.learning_rate, each(setting.at(method, picked.learning_rate, setting.last_step)))
+            found[reports] = (picked, each(setting.at(method, picked.learning_rate, setting.last_step)))
     return found if len(found) == len(FOLDS) else {}
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from .intervals import geometric_mean
 from .load import Frames, Setting
 from .panels import GREY, Panel, colour, drawing, safe
-from .text import number, rate
+from .text import BASELINES, number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "balanced_accuracy")
 REFERENCE = {"sim_aou": "sim_aou_gaussian_state", "sim_aou_norm": "sim_aou_norm_gaussian_state"}
@@ -76,7 +76,7 @@ def _panel(setting: Setting, metric: str, rows: pd.DataFrame, table: pd.DataFram
     labels = []
     if metric == "balanced_accuracy":
         base = table.set_index("method")["balanced_accuracy"]
-        for method, name in (("zero_shot", "zero-shot"), ("icl", "in-context")):
+        for method, name in BASELINES.items():
             if math.isfinite(base[method]):
                 shapes.append({"x0": 0, "x1": 1, "xref": "x domain", "y0": base[method], "y1": base[method], "line": {"color": GREY, "width": 1}})
                 place = {"x": 1.01, "xref": "x domain", "xanchor": "left", "y": base[method], "yanchor": "middle", "showarrow": False}

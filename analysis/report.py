@@ -20,16 +20,17 @@ from plotly.offline import get_plotlyjs
 
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
-from . import controls, equal_size, heatmap, layer_profile, measures, paper_tables, protocol_effects, ratio, table, verdict
+from . import accuracy, controls, equal_size, gradient_norms, heatmap, layer_profile, measures, paper_tables, pareto, protocol_effects, ratio, table, verdict
 from .chosen import select
 from .intervals import MIN_SEEDS
 from .load import Frames, Setting, load
 from .panels import Panel
 from .text import counted, number, rate
 
-PARTS = ("table", "heatmap", "ratio", "layer_profile")
+FIGURES: dict[str, Any] = {"heatmap": heatmap, "ratio": ratio, "pareto": pareto, "layer_profile": layer_profile, "gradient_norms": gradient_norms}
+PARTS = ("table", *FIGURES)
 OF_A_SETTING: dict[str, Any] = {"controls": controls, "measures": measures}  # tables that are there only where the store has such rows
-ACROSS_SETTINGS: dict[str, Any] = {"paper_tables": paper_tables, "equal_size": equal_size, "protocol_effects": protocol_effects}
+ACROSS_SETTINGS: dict[str, Any] = {"accuracy": accuracy, "paper_tables": paper_tables, "equal_size": equal_size, "protocol_effects": protocol_effects}
 # Panels are drawn when they come near the window, and all of them, narrow, before the page is printed.
 SCRIPT = """
 const panels = [...document.querySelectorAll("[data-figure]")];
@@ -68,11 +69,13 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
     for index, setting in enumerate(frames.settings()):
         rows = table.summary(frames, setting)
         ratios, layers = ratio.data(frames, setting), layer_profile.data(frames, setting)
-        for part, found in zip(PARTS, (rows, heatmap.data(rows), ratios, layers), strict=True):
+        points, norms = pareto.data(setting, ratios), gradient_norms.data(frames, setting)
+        for part, found in zip(PARTS, (rows, heatmap.data(rows), ratios, points, layers, norms), strict=True):
             data[part].append(found)
-        drawn = (heatmap.panels(setting, rows), ratio.panels(setting, ratios, rows), layer_profile.panels(setting, layers))
-        figured = zip(PARTS[1:], (heatmap, ratio, layer_profile), drawn, strict=True)
-        shown = [(part, module, panels) for part, module, panels in figured if only in (None, part) and panels]
+        compared = (ratio.panels(setting, ratios, rows), pareto.panels(setting, points, rows))
+        drawn = (heatmap.panels(setting, rows), *compared, layer_profile.panels(setting, layers), gradient_norms.panels(setting, norms))
+        figured = zip(FIGURES.items(), drawn, strict=True)
+        shown = [(part, module, panels) for (part, module), panels in figured if only in (None, part) and panels]
         section: dict[str, Any] = {"id": f"s{index}", "title": setting.title, "caption": setting.caption, "sentence": sentence(frames, setting, rows)}
         section["rows"] = table.display(frames, setting, rows) if only in (None, "table") else []
         section["grids"] = []

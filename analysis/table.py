@@ -15,7 +15,7 @@ from iclgd_dist.schema import POOLED, SIMILARITIES
 from .chosen import select
 from .intervals import geometric_mean
 from .load import ACCURACIES, Frames, Setting, load
-from .text import counted, number, rate
+from .text import BASELINES, counted, number, rate
 
 SHOWN = ("nll_label", "sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "update_ratio")
 HEADERS = ("method", "lr", "step", "n", "balanced accuracy", "accuracy", *SHOWN[:-1], "R", "marks")
@@ -79,9 +79,8 @@ def display(frames: Frames, setting: Setting, table: pd.DataFrame) -> list[list[
             interval = f" [{number(row[metric + '_lower'], 2)}, {number(row[metric + '_upper'], 2)}]" if row[metric + "_lower"] >= 0 else ""
             accuracies.append(number(row[metric]) + interval)
         position = [rate(row["learning_rate"]), f"{row['step']:.0f}"] if pd.notna(row["step"]) else ["", ""]
-        name = {"zero_shot": "zero-shot", "icl": "in-context"}.get(method, method)
         used = f"{row['accuracy_n']}/{row['num_draws']}"
-        rows.append([name, *position, used, *accuracies, *(number(row[metric]) for metric in SHOWN), "; ".join(note)])
+        rows.append([BASELINES.get(method, method), *position, used, *accuracies, *(number(row[metric]) for metric in SHOWN), "; ".join(note)])
     return rows
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 NULL = "\N{EN DASH}"
+BASELINES = {"zero_shot": "zero-shot", "icl": "in-context"}  # as they are written
 
 
 def rate(learning_rate: float) -> str:

@@ -66,6 +66,15 @@ class Findings:
         return verdict(self.norm.mean, self.gain.mean, self.specific.mean, self.effect)
 
 
+IN_WORDS = {
+    "closer": "closer to ICL than vanilla",
+    "closer, but not task-specific": "closer to ICL than vanilla, but not task-specific",
+    "further": "further from ICL than vanilla",
+    "not closer": "not closer to ICL than vanilla",
+    "undecided": "neither shown to be closer to ICL than vanilla nor shown not to be (undecided)",
+}
+
+
 def verdict(norm: Estimate, gain: Estimate, specific: Estimate, effect: float) -> str:
     """Return closer, further, not closer or undecided, and whether what is closer is not specific to the task; on 95 % intervals of both differences."""
     both = (norm, gain)
@@ -99,7 +108,18 @@ def findings(frames: Frames) -> list[Findings]:
             untrained.setdefault(place, {}).setdefault(setting.named["init"], []).append(setting)
         else:
             groups.setdefault(place, []).append(setting)
-    return [_found(frames, settings, untrained.get(place, {})) for place, settings in groups.items()]
+    return [
+        _found(frames, _of_most_queries(settings), {init: _of_most_queries(some) for init, some in untrained.get(place, {}).items()})
+        for place, settings in groups.items()
+    ]
+
+
+def _of_most_queries(settings: Sequence[Setting]) -> list[Setting]:
+    """Return one setting for each task: that of the most queries, where several sets were evaluated."""
+    found: dict[str, Setting] = {}
+    for setting in sorted(settings, key=lambda one: int(one.first["num_queries"])):
+        found[setting.named["task"]] = setting
+    return [setting for setting in settings if found[setting.named["task"]] is setting]
 
 
 def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, Sequence[Setting]]) -> Findings:
@@ -133,7 +153,10 @@ def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, 
         smallest_effect(frames),
         gate=over(lambda setting: _gate(frames, setting)),
         accuracies=accuracies | {method: over(accuracy(method)) for method in (BASE, METHOD)},
-        rates={method: {task: (picked["B"][0], picked["A"][0]) for task, picked in of_tasks.items() if picked} for method, of_tasks in chosen.items()},
+        rates={
+            method: {task: (picked["B"][0].learning_rate, picked["A"][0].learning_rate) for task, picked in of_tasks.items() if picked}
+            for method, of_tasks in chosen.items()
+        },
         levels={method: over(level(method)) for method in (BASE, METHOD)},
         norm=over(lambda setting: _at_size(frames, at_size[setting.named["task"]]), reasons=size_reasons),
         gain=over(lambda setting: _at_gain(frames, at_gain[setting.named["task"]]), reasons=gain_reasons),
@@ -196,7 +219,7 @@ def paragraph(found: Findings) -> list[str]:
     norm, gain = found.norm.mean, found.gain.mean
     said = [
         f"On {', '.join(tasks)} ({counted(seeds, 'draw')}), {first.model}, k = {first.named['k']}{protocol}: at equal size of update (R = {ratio:g}) "
-        f"layer-causal finetuning is {found.verdict} to ICL than vanilla: {METRIC} {number(found.levels[METHOD].mean.mean)} against "
+        f"layer-causal finetuning is {IN_WORDS[found.verdict]}: {METRIC} {number(found.levels[METHOD].mean.mean)} against "
         f"{number(found.levels[BASE].mean.mean)}, difference {norm}, above 0 in {found.norm.signs}; at equal improvement {gain}, above 0 in {found.gain.signs}."
     ]
     if (norm.used, gain.used) != (found.norm.planned, found.norm.planned):

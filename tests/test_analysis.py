@@ -37,6 +37,7 @@ from iclgd_dist.store import Store
 
 RATES = {"vanilla": (1e-3, 1e-2, 1e-1), "layer_causal": (1e-4, 1e-3, 1e-2)}
 STEPS = (2, 4)
+FIGURES = ("table.csv", "heatmap.csv", "ratio.csv", "pareto.csv", "layer_profile.csv", "gradient_norms.csv")  # beside every page
 NUM_QUERIES = 24
 NUM_LAYERS = 4
 Row = dict[str, Any]
@@ -285,8 +286,8 @@ def test_the_page_names_what_every_figure_rests_on(page: str) -> None:
         "Tiny-135M-Instruct.Q4_1, instruction-tuned, dequantised from 4-bit; stored as float32, computed in float32. Task trec, k = 4. Recorded position: "
         "last prompt token; sink: &lt;/s&gt;; separator: newline. 24 queries (query seed 1); 1 seed (1)."
     )
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page[: page.index('id="across"')], re.DOTALL)
-    assert len(captions) == 4
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page.partition('<section id="across">')[0], re.DOTALL)
+    assert len(captions) == 5  # no gradient was noted: no map of gradients
     assert all(caption in found for found in captions)
     assert "of 17 planned, 3 are missing" in page
     assert "Descriptive: 1 seed, fewer than 5" in page
@@ -329,15 +330,14 @@ def test_the_page_asks_nothing_of_a_network(page: str) -> None:
 def test_the_figures_data_stands_beside_the_page(tmp_path: Path) -> None:
     page = write_report(make_store(tmp_path / "store", make_rows()))
     assert page == tmp_path / "store" / "report.html"
-    written = ["heatmap.csv", "layer_profile.csv", "paper_tables.csv", "ratio.csv", "table.csv", "verdict.csv"]
-    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == written
+    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == sorted([*FIGURES, "accuracy.csv", "paper_tables.csv", "verdict.csv"])
     lines = list(csv.DictReader((page.parent / "figures" / "heatmap.csv").open()))
     assert {line["state"] for line in lines if line["learning_rate"] == "0.1" and line["step"] == "4.0"} == {"diverged"}
     assert {line["task"] for line in lines} == {"trec"}
     ratios = list(csv.DictReader((page.parent / "figures" / "ratio.csv").open()))
     assert all(bool(line["random_state"]) == (bool(line["value"]) and line["metric"] in ("sim_aou", "sim_aou_norm")) for line in ratios)
     elsewhere = iclgd_analysis.write_report(tmp_path / "store", tmp_path / "out" / "page.html")
-    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == sorted([*written, "page.html"])
+    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == sorted([*FIGURES, "accuracy.csv", "page.html", "paper_tables.csv", "verdict.csv"])
 
 
 def test_diverged_and_undefined_cells_of_a_heat_map_are_not_drawn_as_zero(page: str) -> None:
@@ -392,7 +392,7 @@ def test_no_number_is_cut_off_in_a_terminal(frames: Frames, width: int) -> None:
     assert "\N{HORIZONTAL ELLIPSIS}" not in out.getvalue()
 
 
-@pytest.mark.parametrize("script", ["heatmap", "ratio", "layer_profile"])
+@pytest.mark.parametrize("script", ["heatmap", "ratio", "pareto", "layer_profile"])
 def test_a_page_can_hold_one_figure_alone(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [script, str(make_store(tmp_path, make_rows()))])
     main(only=script)

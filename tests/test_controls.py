@@ -463,7 +463,7 @@ def test_the_page_has_tables_of_what_the_store_holds_and_no_others(held: tuple[l
     assert page.count("<h3>Controls: trec, Tiny-135M-Instruct.Q4_1, k = 4</h3>") == 1
     assert "no control context" not in page
     assert "Descriptive: some means are over 3 seeds, fewer than 5" in page
-    assert "Equal size of update" not in page
+    assert "What the protocol moves" not in page and "Equal size of update" not in page
     assert (held[2] / "figures" / "controls.csv").exists()
     assert not (held[2] / "figures" / "equal_size.csv").exists()
     page = write_report(sized[2]).read_text()

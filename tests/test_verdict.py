@@ -94,7 +94,7 @@ def test_the_verdict_is_that_of_the_world_it_was_made_from(tmp_path: Path, made:
     (found,) = verdict.findings(load(root))
     assert found.verdict == expected
     said = " ".join(verdict.paragraph(found))
-    assert f"layer-causal finetuning is {expected} to ICL than vanilla" in said
+    assert f"layer-causal finetuning is {verdict.IN_WORDS[expected]}: sim_aou" in said
     assert "On subj, trec (5 draws), Tiny-135M-Instruct.Q4_1" in said and "Descriptive" not in said
     assert "ICL with other demonstrations 0.950, with another task's 0.600" in said
 
