@@ -144,7 +144,8 @@ def _difference(here: Path, there: Path) -> float:
     for store in (here, there):
         results = read_results(store)
         machine = {"wall_seconds", "peak_gib"}
-        tables.append([table.drop_columns([name for name in table.column_names if name in machine]) for table in (results.cells, results.layers)])
+        kept = [table.drop_columns([name for name in table.column_names if name in machine]) for table in (results.cells, results.layers)]
+        tables.append([table.set_column(0, "key", table["key"].cast("string")) for table in kept])  # no dictionary can be sorted by
     largest = 0.0
     for ours, theirs in zip(*tables, strict=True):
         for column in ours.column_names:
