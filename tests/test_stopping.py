@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from iclgd_dist import stopping
 from iclgd_dist.stopping import Budget, stoppable, watched
 from iclgd_dist.terminal import INTERRUPTED
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    """Let no handler that another test left behind see the signals."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +64,6 @@ def test_a_second_signal_stops_at_once() -> None:
         stopped.ask("enough")
         stopped.ask("said once")
         assert (stopped.code, stopped.why) == (INTERRUPTED, "enough")
-        import os
-        import signal
-
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
         pytest.fail("it went on")
