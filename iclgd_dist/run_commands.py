@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Run every cell that is not in the store yet.
 
-    The same command again resumes; a larger grid in the same file adds to what is there. With [controls] random_delta = true, random weights of the same
+    The same command again resumes; a larger grid in the same file adds to what is there. With controls.random_delta = true, random weights of the same
     effect follow for the cells that the report cites.
 
     Example: iclgd run sweeps/demo.toml
@@ -141,7 +141,7 @@ def tune(
     gpu_hours: GpuHours = None,
     insecure: Insecure = False,
 ) -> None:
-    """Search for learning rates, as [search] of the sweep file says: each round trains a few, and what they score says where to look next.
+    """Search for learning rates where the sweep file's section search says: each round trains a few, and what they score says where to look next.
 
     Judged on fold A of the queries, so that fold B can be reported. Every cell that is evaluated stays in the store; the same command again resumes.
 
@@ -195,15 +195,9 @@ def _show_studies(studies: Sequence[Study]) -> None:
         table.add_column(column, justify="left" if column in ("task", "model", "method", "mark") else "right", overflow="fold")
     for study in studies:
         best, place, tried = study.best, study.place, [score for found in study.scores[0].values() for score in found[-1:]]
-        mark = (
-            "at the edge of what was tried: widen its range"
-            if study.is_edge
-            else ""
-            if best
-            else "none holds all constraints"
-            if tried
-            else "nothing could be computed"
-        )
+        mark = "at the edge of what was tried: widen its range" if study.is_edge else ""
+        if not best:
+            mark = "none holds all constraints" if tried else "nothing could be computed"
         found = (f"{best.learning_rate:.3g}", str(best.step), f"{best.objective:.4f}") if best else ("", "", "")
         name = place.model.source.rpartition("/")[2]
         table.add_row(*map(Text, (place.task, name, str(place.num_demonstrations), study.method, *found, str(len(tried)), mark)))

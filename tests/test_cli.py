@@ -294,3 +294,8 @@ def test_own_methods_and_metrics_controls_and_random_weights_run_through_a_sweep
     assert code == 0, errors
     page = (store.root / "report.html").read_text()
     assert all(word in page for word in ("one_layer", "lora", "everything", "adam", "signed", "margin", "random_delta", "separator"))
+
+
+def test_help_loses_no_word_to_markup() -> None:
+    """Brackets in a help text are markup, and vanish."""
+    assert not [command.callback.__name__ for command in cli.app.registered_commands if command.callback and "[" in (command.callback.__doc__ or "")]

@@ -174,6 +174,18 @@ def test_a_part_of_a_newer_version_is_no_reason_to_drop_it(made: Store, monkeypa
     assert_holds(read_results(Store(made.root)), [row(number) for number in range(6)])
 
 
+def test_what_is_forgotten_does_not_come_back_from_a_part_that_a_killed_compaction_left(made: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    at("before_manifest", die, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        made.compact()  # leaves a part that holds 3, 4 and 5
+    assert forget(made, [key(4)]) == 1
+    assert verify(made, quarantine=True).is_whole
+    assert made.keys() == {key(number) for number in (0, 1, 2, 3, 5)}
+
+
 @pytest.mark.parametrize("is_loose", [False, True])
 def test_a_compaction_that_was_paused_brings_nothing_forgotten_back(made: Store, monkeypatch: pytest.MonkeyPatch, is_loose: bool) -> None:
     other, gone = Store(made.root), key(4 if is_loose else 1)
