@@ -110,6 +110,18 @@ def test_a_cell_both_loose_and_compacted_counts_once_and_the_manifest_wins(tmp_p
     assert_holds(read_results(made), [row(1), row(2)])
 
 
+def test_cells_that_are_compacted_while_a_reader_begins_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = prepared(tmp_path, row(1), row(2)), Store.loose
+
+    def overtaken(self: Store) -> object:
+        monkeypatch.setattr(Store, "loose", real)
+        assert Store(made.root).compact() == 2
+        return real(self)
+
+    monkeypatch.setattr(Store, "loose", overtaken)
+    assert_holds(read_results(made), [row(1), row(2)])
+
+
 @pytest.mark.parametrize("num_later", [0, 2])
 @pytest.mark.parametrize("point", ["before_manifest", "before_link"])
 def test_of_two_compactions_at_once_one_gives_way_and_no_cell_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, num_later: int) -> None:

@@ -151,6 +151,8 @@ def test_of_an_orphan_and_the_part_that_was_meant_the_rebuilt_manifest_loses_no_
     at("before_manifest", die, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         made.compact()  # leaves a part that holds 3, 4 and 5
+    (orphan,) = (made.root / "compacted").glob("part-00000002-*")
+    orphan.rename(orphan.with_name("part-00000002-ffffffffffffffff.arrows"))  # it is looked at before the one that was meant
     assert made.commit(row(6)) and made.compact() == 4
     (made.root / "compacted" / "manifest-00000002.json").write_text("torn")
     assert len(verify(Store(made.root), quarantine=True).damaged) == 1

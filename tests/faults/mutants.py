@@ -81,7 +81,13 @@ MUTANTS = {
     "forgotten": Mutant(
         "forget publishes no manifest where no part changes",
         "test_upkeep.py paused",
-        (("upkeep", "        _replace(store, manifest, changed)  # also", "        changed and _replace(store, manifest, changed)  # also"),),
+        (
+            (
+                "upkeep",
+                "        following = _replace(store, manifest, changed)  # also",
+                "        following = _replace(store, manifest, changed) if changed else manifest  # also",
+            ),
+        ),
     ),
     "secrets": Mutant("credentials travel with the actors", "faults/test_buckets.py killed", (("trials", "    _keep_secrets()\n", ""),)),
     "store missing": Mutant(
