@@ -39,10 +39,10 @@ class Compared:
     def mean(self) -> Estimate:
         return over_tasks(list(self.tasks.values())) if len(self.tasks) > 1 else next(iter(self.tasks.values()), Estimate())
 
-    @property
-    def signs(self) -> str:
+    def __str__(self) -> str:
+        """The mean over tasks, and in how many of them it lies above 0; in words where no draw has a value."""
         finite = [found.mean for found in self.tasks.values() if math.isfinite(found.mean)]
-        return f"{sum(mean > 0 for mean in finite)} of {counted(len(finite), 'task')}"
+        return f"{self.mean}, above 0 in {sum(mean > 0 for mean in finite)} of {len(finite)} tasks" if finite else "no draw could be compared"
 
 
 @dataclass(frozen=True)
@@ -220,13 +220,13 @@ def paragraph(found: Findings) -> list[str]:
     said = [
         f"On {', '.join(tasks)} ({counted(seeds, 'draw')}), {first.model}, k = {first.named['k']}{protocol}: at equal size of update (R = {ratio:g}) "
         f"layer-causal finetuning is {IN_WORDS[found.verdict]}: {METRIC} {number(found.levels[METHOD].mean.mean)} against "
-        f"{number(found.levels[BASE].mean.mean)}, difference {norm}, above 0 in {found.norm.signs}; at equal improvement {gain}, above 0 in {found.gain.signs}."
+        f"{number(found.levels[BASE].mean.mean)}, difference {found.norm}; at equal improvement {found.gain}."
     ]
     if (norm.used, gain.used) != (found.norm.planned, found.norm.planned):
         left = ", ".join(_left_out(found.norm.reasons, SIZE_REASONS)), ", ".join(_left_out(found.gain.reasons, GAIN_REASONS))
         said.append(
             f"Draws used: {norm.used} of {found.norm.planned} at equal size{f' ({left[0]})' if left[0] else ''}, "
-            f"{gain.used} of {found.gain.planned} at equal improvement{f' ({left[1]})' if left[1] else ''}."
+            f"{gain.used} of {found.gain.planned} at equal improvement{f' ({left[1]})' if left[1] else ''}; reasons count methods, and folds, apart."
         )
     scale = [f"{name} {number(one.mean.mean)}" for name, one in found.scale.items() if math.isfinite(one.mean.mean)]
     said += [f"For scale: {', '.join(scale)}."] if scale else ["No control context was captured: what unrelated changes score is not known."]
@@ -235,9 +235,7 @@ def paragraph(found: Findings) -> list[str]:
     said.append(_in_words(found))
     passed = [task for task, gate in found.gate.tasks.items() if gate.lower > 0]
     which = f" ({', '.join(passed)})" if passed else ""
-    said.append(
-        f"ICL beats zero-shot, with its interval above 0, in {len(passed)} of {counted(len(tasks), 'task')}{which}: elsewhere there is no ICL to be close to."
-    )
+    said.append(f"ICL beats zero-shot, with its interval above 0, in {len(passed)} of {len(tasks)} tasks{which}; where it does not, no effect of ICL is shown.")
     said.append(_collapsed(found.settings))
     for init, one in found.untrained.items():
         said.append(f"On random weights ({init}) the difference at equal size is {one.mean}.")

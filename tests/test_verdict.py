@@ -103,6 +103,7 @@ def test_what_never_improves_or_diverges_is_said_and_decides_nothing(tmp_path: P
     never = world(tmp_path / "a", closer=0.06, gains=lambda method, rank: -0.1 if method == "vanilla" else GAINS[rank])[1]
     (found,) = verdict.findings(load(never))
     assert found.verdict == "undecided" and math.isnan(found.gain.mean.mean)
+    assert "at equal improvement no draw could be compared." in " ".join(verdict.paragraph(found))
     assert "no learning rate of the method improves on zero-shot" in " ".join(verdict.paragraph(found))
     burnt = world(tmp_path / "b", closer=0.06, diverges=lambda method, rank, seed: rank >= 3)[1]
     (found,) = verdict.findings(load(burnt))
@@ -112,7 +113,7 @@ def test_what_never_improves_or_diverges_is_said_and_decides_nothing(tmp_path: P
 
 def test_tasks_where_icl_shows_nothing_are_told_apart(tmp_path: Path) -> None:
     (found,) = verdict.findings(load(world(tmp_path, closer=0.06, icl_skill=0.2)[1]))
-    assert "ICL beats zero-shot, with its interval above 0, in 0 of 2 tasks:" in " ".join(verdict.paragraph(found))
+    assert "ICL beats zero-shot, with its interval above 0, in 0 of 2 tasks;" in " ".join(verdict.paragraph(found))
 
 
 def t_mean(values: list[float], query_variance: float) -> tuple[float, float, float]:
