@@ -92,11 +92,11 @@ MUTANTS = {
     "secrets": Mutant("credentials travel with the actors", "faults/test_buckets.py killed", (("trials", "    _keep_secrets()\n", ""),)),
     "store missing": Mutant(
         "a node without the store is no matter",
-        "faults/test_clusters.py joins_without",
+        "test_actor.py reach",
         (("actor", "        if self.problem:  # what", "        if False:  # what"),),
     ),
     "preempted": Mutant(
-        "a node that dies counts against its blocks", "faults/test_clusters.py f5", (("trials", 'if "node has died" not in reason and', "if True or"),)
+        "a node that dies counts against its blocks", "faults/test_clusters.py f5", (("trials", 'if "node has died" not in reason:', "if True:"),)
     ),
     "F1": Mutant(
         "a death leaves no record",
