@@ -6,7 +6,7 @@ import pandas as pd
 
 from .chosen import REASONS, difference, matched
 from .intervals import descriptive, with_all_tasks
-from .load import SETTING, Frames, load
+from .load import SETTING, Frames, load, of_most_queries
 from .text import Grid, entry, number, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
@@ -21,7 +21,7 @@ NOTE = (
 
 def data(frames: Frames) -> pd.DataFrame:
     """Return one row per metric, weights, method other than vanilla, and task (and all tasks): both values at R*, their difference, counts, reasons; nothing without random weights."""
-    settings, rows = frames.settings(), []
+    settings, rows = of_most_queries(frames.settings()), []
     for setting in settings if any(setting.is_random for setting in settings) else ():
         if setting.train_on != "true" or "vanilla" not in setting.methods:
             continue
@@ -30,12 +30,13 @@ def data(frames: Frames) -> pd.DataFrame:
             other = matched(setting, method)
             gap = difference(other.terms, base.terms)
             both = [terms[terms["draw"].isin(gap["draw"])] for terms in (base.terms, other.terms)]
-            reasons = ", ".join(f"{name} {count}" for name in REASONS if (count := base.reasons[name] + other.reasons[name]))
-            named = setting.named | {"method": method, "matched_ratio": setting.matched_ratio, "reasons": reasons, "num_planned": setting.num_draws}
+            named = setting.named | {"method": method, "matched_ratio": setting.matched_ratio, "num_planned": setting.num_draws}
+            named |= {"reasons": base.reasons + other.reasons}
             for metric in METRICS:
                 group = (*setting.first[[name for name in SETTING if name not in ("task", "num_queries")]].astype(str), method, metric)
                 rows.append((group, named | {"metric": metric}, [frames.contrast(terms, metric) for terms in (*both, gap)]))
-    return pd.DataFrame([named | {"vanilla": vanilla.mean, "value": other.mean} | gap.columns for named, (vanilla, other, gap) in with_all_tasks(rows)])
+    made = [named | {"vanilla": vanilla.mean, "value": other.mean} | gap.columns for named, (vanilla, other, gap) in with_all_tasks(rows)]
+    return pd.DataFrame([row | {"reasons": ", ".join(f"{name} {row['reasons'][name]}" for name in REASONS if row["reasons"][name])} for row in made])
 
 
 def grids(rows: pd.DataFrame) -> list[Grid]:
@@ -48,7 +49,16 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
         for row in part.sort_values("init", key=lambda init: init != "trained", kind="stable").to_dict("records"):
             weights = "trained" if row["init"] == "trained" else f"random: {row['init']}"
             body.append(
-                [weights, row["protocol"], row["task"], row["method"], number(row["vanilla"]), number(row["value"]), entry(row), row["signs"] or row["reasons"]]
+                [
+                    weights,
+                    row["protocol"],
+                    row["task"],
+                    row["method"],
+                    number(row["vanilla"]),
+                    number(row["value"]),
+                    entry(row),
+                    "; ".join(filter(None, (row["signs"], row["reasons"]))),
+                ]
             )
         headers = ("weights", "protocol", "task", "method", "vanilla", "method's", "difference", "signs, or draws without")
         found.append(Grid(f"{TITLE}: {model}, k = {k}", headers, body, f"R* = {part['matched_ratio'].iloc[0]:g}. {NOTE}{descriptive(part)}"))

@@ -11,6 +11,7 @@ Over tasks, which are fixed: the mean of the tasks' means, se = sqrt(sum se_t^2)
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ def over_tasks(found: Sequence[Estimate]) -> Estimate:
 def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]]]) -> list[tuple[dict[str, Any], list[Estimate]]]:
     """Return the rows (group, names, estimates of one task), group by group; after a group of several tasks a row of the means over them.
 
-    Its `signs` says in how many tasks the last estimate, a difference, lies above 0.
+    Its `signs` says in how many tasks the last estimate, a difference, lies above 0; `num_planned`, and `reasons` (counts) where there are any, add up.
     """
     groups: dict[Hashable, list[tuple[dict[str, Any], list[Estimate]]]] = {}
     for group, named, found in rows:
@@ -87,6 +88,7 @@ def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]
             finite = [found[-1].mean for _, found in tasks if math.isfinite(found[-1].mean)]
             above = sum(mean > 0 for mean in finite)
             named = {"task": ALL_TASKS, "num_planned": sum(named["num_planned"] for named, _ in tasks), "signs": f"above 0 in {above} of {len(finite)} tasks"}
+            named |= {"reasons": sum((named["reasons"] for named, _ in tasks), Counter())} if "reasons" in tasks[0][0] else {}
             result.append((tasks[0][0] | named, [over_tasks(part) for part in zip(*(found for _, found in tasks), strict=True)]))
     return result
 

@@ -7,7 +7,7 @@ import pandas as pd
 from .chosen import NEAREST, SELECTED, choices
 from .load import Frames, Setting
 from .panels import Panel, colour, drawing, safe
-from .text import number, rate
+from .text import counted, number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 TITLE = "Layer profiles"
@@ -18,14 +18,15 @@ NOTE = (
 
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
-    """Return one row per cell choice, method and layer: learning rate, R, fold, is_edge, the metrics, num_draws."""
+    """Return one row per cell choice, method and layer: learning rate, R, fold, is_edge, the metrics with the draws that have each, num_planned."""
     parts = []
     for chosen in choices(frames, setting):
         cells = chosen.cells
         layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == chosen.fold)].merge(cells[["key", "replicate"]], on="key")
-        means = layers.groupby(["layer", "replicate"])[list(METRICS)].mean().groupby("layer").mean().reset_index()
+        means = layers.groupby(["layer", "replicate"])[list(METRICS)].mean().groupby("layer").mean()
+        means = means.join(layers.groupby("layer")[list(METRICS)].count().add_suffix("_n")).reset_index()
         named = setting.named | {"choice": chosen.name, "method": chosen.method, "learning_rate": chosen.learning_rate, "R": chosen.R}
-        parts.append(means.assign(**named, fold=chosen.fold, is_edge=chosen.is_edge, num_draws=cells["key"].nunique()))
+        parts.append(means.assign(**named, fold=chosen.fold, is_edge=chosen.is_edge, num_planned=setting.num_draws))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -40,7 +41,9 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
             data, named = [], []
             for method, line in part.groupby("method", sort=False):
                 at = line.iloc[0]
-                named.append(f"{method} {rate(at['learning_rate'])} (R {number(at['R'], 2)}{', edge of the grid' if at['is_edge'] else ''})")
+                used = sorted({int(line[f"{metric}_n"].min()), int(line[f"{metric}_n"].max())} - {0}) or [0]
+                counts = f"{' to '.join(map(str, used))} of {counted(setting.num_draws, 'draw')}"
+                named.append(f"{method} {rate(at['learning_rate'])} (R {number(at['R'], 2)}, {counts}{', edge of the grid' if at['is_edge'] else ''})")
                 values = [None if pd.isna(value) else float(value) for value in line[metric]]
                 style = {"line": {"color": colour(str(method)), "width": 2}, "marker": {"size": 5}, "mode": "lines+markers"}
                 data.append({"type": "scatter", "x": line["layer"].tolist(), "y": values, "name": safe(method), **style})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -42,6 +42,7 @@ CLEAN = "clean"
 _DEFAULTS = Protocol().model_dump(mode="json")
 _SCORE_CHANGES = ("sim_am_delta", "sim_am_delta_prefix", "alpha")  # layer 0 holds at most a shift of position
 _MEASURES = ("controls", "pairs", "metrics")
+_NOWHERE = np.array([], dtype=int)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ class Frames:
             found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "init", "protocol")), setting.train_on != "true", setting.train_on)
         )
 
+    def positions(self, key: str) -> np.ndarray:
+        """Return where the queries of a cell stand in `examples`, in the order drawn; nothing for a cell that diverged."""
+        return self._rows.get(key, _NOWHERE)
+
     def figures(self, keys: pd.Series, metric: str, fold: str = "all") -> pd.Series:
         """Return a figure of each cell on a fold, by key: the row's own, or the mean over its layers where the row has none for the fold."""
         if fold == "all":
@@ -111,10 +116,10 @@ class Frames:
         """Return the contrast of each query, averaged over the draws of a replicate, then over replicates, under its gold label; undefined ones are left out."""
         column = "accuracy" if metric in ACCURACIES else metric
         values, folds, gold, queries = (self.examples[name].to_numpy() for name in (column, "fold", "gold", "query_number"))
-        size, nothing = queries.max(initial=-1) + 1, np.array([], dtype=int)
+        size = queries.max(initial=-1) + 1
         labels, totals = np.full(size, -1), defaultdict[tuple[str, str], np.ndarray](lambda: np.zeros(size))
         for key, weight, replicate, draw in terms[["key", "weight", "replicate", "draw"]].itertuples(index=False):
-            at = self._rows.get(key, nothing)
+            at = self.positions(key)
             at = at[(folds[at] == fold) | (fold == "all")]
             line = np.full(size, math.nan)
             line[queries[at]], labels[queries[at]] = values[at], gold[at]
@@ -244,6 +249,16 @@ class Setting:
 
     def at_last_step(self, method: str) -> pd.DataFrame:
         return self.finetuned[(self.finetuned["method"] == method) & (self.finetuned["step"] == self.last_step)]
+
+
+def of_most_queries(settings: Iterable[Setting]) -> list[Setting]:
+    """Return one of each group of settings that differ in nothing but their queries: that of most, as the same draws must not count twice."""
+    found: dict[tuple[str, ...], Setting] = {}
+    for setting in settings:
+        place = (*setting.first[[name for name in SETTING if name != "num_queries"]].astype(str), setting.train_on)
+        if place not in found or setting.first["num_queries"] > found[place].first["num_queries"]:
+            found[place] = setting
+    return list(found.values())
 
 
 def load(*stores: str | Path) -> Frames:

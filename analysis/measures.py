@@ -1,4 +1,4 @@
-"""Figures that a sweep file adds (metrics of one's own) and comparisons of two finetuned cells (alpha: sim_am_delta of the two), as tables."""
+"""Figures that a sweep file adds (metrics of one's own) and comparisons of two finetuned cells of one learning rate, as tables."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
                 values["learning_rates"] = values["learning_rate"].map(rate)
             else:
                 values = values.join(places, on=other, rsuffix="_b", how="inner").assign(version="")
+                values = values[values["learning_rate"] == values["learning_rate_b"]]  # of different ones there is only alpha, which has a table of its own
                 columns = zip(values["method"], values["learning_rate"], values["method_b"], values["learning_rate_b"], strict=True)
                 both = [sorted([(a, rate_a), (b, rate_b)], key=lambda one: (one[0] != "vanilla", *one)) for a, rate_a, b, rate_b in columns]
                 values["method"] = [f"{one[0]} and {second[0]}" for one, second in both]  # whichever of the two holds the row

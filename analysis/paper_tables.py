@@ -20,7 +20,7 @@ from .chosen import SELECTED, Choice, select
 from .controls import EDGE
 from .intervals import ALL_TASKS, Estimate, descriptive, geometric_mean, over_tasks
 from .load import CLEAN, SETTING, Frames, Setting, load
-from .reproduction import published
+from .reproduction import PUBLISHED_MODEL, published
 from .text import NULL, Grid, number, rate, show, stores
 
 Row = dict[str, Any]
@@ -56,7 +56,6 @@ LAYOUTS = {
 LABELS = {"vanilla": "GD", "layer_causal": "LCGD"}  # the papers' names
 TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb")  # in the papers' order
 PLACE = [name for name in SETTING if name not in ("task", "num_queries", "init", "init_scheme")]  # a table each
-PUBLISHED_MODEL = "fairseq-dense-1.3B"  # what the source of the published model ends with: a hub id or a directory
 ONLY = "only"
 RATES = {
     ONLY: "The only learning rate in the store (all queries)",

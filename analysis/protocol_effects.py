@@ -8,7 +8,7 @@ import pandas as pd
 
 from .chosen import difference
 from .intervals import ALL_TASKS, descriptive, with_all_tasks
-from .load import CLEAN, SETTING, Frames, Setting, each, load
+from .load import CLEAN, SETTING, Frames, Setting, each, load, of_most_queries
 from .text import Grid, entry, number, rate, show, stores
 
 PLACE = ["method", "learning_rate", "step"]
@@ -24,11 +24,10 @@ NOTE = (
 def data(frames: Frames) -> pd.DataFrame:
     """Return one row per protocol other than clean, task (and all tasks), method, learning rate, step and metric: clean's mean and the difference."""
     rows = []
-    of_clean = {_group(setting): setting for setting in frames.settings() if setting.named["protocol"] == CLEAN}
-    for setting in frames.settings():
-        clean = of_clean.get(_group(setting))
-        if clean is None or setting.named["protocol"] == CLEAN:
-            continue
+    settings = frames.settings()
+    of_clean = {_group(setting): setting for setting in settings if setting.named["protocol"] == CLEAN}
+    for setting in of_most_queries(setting for setting in settings if setting.named["protocol"] != CLEAN and _group(setting) in of_clean):
+        clean = of_clean[_group(setting)]
         theirs = dict(iter(clean.finetuned.groupby(PLACE)))
         for place, cells in setting.finetuned.groupby(PLACE):
             if place not in theirs:

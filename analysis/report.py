@@ -20,7 +20,23 @@ from plotly.offline import get_plotlyjs
 
 from iclgd_dist.schema import POOLED, SIMILARITIES
 
-from . import accuracy, controls, equal_size, gradient_norms, heatmap, layer_profile, measures, paper_tables, pareto, protocol_effects, ratio, table, verdict
+from . import (
+    accuracy,
+    alpha,
+    controls,
+    equal_size,
+    explorer,
+    gradient_norms,
+    heatmap,
+    layer_profile,
+    measures,
+    paper_tables,
+    pareto,
+    protocol_effects,
+    ratio,
+    table,
+    verdict,
+)
 from .chosen import select
 from .intervals import MIN_SEEDS
 from .load import Frames, Setting, load
@@ -29,22 +45,9 @@ from .text import counted, number, rate
 
 FIGURES: dict[str, Any] = {"heatmap": heatmap, "ratio": ratio, "pareto": pareto, "layer_profile": layer_profile, "gradient_norms": gradient_norms}
 PARTS = ("table", *FIGURES)
-OF_A_SETTING: dict[str, Any] = {"controls": controls, "measures": measures}  # tables that are there only where the store has such rows
+OF_A_SETTING: dict[str, Any] = {"controls": controls, "alpha": alpha, "measures": measures}  # tables that are there only where the store has such rows
 ACROSS_SETTINGS: dict[str, Any] = {"accuracy": accuracy, "paper_tables": paper_tables, "equal_size": equal_size, "protocol_effects": protocol_effects}
-# Panels are drawn when they come near the window, and all of them, narrow, before the page is printed.
-SCRIPT = """
-const panels = [...document.querySelectorAll("[data-figure]")];
-function draw(el) {
-  if (el.dataset.drawn) return;
-  el.dataset.drawn = "1";
-  const figure = JSON.parse(document.getElementById(el.dataset.figure).textContent);
-  Plotly.newPlot(el, figure.data, figure.layout, {displayModeBar: false, responsive: true});
-}
-const seen = new IntersectionObserver(entries => entries.forEach(e => { if (e.isIntersecting) draw(e.target); }), {rootMargin: "800px"});
-panels.forEach(el => seen.observe(el));
-addEventListener("beforeprint", () => panels.forEach(el => { draw(el); Plotly.relayout(el, {width: 330, autosize: false}); }));
-addEventListener("afterprint", () => panels.forEach(el => Plotly.relayout(el, {width: null, autosize: true})));
-"""
+SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
 
 
 def write_report(store: str | Path, out: Path | None = None, *, only: str | None = None) -> Path:
@@ -66,7 +69,8 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
     page.parent.mkdir(parents=True, exist_ok=True)
     data: dict[str, list[pd.DataFrame]] = {part: [] for part in PARTS}
     sections = []
-    for index, setting in enumerate(frames.settings()):
+    settings = frames.settings()
+    for index, setting in enumerate(settings):
         rows = table.summary(frames, setting)
         ratios, layers = ratio.data(frames, setting), layer_profile.data(frames, setting)
         points, norms = pareto.data(setting, ratios), gradient_norms.data(frames, setting)
@@ -76,7 +80,13 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
         drawn = (heatmap.panels(setting, rows), *compared, layer_profile.panels(setting, layers), gradient_norms.panels(setting, norms))
         figured = zip(FIGURES.items(), drawn, strict=True)
         shown = [(part, module, panels) for (part, module), panels in figured if only in (None, part) and panels]
-        section: dict[str, Any] = {"id": f"s{index}", "title": setting.title, "caption": setting.caption, "sentence": sentence(frames, setting, rows)}
+        section: dict[str, Any] = {
+            "id": f"s{index}",
+            "number": index,
+            "title": setting.title,
+            "caption": setting.caption,
+            "sentence": sentence(frames, setting, rows),
+        }
         section["rows"] = table.display(frames, setting, rows) if only in (None, "table") else []
         section["grids"] = []
         for part, module in OF_A_SETTING.items() if only is None else ():
@@ -106,6 +116,7 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
         effect=f"{verdict.smallest_effect(frames):g}",
         lead=lead(frames),
         sections=sections,
+        cells=explorer.data(frames, settings) if only is None and settings else None,
         across=across,
         has_controls=len(frames.controls) > 0,
         headers=table.HEADERS,

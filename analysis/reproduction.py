@@ -15,6 +15,7 @@ from .load import Frames, load, protocol_name
 from .text import Grid, number, rate, show, stores
 
 TOLERANCE = 0.02
+PUBLISHED_MODEL = "fairseq-dense-1.3B"  # what the source of the published model ends with: a hub id or a directory
 NUM_LAYERS, NUM_DEMONSTRATIONS, NUM_STEPS = 24, 32, 32
 RUN = ["task", "method", "seed", "order", "learning_rate"]
 METRICS = ("sim_aou_norm", "sim_am_delta")
@@ -108,6 +109,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     show(grids(table, profile(frames)))
+    if others := sorted(set(_cells(frames)["model"]) - {PUBLISHED_MODEL}):
+        print(
+            f"the published figures are of {PUBLISHED_MODEL}, these of {', '.join(others)}: a difference says something of this system only if that is the same model"
+        )
     print(verdict(table))
     return 0 if (table["state"] == "within").all() else 1
 

@@ -20,7 +20,7 @@ from .chosen import Matched, difference, matched
 from .crossing import REASONS as GAIN_REASONS
 from .crossing import at_equal_gain, crossfit, selected
 from .intervals import MIN_SEEDS, Estimate, estimate, over_tasks
-from .load import SETTING, Frames, Setting, each
+from .load import SETTING, Frames, Setting, each, of_most_queries
 from .text import counted, number, rate
 
 BASE, METHOD, METRIC = "vanilla", "layer_causal", "sim_aou"
@@ -109,17 +109,9 @@ def findings(frames: Frames) -> list[Findings]:
         else:
             groups.setdefault(place, []).append(setting)
     return [
-        _found(frames, _of_most_queries(settings), {init: _of_most_queries(some) for init, some in untrained.get(place, {}).items()})
+        _found(frames, of_most_queries(settings), {init: of_most_queries(some) for init, some in untrained.get(place, {}).items()})
         for place, settings in groups.items()
     ]
-
-
-def _of_most_queries(settings: Sequence[Setting]) -> list[Setting]:
-    """Return one setting for each task: that of the most queries, where several sets were evaluated."""
-    found: dict[str, Setting] = {}
-    for setting in sorted(settings, key=lambda one: int(one.first["num_queries"])):
-        found[setting.named["task"]] = setting
-    return [setting for setting in settings if found[setting.named["task"]] is setting]
 
 
 def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, Sequence[Setting]]) -> Findings:

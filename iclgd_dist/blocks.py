@@ -64,6 +64,7 @@ class Block:
     is_measuring: bool = False  # its cells are there; what is missing are measures of them
     random_targets: tuple[RandomTarget, ...] = ()  # instead of training: random weights of the same effect
     origin: str = "grid"  # or "search": who asked for it
+    keeps_texts: bool = True  # whether zero-shot and in-context cells hold what was read
 
     def trained(self) -> list[tuple[str, str]]:
         """Return (method, train_on) of the missing cells: each is a pass of its own over the same baselines."""

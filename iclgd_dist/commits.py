@@ -18,7 +18,7 @@ from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.encoding import Encoded
-from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
+from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.provenance import peak_gib, provenance
@@ -26,7 +26,8 @@ from iclgd_dist.rows import Lane, Row, diverged_row, finetuned_rows, icl_row, ze
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
 
-Point = tuple[str, float, int]  # train_on, learning rate, step: cells of two methods are compared where they agree in it
+# train_on, step, learning rate: cells of two methods are compared where they agree in it; at the largest step it holds no learning rate
+Point = tuple[str, int, float | None]
 
 
 class Committer:
@@ -40,7 +41,8 @@ class Committer:
         self.num_context_demonstrations = encoded.num_context_demonstrations
         self.cells = {(cell.train_on, cell.method, cell.learning_rate, cell.step, cell.kind): cell for cell in block.cells}
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned"]
-        self.to_come = Counter[Point]((cell.train_on, cell.learning_rate, cell.step) for cell in finetuned)  # type: ignore[misc]
+        self.last_step = max((cell.step for cell in finetuned if cell.step is not None), default=0)
+        self.to_come = Counter((self._point(cell), cell.method) for cell in finetuned)
         self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
         self.problems: list[str] = []  # of the user's own metrics
         self.done: set[str] = set()  # keys of the cells that are committed, or measured
@@ -52,13 +54,16 @@ class Committer:
 
     def baselines(self, baselines: Baselines, baseline: Baseline) -> int:
         """Commit zero-shot and ICL, where they are missing; return how many cells were."""
-        rows = []
+        rows, draw = [], self.block.draw
         for cell in self.block.cells:
             if cell.kind == "zero_shot":
-                rows.append((cell, zero_shot_row(baseline) | self._kept(cell, baseline.zero_shot)))
+                texts = {"prompts": [query.prompt for query in draw.queries]}
+                rows.append((cell, zero_shot_row(baseline) | self._texts(texts) | self._kept(cell, baseline.zero_shot)))
             elif cell.kind == "icl":
-                measures = context_measures(baseline, baselines.controls)
-                rows.append((cell, icl_row(baseline) | {"measures": measures} | self._kept(cell, baseline.in_context.capture)))
+                shown = draw.demonstrations[: self.num_context_demonstrations]
+                texts = {"demonstrations": [f"{each.prompt} {draw.label_words[each.label]}" for each in shown]}
+                measures = {"measures": context_measures(baseline, baselines.controls)}
+                rows.append((cell, icl_row(baseline) | measures | self._texts(texts) | self._kept(cell, baseline.in_context.capture)))
         return self._commit(rows, num_lanes=1)
 
     def finetuned(self, baselines: Baselines, baseline: Baseline, trajectory: Trajectory, step: int, states: Sequence[Capture]) -> int:
@@ -75,7 +80,7 @@ class Committer:
             if diverged is None or diverged > step:
                 lanes.append((lane, cell, capture))
                 continue
-            self._settle(self._point(cell))
+            self._settle(cell)
             row = diverged_row(
                 num_queries=len(self.block.draw.queries),
                 label_words=self.block.draw.label_words,
@@ -97,25 +102,31 @@ class Committer:
             rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 
-    @staticmethod
-    def _point(cell: Cell) -> Point:
-        assert cell.learning_rate is not None and cell.step is not None
-        return cell.train_on, cell.learning_rate, cell.step
+    def _point(self, cell: Cell) -> Point:
+        assert cell.step is not None
+        return cell.train_on, cell.step, None if cell.step == self.last_step else cell.learning_rate
 
     def _pairs(self, baseline: Baseline, cell: Cell, capture: Capture) -> list[Row]:
-        """Compare a cell with those of other methods at the same point, and keep its capture if more are to come."""
-        point = self._point(cell)
-        others = self.held.setdefault(point, [])
-        rows = [row for other, captured in others for row in pair_measures(baseline, other.key, captured, capture)]
-        if self.to_come[point] > 1:
+        """Compare a cell with those of other methods at the same point, and keep its capture if more of them are to come."""
+        others = self.held.setdefault(self._point(cell), [])
+        rows = []
+        for other, captured in others:
+            if other.method != cell.method:
+                compare = pair_measures if other.learning_rate == cell.learning_rate else alpha_measures
+                rows += compare(baseline, other.key, captured, capture)
+        if any(count for (point, method), count in self.to_come.items() if point == self._point(cell) and method != cell.method):
             others.append((cell, capture.clone()))  # a view would keep all lanes alive
-        self._settle(point)
+        self._settle(cell)
         return rows
 
-    def _settle(self, point: Point) -> None:
-        self.to_come[point] -= 1
-        if not self.to_come[point]:
+    def _settle(self, cell: Cell) -> None:
+        point = self._point(cell)
+        self.to_come[point, cell.method] -= 1
+        if not any(count for (other, _), count in self.to_come.items() if other == point):
             self.held.pop(point, None)
+
+    def _texts(self, texts: Row) -> Row:
+        return texts if self.block.keeps_texts else {}
 
     def _kept(self, cell: Cell, capture: Capture) -> Row:
         """Keep the capture of a cell beside the store where the sweep asks for it; return the columns that name it."""

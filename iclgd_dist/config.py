@@ -31,9 +31,10 @@ MAX_FILE_BYTES = 1_000_000
 
 
 class Capture(Frozen):
-    """Which captures are kept beside the store, to evaluate metrics later. Not part of a cell's key."""
+    """What is kept beside the figures: captures, to evaluate metrics later, and the texts, for whoever reads the page. Not part of a cell's key."""
 
     keep: Literal["none", "final_step", "all"] = "none"
+    texts: bool = True  # prompts and demonstrations, once for each zero-shot and in-context cell
 
 
 class Analysis(Frozen):

@@ -149,6 +149,18 @@ def pair_measures(baseline: Baseline, other_key: str, other: Capture, finetuned:
     return measure_rows("pair", other_key, compared, baseline.fold_masks)
 
 
+def alpha_measures(baseline: Baseline, other_key: str, other: Capture, finetuned: Capture) -> list[Row]:
+    """Return alpha of two finetuned cells of different learning rates: of the whole model, as a row for each layer of every pair would fill the store."""
+    pairs = zip(baseline.zero_shot.scores_LQHT, other.scores_LQHT, finetuned.scores_LQHT, strict=True)
+    found = []
+    for layer, (zero_shot, *states) in enumerate(pairs):
+        if layer or baseline.counts_first_layer:
+            a, b = (metrics.score_change(zero_shot, state) for state in states)
+            found.append(baseline.settle(metrics.sim_am_delta(a, b, floor_LH=baseline.floors(layer)[1])))
+    over_layers_Q = torch.stack(found).nanmean(0) if found else torch.full_like(baseline.gold_Q, math.nan, dtype=torch.float64)
+    return measure_rows("pair", other_key, {"alpha": over_layers_Q}, baseline.fold_masks)
+
+
 def _stacked(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 

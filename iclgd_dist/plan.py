@@ -272,6 +272,7 @@ def _blocks(
             sweep=sweep.name,
             cells=_cells(sweep, spec, model, storage, drawn, k, seed, order),
             cost=Cost(0, 0, 0.0, 0.0, 0.0),
+            keeps_texts=sweep.capture.texts,
         )
         yield block, encoder.encode(drawn)  # labels, tokens and context length are checked before anything is loaded
 

@@ -195,6 +195,8 @@ PROVENANCE: list[Column] = [
     ("lanes", i64, "learning rates that rode in the same pass"),
     ("wall_seconds", f64, "the cell's equal share of the time since its block's previous commit [s]"),
     ("peak_gib", f64, "peak memory of the process: resident, or of the GPU [GiB]"),
+    ("prompts", pa.list_(text), "prompts of the queries, in the order of `examples`; zero_shot only, NULL where [capture] texts = false"),
+    ("demonstrations", pa.list_(text), "what stands in the context, in its order: prompt and label word; icl only, NULL where [capture] texts = false"),
     ("capture_file", text, "kept capture, relative to the store; NULL where none was kept"),
     ("capture_sha256", text, "sha256 of that file [64 hex digits]"),
     ("created_at", pa.timestamp("us", tz="UTC"), "when the cell was committed"),

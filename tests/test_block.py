@@ -62,11 +62,26 @@ def test_a_block_commits_every_planned_cell_once_with_its_identity(sweep_file: P
         assert row["n"] == row["num_queries"] == 8
         assert row["wall_seconds"] > 0
         assert json.loads(row["versions"])["torch"] == torch.__version__
+    (zero_shot,), (icl,) = rows_of(store, kind="zero_shot"), rows_of(store, kind="icl")
+    assert zero_shot["prompts"] == [query.prompt for query in block.draw.queries]
+    assert icl["demonstrations"] == [f"{each.prompt} {('Yes', 'No')[each.label]}" for each in block.draw.demonstrations]
+    assert all(row["prompts"] is None for row in rows if row["kind"] != "zero_shot")
+    assert all(row["demonstrations"] is None for row in rows if row["kind"] != "icl")
     results = read_results(store)
     assert len(results.examples) == 10 * 8
     assert {(row["layer"], row["fold"]) for row in results.layers.to_pylist() if row["key"] == block.cells[-1].key} == {
         (n, f) for n in (0, 1) for f in ("A", "B", "all")
     }
+
+
+def test_texts_that_must_not_leave_are_nowhere_in_the_store(sweep_file: Path, tmp_path: Path) -> None:
+    block, store = replace(planned(sweep_file), keeps_texts=False), Store(tmp_path / "store")
+    store.prepare()
+    run_block(lm_for(block), block, store)
+    assert {(row["prompts"], row["demonstrations"]) == (None, None) for row in rows_of(store)} == {True}
+    held = b"".join(path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file())
+    texts = [each.prompt.encode() for each in (*block.draw.queries, *block.draw.demonstrations)]
+    assert texts and not [text for text in texts if text in held]
 
 
 def test_running_a_block_again_commits_nothing(sweep_file: Path, tmp_path: Path) -> None:

@@ -402,6 +402,24 @@ def test_a_protocol_moves_what_it_moves_in_the_cells_of_the_same_seed(tmp_path: 
     assert "What the protocol moves: all tasks" in done.stdout
 
 
+def test_of_two_sets_of_queries_the_larger_one_counts_and_the_reasons_of_all_tasks_add_up(tmp_path: Path) -> None:
+    rows = make_rows(seeds=SEEDS, tasks=("trec", "subj"))
+    for row in rows:
+        if row["update_ratio"] and (row["task"] == "trec" or (row["seed"], row["method"]) == (1, "vanilla")):
+            row["update_ratio"] /= 1000  # never comes up to R*; the largest learning rate of vanilla diverged, that of layer_causal did not
+    rows += untrained([row for row in rows if row["seed"] in (None, 1)], init_seed=0)
+    half = [changed(row, num_queries=row["num_queries"] // 2) for row in rows if row["task"] == "subj"]  # the same draws on fewer queries
+    eos = [changed(row, protocol=protocol(separator="eos")) for row in (*rows, *half)]
+    frames = load(make_store(tmp_path, [*rows, *half, *eos]))
+    line = only(equal_size.data(frames), task="all tasks", init="trained", metric="sim_aou", protocol="clean")
+    assert line["reasons"] == "above_range 3, diverged 4"  # of 3 draws of trec and 1 of subj
+    assert (line["num_used"], line["num_planned"]) == (2, 2 * len(SEEDS))
+    table = protocol_effects.data(frames)
+    place = {"method": "layer_causal", "learning_rate": 1e-3, "step": LAST, "metric": "sim_aou_norm", "init": "trained"}
+    assert only(table, task="all tasks", **place)["num_planned"] == 2 * len(SEEDS)
+    assert only(table, task="subj", **place)["num_planned"] == len(SEEDS)
+
+
 def test_two_protocols_with_other_queries_add_up_what_the_queries_vary_on_both_sides(tmp_path: Path) -> None:
     rows = make_rows(seeds=SEEDS)
     other = []

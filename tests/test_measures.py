@@ -12,7 +12,7 @@ import torch
 
 from iclgd_dist.config import SweepError
 from iclgd_dist.extensions import MetricSpec
-from iclgd_dist.measures import context_measures, control_measures, metric_measures, pair_measures
+from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures
 from iclgd_dist.metrics import NoiseFloor
 from tests.test_rows import FOLD_OF, FT, ICL, ZS, H, L, Q, baseline, capture
 
@@ -111,6 +111,15 @@ def test_a_pair_is_two_finetuned_cells_and_alpha_compares_their_attention_scores
     assert {(row["kind"], row["name"]) for row in rows} == {("pair", "key of the other")}
     expect(rows, lambda layer, fold: [by_heads(OTHER, FT, layer, q) for q in FOLDS[fold]], metric="alpha")
     expect(rows, lambda layer, fold: [cosine(change(OTHER, layer, q), change(FT, layer, q)) for q in FOLDS[fold]], metric="sim_aou")
+
+
+@pytest.mark.parametrize("counts_first_layer", [False, True])
+def test_alpha_of_two_learning_rates_is_of_the_whole_model(counts_first_layer: bool) -> None:
+    rows = alpha_measures(replace(baseline(ZS, ICL), counts_first_layer=counts_first_layer), "key of the other", OTHER, FT)
+    assert [(row["kind"], row["name"], row["metric"], row["layer"]) for row in rows] == [("pair", "key of the other", "alpha", None)] * 3
+    for row in rows:
+        of_query = [np.nanmean([by_heads(OTHER, FT, layer, q) for layer in range(0 if counts_first_layer else 1, L)]) for q in FOLDS[row["fold"]]]
+        assert (row["n"], row["mean"], row["sd"]) == (len(of_query), pytest.approx(np.mean(of_query)), pytest.approx(np.std(of_query, ddof=1)))
 
 
 OWN = """

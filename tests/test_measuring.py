@@ -71,9 +71,15 @@ def test_a_block_holds_controls_pairs_prefixes_and_own_metrics(sweep_file: Path,
     assert set(controls[~controls["cell"].isin(finetuned)]["control"]) == {"other_draw", "separator"}  # of ICL's own change
     pairs = results.pairs.to_pandas()
     alike = {(a, b) for a, b in zip(pairs["cell_a"], pairs["cell_b"], strict=True)}
+    same = {(a, b) for a, b in alike if cells[a]["learning_rate"] == cells[b]["learning_rate"]}
     for a, b in alike:
-        assert all(cells[a][name] == cells[b][name] for name in ("learning_rate", "step", "train_on")) and cells[a]["method"] != cells[b]["method"]
-    assert len(alike) == 2 * 2 * (1 + 3)  # at 0.003 one pair, at 0.05 three
+        assert all(cells[a][name] == cells[b][name] for name in ("step", "train_on")) and cells[a]["method"] != cells[b]["method"]
+        assert (a, b) in same or cells[a]["step"] == 4
+    assert len(same) == 2 * 2 * (1 + 3)  # at 0.003 one pair, at 0.05 three
+    assert len(alike - same) == 2 * (2 + 1 + 1)  # at the largest step, of two methods with two learning rates and one with one
+    crossed = pairs[[pair in alike - same for pair in zip(pairs["cell_a"], pairs["cell_b"], strict=True)]]
+    assert set(crossed["metric"]) == {"alpha"} and crossed["layer"].isna().all() and sorted(crossed["fold"].unique()) == ["A", "B", "all"]
+    assert len(crossed) == 3 * len(alike - same) and crossed["mean"].between(-1, 1).all()
     assert set(results.metrics.to_pandas()["cell"]) == set(finetuned)
     for row in finetuned.values():
         assert row["sim_aou_prefix"] is not None

@@ -95,6 +95,11 @@ def test_a_store_of_the_published_figures_passes(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "72 of 72 within .02"
+    said = f"the published figures are of fairseq-dense-1.3B, these of {make_run(next(iter(published_runs())), {})['model']}"
+    assert said in done.stdout
+    make_store(tmp_path / "theirs", [make_run(run, figures, model="fairseq-dense-1.3B") for run, figures in published_runs().items()])
+    done = subprocess.run([sys.executable, "-c", code.replace(str(tmp_path), str(tmp_path / "theirs"))], capture_output=True, text=True, check=True)
+    assert "the published figures are of" not in done.stdout
 
 
 def test_what_is_off_and_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
