@@ -15,8 +15,9 @@ import pandas as pd
 
 from .crossing import crossfit, selected
 from .intervals import ALL_TASKS, Estimate, descriptive, with_all_tasks
-from .load import ACCURACIES, CLEAN, SETTING, Frames, Setting, load
+from .load import ACCURACIES, SETTING, Frames, load
 from .reproduction import published
+from .setting import CLEAN, Setting
 from .text import BASELINES, Grid, counted, entry, number, rate, show, stores
 
 PUBLISHED_MODEL = "fairseq-dense-1.3B"  # last part of its hub id, and of a directory that holds it

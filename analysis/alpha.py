@@ -15,7 +15,8 @@ import pandas as pd
 from .chosen import matched
 from .crossing import crossfit, selected
 from .intervals import Estimate, descriptive
-from .load import Frames, Setting, load
+from .load import Frames, load
+from .setting import Setting
 from .text import Grid, entry, rate, show, stores
 
 BASE, METRIC = "vanilla", "alpha"

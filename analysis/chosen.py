@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from .intervals import geometric_mean
-from .load import Frames, Setting
+from .load import Frames
+from .setting import Setting
 from .text import number, rate
 
 SELECTED, NEAREST = "selected", "nearest R*"

@@ -11,7 +11,8 @@ import pandas as pd
 
 from .chosen import Choice, choices
 from .intervals import descriptive, estimate, geometric_mean
-from .load import SETTING, Frames, Setting, each, like, load
+from .load import SETTING, Frames, each, like, load
+from .setting import Setting
 from .text import Grid, entry, number, rate, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")

@@ -14,7 +14,8 @@ import pandas as pd
 
 from .chosen import Matched, Selected, select
 from .intervals import Estimate, estimate
-from .load import ACCURACIES, Frames, Setting, each
+from .load import ACCURACIES, Frames, each
+from .setting import Setting
 
 FOLDS = {"A": "B", "B": "A"}  # fold that chooses -> fold that reports
 REASONS = {

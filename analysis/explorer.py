@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from .load import Frames, Setting
+from .load import Frames
 from .panels import GREY, OTHERS, colour
+from .setting import Setting
 from .text import BASELINES, counted
 
 FIGURES = ("balanced_accuracy", "accuracy", "nll_label", "sim_aou", "sim_aou_norm", "sim_am_delta", "recovered_aou", "update_ratio", "agreement_icl")
@@ -78,7 +79,7 @@ def _packed(frames: Frames, setting: Setting, keys: Sequence[str]) -> tuple[dict
     if (frames.examples["query_number"].to_numpy()[at_KQ] != first["query_number"].to_numpy()).any():
         return asked, ""
     in_layers = np.full((len(keys), len(LAYERED), num_layers), math.nan, dtype="<f4")
-    at = layers["key"].astype(str).map({key: place for place, key in enumerate(keys)}).to_numpy()
+    at = layers["key"].astype(str).map({key: place for place, key in enumerate(keys)}).to_numpy(dtype=int)
     for place, name in enumerate(LAYERED):
         in_layers[at, place, layers["layer"].to_numpy()] = layers[name].to_numpy(dtype=float)
     of_queries = np.stack([frames.examples[name].to_numpy(dtype="<f4")[at_KQ] for name in PREDICTED], axis=1)

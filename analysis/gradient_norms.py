@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from .chosen import select
-from .load import Frames, Setting
+from .load import Frames
 from .panels import Panel, drawing, safe
+from .setting import Setting
 from .text import rate
 
 TITLE = "Gradient norms"

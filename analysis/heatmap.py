@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from .load import Setting
 from .panels import Panel, drawing, safe
+from .setting import Setting
 from .text import NULL, number, rate
 
 METRICS = ("balanced_accuracy", "sim_aou", "sim_aou_norm", "sim_am", "sim_am_delta", "sim_aou_pooled", "recovered_aou")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from .chosen import NEAREST, SELECTED, choices
-from .load import Frames, Setting
+from .load import Frames
 from .panels import Panel, colour, drawing, safe
+from .setting import Setting
 from .text import counted, number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from .intervals import descriptive
-from .load import Frames, Setting, load
+from .load import Frames, load
+from .setting import Setting
 from .text import Grid, entry, rate, show, stores
 
 NOTE = (

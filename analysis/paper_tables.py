@@ -19,8 +19,9 @@ import pandas as pd
 from .chosen import SELECTED, Choice, select
 from .controls import EDGE
 from .intervals import ALL_TASKS, Estimate, descriptive, geometric_mean, over_tasks
-from .load import CLEAN, SETTING, Frames, Setting, load
+from .load import SETTING, Frames, load
 from .reproduction import PUBLISHED_MODEL, published
+from .setting import CLEAN, Setting
 from .text import NULL, Grid, number, rate, show, stores
 
 Row = dict[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from .load import Setting
 from .panels import GREY, Panel, colour, drawing, safe
+from .setting import Setting
 from .text import BASELINES, counted, number, rate
 
 ACCURACY, SIMILARITY = "balanced_accuracy", "sim_aou"

@@ -8,7 +8,8 @@ import pandas as pd
 
 from .chosen import difference
 from .intervals import ALL_TASKS, descriptive, with_all_tasks
-from .load import CLEAN, SETTING, Frames, Setting, each, load, of_most_queries
+from .load import SETTING, Frames, each, load, of_most_queries
+from .setting import CLEAN, Setting
 from .text import Grid, entry, number, rate, show, stores
 
 PLACE = ["method", "learning_rate", "step"]

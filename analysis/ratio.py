@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from .intervals import geometric_mean
-from .load import Frames, Setting
+from .load import Frames
 from .panels import GREY, Panel, colour, drawing, safe
+from .setting import Setting
 from .text import BASELINES, number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "balanced_accuracy")

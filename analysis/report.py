@@ -39,8 +39,9 @@ from . import (
 )
 from .chosen import select
 from .intervals import MIN_SEEDS
-from .load import Frames, Setting, load
+from .load import Frames, load
 from .panels import Panel
+from .setting import Setting
 from .text import counted, number, rate
 
 FIGURES: dict[str, Any] = {"heatmap": heatmap, "ratio": ratio, "pareto": pareto, "layer_profile": layer_profile, "gradient_norms": gradient_norms}

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .load import Frames, load, protocol_name
+from .load import Frames, load
+from .setting import protocol_name
 from .text import Grid, number, rate, show, stores
 
 TOLERANCE = 0.02

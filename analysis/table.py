@@ -14,7 +14,8 @@ from iclgd_dist.schema import POOLED, SIMILARITIES
 
 from .chosen import select
 from .intervals import geometric_mean
-from .load import ACCURACIES, Frames, Setting, load
+from .load import ACCURACIES, Frames, load
+from .setting import Setting
 from .text import BASELINES, counted, number, rate
 
 SHOWN = ("nll_label", "sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled", "recovered_aou", "update_ratio")

@@ -20,7 +20,8 @@ from .chosen import Matched, difference, matched
 from .crossing import REASONS as GAIN_REASONS
 from .crossing import at_equal_gain, crossfit, selected
 from .intervals import MIN_SEEDS, Estimate, estimate, over_tasks
-from .load import SETTING, Frames, Setting, each, of_most_queries
+from .load import SETTING, Frames, each, of_most_queries
+from .setting import Setting
 from .text import counted, number, rate
 
 BASE, METHOD, METRIC = "vanilla", "layer_causal", "sim_aou"

@@ -29,6 +29,7 @@ from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0
 LOADING = "loading the model"
+ENDED, STOPPED = ("interrupted", "the run was stopped"), ("stopped", "behind other learning rates at the same step")
 SILENT_SECONDS = 3600.0  # without a piece of work done, after which another driver may take a block over
 
 
@@ -46,6 +47,7 @@ class ModelHost:
         self.gflops = matmul_gflops()
         self.moved = time.monotonic()  # when a piece of work was last done
         self.since = time.perf_counter()
+        self.ending = ENDED  # outcome and reason of a block that is left before its end
 
     def steps(self, block: Block) -> Generator[dict[str, Any], None, None]:
         """Run a block, yielding counts between pieces of work; the last one has `outcome`. Every execution leaves an attempt record.
@@ -79,7 +81,7 @@ class ModelHost:
         missing = self._missing(block)
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
-        num_loads, outcome, reason, trace = 0, "interrupted", "the run was stopped", ""
+        num_loads, outcome, reason, trace = 0, "", "", ""
         trouble: StoreError | None = None
         try:
             if missing:
@@ -99,6 +101,8 @@ class ModelHost:
         else:
             outcome, reason = "done", ""
         finally:
+            if not outcome:  # this generator was closed
+                outcome, reason = self.ending
             if missing:
                 self._record(block, counts, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
         if trouble:
@@ -140,7 +144,8 @@ class ModelHost:
 
     def _report(self, block: Block, counts: Progress) -> dict[str, Any]:
         fraction = counts.done_flops / counts.total_flops if counts.total_flops else 1.0
-        return self._described(block, counts) | {"fraction": fraction, "stage": counts.stage, "outcome": "", "node": self.node}
+        judged = dict(zip(("judged_step", "judged"), counts.judged, strict=True)) if counts.judged else {}
+        return self._described(block, counts) | {"fraction": fraction, "stage": counts.stage, "outcome": "", "node": self.node} | judged
 
 
 def _with_fewer_lanes(block: Block, num_deaths: int) -> Block:
@@ -169,6 +174,9 @@ class ModelActor(tune.Trainable):
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.host.ending = STOPPED  # of the block before this one, if it has not ended yet: then a scheduler stopped it
+        self.reports.close()
+        self.host.ending = ENDED
         self._take(new_config)
         return True  # False would kill this process and the model with it
 
@@ -182,7 +190,7 @@ class ModelActor(tune.Trainable):
             if report["outcome"]:
                 self.reports.close()  # gives its claims back
                 return report | {"done": True}
-            if report["stage"] == LOADING or time.perf_counter() - start > REPORT_SECONDS:
+            if report["stage"] == LOADING or "judged" in report or time.perf_counter() - start > REPORT_SECONDS:
                 return report
         raise AssertionError("a block ended without an outcome")
 

@@ -1,4 +1,4 @@
-"""The axes of a sweep file: what a seed, a run or a list of learning rates is, what one task may have of its own, and the controls.
+"""The axes of a sweep file: what a seed, a run or a list of learning rates is, what one task may have of its own; the controls, what is kept, and what is fixed before the run.
 
 Knows types, ranges and messages. Knows nothing of tasks, models or files.
 """
@@ -99,3 +99,17 @@ class Controls(Frozen):
     @property
     def need_other_task(self) -> bool:
         return "other_task" in (*self.contexts, *self.train_on)
+
+
+class Capture(Frozen):
+    """What is kept beside the figures: captures, to evaluate metrics later, and the texts, for whoever reads the page. Not part of a cell's key."""
+
+    keep: Literal["none", "final_step", "all"] = "none"
+    texts: StrictBool = True  # prompts and demonstrations, once for each zero-shot and in-context cell
+
+
+class Analysis(Frozen):
+    """Fixed before the run: the smallest difference that matters, and the update ratio at which methods are compared."""
+
+    smallest_effect: Annotated[Number, Field(gt=0)] = 0.02
+    matched_ratio: Annotated[Number, Field(gt=0)] = 0.5

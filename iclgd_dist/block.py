@@ -43,6 +43,7 @@ class Progress:
     num_baselines: int = 0
     num_training_steps: int = 0  # updates, summed over methods and lanes
     num_lanes: int = 0  # most learning rates of a method in the part that ran last
+    judged: tuple[int, float] | None = None  # the step committed last and the figure of fold A that a scheduler stops by; smaller is better
 
     def at(self, stage: str, flops: float = 0.0) -> Progress:
         self.stage = stage
@@ -157,7 +158,9 @@ def _train_and_commit(
                 query_pass.climb(layer, index, probe.deltas, trained_NTW=ride.items(index, probe))
             yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{lm.num_layers}", share.of(ride) / (2 * len(steps) * lm.num_layers))
         progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
+        progress.judged = commit.judged if probe.step < steps[-1] else None  # after the last step there is nothing to stop
         yield progress.at(f"{ride.name}, step {probe.step} committed")
+        progress.judged = None
         del probe, query_pass  # before the next step trains
 
 

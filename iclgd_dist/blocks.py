@@ -64,6 +64,9 @@ class Block:
     is_measuring: bool = False  # its cells are there; what is missing are measures of them
     random_targets: tuple[RandomTarget, ...] = ()  # instead of training: random weights of the same effect
     origin: str = "grid"  # or "search": who asked for it
+    judged: str = ""  # what a scheduler stops it by: a figure of fold A, reported after each committed step; made small
+    judged_sign: float = 1.0
+    reduction_factor: int = 2  # of the scheduler
     keeps_texts: bool = True  # whether zero-shot and in-context cells hold what was read
 
     def trained(self) -> list[tuple[str, str]]:
@@ -160,6 +163,18 @@ def halve(block: Block) -> tuple[Block, ...]:
     lower = [cell for cell in block.cells if cell.kind != "finetuned" or _lane(cell) < middle_rate]
     upper = [cell for cell in block.cells if cell.kind == "finetuned" and _lane(cell) >= middle_rate]
     return _part(block, 1, lower), _part(block, 2, upper)
+
+
+def single_lanes(block: Block) -> tuple[Block, ...]:
+    """Return a block for each learning rate of each method, the baselines with the first; each repeats its block's baselines."""
+    lanes: dict[tuple[str | None, str, float | None], list[Cell]] = {}
+    for cell in block.cells:
+        if cell.kind == "finetuned":
+            lanes.setdefault((cell.method, cell.train_on, cell.learning_rate), []).append(cell)
+    if len(lanes) < 2:
+        return (block,)
+    baselines = [cell for cell in block.cells if cell.kind != "finetuned"]
+    return tuple(_part(block, number, [*(baselines if number == 1 else []), *cells]) for number, cells in enumerate(lanes.values(), 1))
 
 
 def _part(block: Block, number: int, cells: Sequence[Cell]) -> Block:

@@ -30,6 +30,9 @@ from iclgd_dist.trajectory import Trajectory
 Point = tuple[str, int, float | None]
 
 
+WORST = 1e9  # what a diverged step is judged as: finite, as schedulers interpolate
+
+
 class Committer:
     """Commits the cells of one block. A finetuned capture is held as long as another method's cell of the same point is to come."""
 
@@ -44,6 +47,7 @@ class Committer:
         self.last_step = max((cell.step for cell in finetuned if cell.step is not None), default=0)
         self.to_come = Counter((self._point(cell), cell.method) for cell in finetuned)
         self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
+        self.judged: tuple[int, float] | None = None  # step and figure of the step committed last, where a scheduler asks for it
         self.problems: list[str] = []  # of the user's own metrics
         self.done: set[str] = set()  # keys of the cells that are committed, or measured
         self.since = time.perf_counter()
@@ -100,6 +104,10 @@ class Committer:
             self.problems += problems
             measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
             rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
+        if self.block.judged and rows:
+            values = [each[self.block.judged] for _, row in rows for each in row["folds"] if each["fold"] == "A"]
+            is_known = len(values) == len(rows) and None not in values
+            self.judged = step, self.block.judged_sign * sum(values) / len(rows) if is_known else WORST
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 
     def _point(self, cell: Cell) -> Point:

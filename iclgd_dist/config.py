@@ -11,11 +11,11 @@ import json
 import tomllib
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from iclgd_dist.axes import At, Controls, Count, Name, Number, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed
+from iclgd_dist.axes import Analysis, At, Capture, Controls, Count, Name, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
@@ -28,20 +28,6 @@ EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
-
-
-class Capture(Frozen):
-    """What is kept beside the figures: captures, to evaluate metrics later, and the texts, for whoever reads the page. Not part of a cell's key."""
-
-    keep: Literal["none", "final_step", "all"] = "none"
-    texts: bool = True  # prompts and demonstrations, once for each zero-shot and in-context cell
-
-
-class Analysis(Frozen):
-    """Fixed before the run: the smallest difference that matters, and the update ratio at which methods are compared."""
-
-    smallest_effect: Annotated[Number, Field(gt=0)] = 0.02
-    matched_ratio: Annotated[Number, Field(gt=0)] = 0.5
 
 
 class Sweep(Frozen):
@@ -143,7 +129,8 @@ class Sweep(Frozen):
     def _of_this_sweep(cls, search: Search | None, info: ValidationInfo) -> Search | None:
         seeds = {seed for seed, _ in info.data.get("runs", ())} or info.data.get("seeds", ())
         if search is not None:
-            search.check(info.data.get("methods"), num_queries=info.data.get("num_queries"), num_seeds=len(seeds))
+            own = {method.name: method for method in info.data.get("method", ())}
+            search.check(info.data.get("methods"), own=own, num_queries=info.data.get("num_queries"), num_seeds=len(seeds))
         return search
 
     @field_validator("learning_rates", mode="before")

@@ -54,11 +54,12 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
                     pending = _next_round(blocks, running)
             head[0] = ""  # it goes now
         for name, (outcome, reason) in counts.outcomes.items():
-            if outcome not in ("done", *LATER):
+            if outcome not in ("done", "stopped", *LATER):
                 console.print(Text.assemble((outcome, "red"), f" {name}: {reason}"), soft_wrap=True)
         if not stopped.code:
             store.compact()
-        missing = len(set(plan.keys) - store.keys())
+        behind = {cell.key for block in blocks if counts.outcomes.get(block.name, ("",))[0] == "stopped" for cell in block.cells}
+        missing = len(set(plan.keys) - store.keys() - behind)
         console.print(
             f"{counts.num_committed} cells in {time.monotonic() - counts.started:.0f} s; {missing} of {len(plan.keys)} missing; "
             f"an actor's float32 matrix product here: {counts.gflops:.0f} GFLOP/s",
@@ -72,7 +73,7 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
         outcomes &= {"metric"}  # whatever went wrong, every cell is there
     if "storage" in outcomes:
         return STORAGE
-    return FAILED if missing or outcomes - {"done", *LATER} else DONE
+    return FAILED if missing or outcomes - {"done", "stopped", *LATER} else DONE
 
 
 def _after_trouble(error: Exception, pending: Sequence[Block], running: Running) -> None:

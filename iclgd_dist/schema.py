@@ -230,7 +230,11 @@ CELL = pa.schema([pa.field(name, kind, metadata={"meaning": meaning}) for name, 
 # An attempt: one execution of a block by an actor, whatever came of it. Never a result.
 ATTEMPT: list[Column] = [
     ("block", text, "name of the block"),
-    ("outcome", text, "done, oom, storage, metric (one of the user's own failed; the cells are there), failed, interrupted or lost (its actor died)"),
+    (
+        "outcome",
+        text,
+        "done, oom, storage, metric (one of the user's own failed; the cells are there), failed, stopped (by a scheduler), interrupted or lost (its actor died)",
+    ),
     ("reason", text, "what went wrong, one line; NULL when done"),
     ("traceback", text, "NULL when done"),
     ("host", text, "name of the machine"),

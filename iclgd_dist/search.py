@@ -7,7 +7,7 @@ answers known learning rates from there, so the same command resumes. Knows Optu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from statistics import mean
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from iclgd_dist.axes import Controls, SweepError, TaskAxes
-from iclgd_dist.blocks import Block, with_cells
+from iclgd_dist.blocks import Block, single_lanes, with_cells
 from iclgd_dist.config import Sweep
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.model_spec import ModelSpec
@@ -24,6 +24,7 @@ from iclgd_dist.plan import Plan, make_plan
 from iclgd_dist.protocol import Protocol
 from iclgd_dist.search_spec import Rung, Search
 
+WORST = 1e9  # what is undefined counts as, where others are compared with it
 DIGITS = 3  # of a learning rate that is asked for: its cells keep their keys, and people can read it
 # Key -> metric -> value on fold A, for the cells that are there; None where it is undefined, as in a diverged cell.
 Judge = Callable[[Sequence[str]], Mapping[str, Mapping[str, float | None]]]
@@ -83,8 +84,22 @@ class Study:
         return max(found, key=lambda score: score.step) if self.search.step == "last" else min(found, key=lambda score: score.order)
 
     def ranking(self, rung: int) -> list[Score]:
-        """Return what the learning rates of a rung scored, the best first."""
-        return sorted((self.judged(found) for found in self.scores[rung].values() if found), key=lambda score: score.order)
+        """Return what the learning rates of a rung scored, the best first; those that a scheduler stopped stand behind the others."""
+        found = [self.judged(scores) for scores in self.scores[rung].values() if scores]
+        last = max((score.step for score in found), default=0)
+        return sorted(found, key=lambda score: (self.search.step == "last" and score.step < last, score.order))
+
+    def behind(self, rates: Sequence[float]) -> list[float]:
+        """Return those of the learning rates that ASHA would stop, by what is known of others at the last step that each has a score of."""
+        scores = {rate: {score.step: score.loss for score in self.scores[-1].get(rate, ())} for rate in rates}
+        last = max((max(of_rate, default=0) for of_rate in scores.values()), default=0)
+        found = []
+        for rate, of_rate in scores.items():
+            step = max(of_rate, default=0)
+            if 0 < step < last:
+                others = [min(other[step], WORST) for other in scores.values() if step in other]
+                found += [rate] if of_rate[step] > np.percentile(others, 100 / self.search.reduction_factor) else []
+        return found
 
     def promoted(self, rung: int) -> list[float]:
         """Return the learning rates that a rung evaluates: the best of the one below."""
@@ -144,6 +159,13 @@ def rounds(sweep: Sweep, studies: Sequence[Study], finished: Callable[[], set[st
         while wanted := {at: rates for at, study in enumerate(studies) if (rates := study.ask() if not number else study.promoted(number) if not turn else [])}:
             turn += 1
             whole, plan = _planned(sweep, rung, {at: (studies[at], rates) for at, rates in wanted.items()}, finished())
+            if sweep.search and sweep.search.scheduler == "asha":
+                _judge(studies, wanted, number, whole, judge)  # by what an earlier run left
+                plan = _one_by_one(
+                    sweep.search,
+                    plan,
+                    {(studies[at].place.task, studies[at].method, rate) for at, rates in wanted.items() for rate in studies[at].behind(rates)},
+                )
             said = f"rung {number + 1} of {len(rungs)}: {rung.num_queries} queries, {rung.num_seeds} seeds; round {turn}"
             code = run(plan, said) if plan.blocks else 0
             _judge(studies, wanted, number, whole, judge)
@@ -169,6 +191,14 @@ def _planned(sweep: Sweep, rung: Rung, wanted: Mapping[int, tuple[Study, list[fl
         plans.append(make_plan(_narrowed(sweep, rung, rates_of), choose=missing))
     joined = tuple(block for plan in plans for block in plan.blocks)
     return whole, replace(plans[0], blocks=joined).of_blocks()
+
+
+def _one_by_one(search: Search, plan: Plan, behind: Collection[tuple[str, str | None, float | None]]) -> Plan:
+    """Return the plan with a block for each learning rate, which reports what it is judged by, without those that were stopped before."""
+    parts = [part for block in plan.blocks for part in single_lanes(block)]
+    kept = [part for part in parts if not {(part.draw.task, cell.method, cell.learning_rate) for cell in part.cells} & set(behind)]
+    judged: dict[str, Any] = {"judged": search.objective, "judged_sign": search.sign, "reduction_factor": search.reduction_factor}
+    return replace(plan, blocks=tuple(replace(part, **judged) for part in kept)).of_blocks()
 
 
 def _narrowed(sweep: Sweep, rung: Rung, rates_of: Mapping[Place, Mapping[str, list[float]]]) -> Sweep:
@@ -237,18 +267,19 @@ def _sampler(search: Search, method: str, number: int) -> Generator[list[float],
         return sorted({float(f"{lowest * math.exp(span * place):.{DIGITS - 1}e}") for place in places})
 
     told: Sequence[Score] = yield []
-    count = min(search.per_round, search.samples)
+    per_round = search.samples if search.scheduler == "asha" else search.per_round  # which compares those of one round
+    count = min(per_round, search.samples)
     if search.sampler == "grid":
         places = np.linspace(0, 1, search.samples).tolist() if search.samples > 1 else [0.5]
-        for first in range(0, search.samples, search.per_round):
-            told = yield rates(places[first : first + search.per_round])
+        for first in range(0, search.samples, per_round):
+            told = yield rates(places[first : first + per_round])
         return
     # The first round covers the range evenly, with a place of its own for each sampler's seed.
     told = yield rates([(n + random.random()) / count for n in range(count)])
     suggest = _tpe(search, lowest, highest, number) if search.sampler == "tpe" else None
     left = search.samples - count
     while left > 0:
-        count = min(search.per_round, left)
+        count = min(per_round, left)
         left -= count
         told = yield suggest(told, count, left) if suggest else rates([random.random() for _ in range(count)])
 

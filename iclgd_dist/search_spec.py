@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -70,6 +70,9 @@ class Search(Frozen):
     seed: Seed = 1  # of the sampler
     rungs: tuple[Rung, ...] = ()  # growing evidence: each rung evaluates the best of the one before; by default everything at once
     keep: Annotated[Number, Field(gt=0, lt=1)] = 0.5  # share of the learning rates that goes on to the next rung
+    # asha: every learning rate is a trial of its own that reports each probed step to Ray Tune's ASHA, which stops those behind; all are asked for at once
+    scheduler: Literal["none", "asha"] = "none"
+    reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 2  # of asha: one in so many goes on from rung to rung
 
     @field_validator("constraints", "rungs", mode="before")
     @classmethod
@@ -102,8 +105,10 @@ class Search(Frozen):
                 raise At("must grow from rung to rung in queries or in seeds, and shrink in neither", number)
         return rungs
 
-    def check(self, methods: Sequence[str] | None, *, num_queries: int | None, num_seeds: int) -> None:
-        """Errors: At for a method, a metric or a rung that the sweep around it does not have."""
+    def check(self, methods: Sequence[str] | None, *, own: Mapping[str, Any], num_queries: int | None, num_seeds: int) -> None:
+        """Errors: At for a method, a metric or a rung that the sweep around it does not have, and where asha has nothing to stop. `own`: [[method]] by name."""
+        if self.scheduler == "asha":
+            self._check_asha(own)
         for method in self.learning_rates:
             if methods and method not in methods:
                 raise At(f"search.learning_rates: {unknown('method', method, methods)} among methods", "learning_rates", method)
@@ -114,6 +119,26 @@ class Search(Frozen):
             for name, limit in (("num_queries", num_queries), ("num_seeds", num_seeds)):
                 if limit and getattr(rung, name) > limit:
                     raise At(f"search.rungs: {name} must be at most the sweep's {limit}, got {getattr(rung, name)}", "rungs", number)
+
+    def _check_asha(self, own: Mapping[str, Any]) -> None:
+        """Stopping early pays where training costs more than looking at a step: for the user's own rules and for whole layers that learn."""
+        for method in self.learning_rates:
+            spec = own.get(method)
+            if spec is None or not (spec.code or (spec.weights in ("mlp", "all_linear") and not spec.is_bottom_up)):
+                raise At(
+                    f'search.scheduler: "asha" is for methods that yield step by step and whose training dominates: code of your own, or a variation of '
+                    f'vanilla with weights = "all_linear" or "mlp"; {method!r} is none, and its steps are almost free: leave scheduler out',
+                    "scheduler",
+                )
+        if self.objective not in _of_a_fold():
+            raise At(
+                f'search.objective: with scheduler = "asha" it must be known of a fold at each step: {", ".join(_of_a_fold())}; got {self.objective!r}',
+                "objective",
+            )
+        if self.sampler == "tpe":
+            raise At(
+                'search.sampler: with scheduler = "asha" all learning rates are asked for at once, and "tpe" learns nothing: set "random" or "grid"', "sampler"
+            )
 
     @property
     def sign(self) -> float:
@@ -131,8 +156,14 @@ class Search(Frozen):
         return tuple(dict.fromkeys((self.objective, *(bound.metric for bound in self.bounds))))
 
 
+def _of_a_fold() -> tuple[str, ...]:
+    from iclgd_dist.schema import FOLD, f64
+
+    return tuple(name for name, kind, _ in FOLD if kind == f64)
+
+
 def _judged() -> tuple[str, ...]:
     """Return the metrics of a cell that are known on a fold: those of the fold, and those of its layers."""
-    from iclgd_dist.schema import FOLD, LAYER, f64  # imports pyarrow, which most sweep files do not need
+    from iclgd_dist.schema import LAYER, f64  # imports pyarrow, which most sweep files do not need
 
-    return tuple(name for name, kind, _ in (*FOLD, *LAYER) if kind == f64)
+    return (*_of_a_fold(), *(name for name, kind, _ in LAYER if kind == f64))

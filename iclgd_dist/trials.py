@@ -66,7 +66,7 @@ def fit(blocks: Sequence[Block], running: Running) -> None:
     tuner = Tuner(
         trainable,
         param_space={"block": tune.grid_search([block.name for block in blocks])},
-        tune_config=TuneConfig(search_alg=search, reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id),
+        tune_config=TuneConfig(search_alg=search, scheduler=_scheduler(blocks), reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id),
         run_config=RunConfig(
             name=f"blocks-{running.run}",
             storage_path="/nowhere",
@@ -83,6 +83,49 @@ def fit(blocks: Sequence[Block], running: Running) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, listening)  # Tune leaves its own, which listens no more
+
+
+def _scheduler(blocks: Sequence[Block]) -> Any:
+    """Return None, or for blocks that are judged Ray Tune's ASHA, one for each study: what is compared must be of one task, model and method."""
+    judged = {block.name: block for block in blocks if block.judged}
+    if not judged:
+        return None
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+    class Studies(FIFOScheduler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of_study: dict[tuple[str, ...], Any] = {}
+
+        def of(self, trial: Any) -> Any:
+            block = judged.get(trial.config["block"])
+            if block is None:
+                return FIFOScheduler()
+            study = (block.draw.task, *map(str, (block.model.content_hash, block.spec, block.protocol, block.num_demonstrations, *block.trained()[0])))
+            steps = sorted({cell.step for cell in block.cells if cell.step is not None})
+            made: dict[str, Any] = {
+                "time_attr": "judged_step",
+                "metric": "judged",
+                "mode": "min",
+                "reduction_factor": block.reduction_factor,
+                "stop_last_trials": False,
+            }
+            return self.of_study.setdefault(study, ASHAScheduler(**made, grace_period=steps[0], max_t=steps[-1]))
+
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            self.of(trial).on_trial_add(controller, trial)
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            action: str = self.of(trial).on_trial_result(controller, trial, result)
+            return action if action == TrialScheduler.STOP else TrialScheduler.CONTINUE
+
+        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            self.of(trial).on_trial_complete(controller, trial, result)
+
+        def on_trial_remove(self, controller: Any, trial: Any) -> None:
+            self.of(trial).on_trial_remove(controller, trial)
+
+    return Studies()
 
 
 def _keep_secrets() -> None:
@@ -161,6 +204,10 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
                 counts.num_compacted = counts.num_committed
                 with contextlib.suppress(StoreError, Vanished, OSError):  # the compaction at the end tells of it
                     store.compact()
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            if trial.config["block"] not in counts.outcomes:  # it did not end by itself
+                counts.end(trial.config["block"], "stopped", "behind other learning rates at the same step")
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.recovered[trial.trial_id] = iteration

@@ -145,7 +145,8 @@ def test_eight_lanes_that_run_out_of_memory_are_halved_over_the_same_baselines(s
     for ours, theirs in zip(cells, expected, strict=True):
         for name in ("loss", "accuracy", "nll_label", "sim_aou", "sim_am_delta", "delta_norm", "update_ratio"):
             assert ours[name] == theirs[name] or math.isclose(ours[name], theirs[name], rel_tol=1e-3, abs_tol=1e-5), name
-    pairs = [set(read_results(each).pairs["cell_b"].to_pylist()) for each in (store, whole)]
+    found = [read_results(each).pairs for each in (store, whole)]
+    pairs = [{frozenset(pair) for pair in zip(table["cell_a"].to_pylist(), table["cell_b"].to_pylist(), strict=True)} for table in found]
     assert pairs[0] == pairs[1] != set(), "both methods are compared, however the lanes are split"
 
 

@@ -286,7 +286,8 @@ def test_the_page_names_what_every_figure_rests_on(page: str) -> None:
         "Tiny-135M-Instruct.Q4_1, instruction-tuned, dequantised from 4-bit; stored as float32, computed in float32. Task trec, k = 4. Recorded position: "
         "last prompt token; sink: &lt;/s&gt;; separator: newline. 24 queries (query seed 1); 1 seed (1)."
     )
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page.partition('<section id="across">')[0], re.DOTALL)
+    of_setting = page[page.index('<section id="s0"') : page.index('<section id="across">')]
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", of_setting, re.DOTALL)
     assert len(captions) == 5  # no gradient was noted: no map of gradients
     assert all(caption in found for found in captions)
     assert "of 17 planned, 3 are missing" in page
@@ -305,7 +306,7 @@ def test_names_from_data_are_escaped_wherever_they_stand(tmp_path: Path) -> None
     assert text.count("<script>") == 2
     for block in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL):
         assert not set("<>") & set(block)
-        for trace in json.loads(block)["data"]:
+        for trace in json.loads(block).get("data", ()):  # a figure's; the cells' own texts are tried in a browser
             assert not re.search("<script|<img", str([trace.get("name"), trace.get("hovertext")]))
 
 

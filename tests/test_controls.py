@@ -16,8 +16,9 @@ import pytest
 from iclgd_analysis import controls, equal_size, load, measures, protocol_effects
 from iclgd_analysis.chosen import crossing, matched
 from iclgd_analysis.intervals import Estimate, over_tasks
-from iclgd_analysis.load import Frames, Setting, planned_draws, protocol_name
+from iclgd_analysis.load import Frames, planned_draws
 from iclgd_analysis.report import write_report
+from iclgd_analysis.setting import Setting, protocol_name
 from scipy import stats
 
 from tests.test_analysis import STEPS, diverged, make_cell, make_rows, make_store
