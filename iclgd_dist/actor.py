@@ -29,7 +29,6 @@ from iclgd_dist.store import Store, StoreError
 
 REPORT_SECONDS = 1.0
 LOADING = "loading the model"
-ENDED, STOPPED = ("interrupted", "the run was stopped"), ("stopped", "behind other learning rates at the same step")
 SILENT_SECONDS = 3600.0  # without a piece of work done, after which another driver may take a block over
 
 
@@ -47,7 +46,6 @@ class ModelHost:
         self.gflops = matmul_gflops()
         self.moved = time.monotonic()  # when a piece of work was last done
         self.since = time.perf_counter()
-        self.ending = ENDED  # outcome and reason of a block that is left before its end
 
     def steps(self, block: Block) -> Generator[dict[str, Any], None, None]:
         """Run a block, yielding counts between pieces of work; the last one has `outcome`. Every execution leaves an attempt record.
@@ -81,7 +79,7 @@ class ModelHost:
         missing = self._missing(block)
         block = replace(block, cells=missing)
         counts = Progress(block.cost.flops)
-        num_loads, outcome, reason, trace = 0, "", "", ""
+        num_loads, outcome, reason, trace = 0, "interrupted", "the run was stopped", ""
         trouble: StoreError | None = None
         try:
             if missing:
@@ -101,9 +99,7 @@ class ModelHost:
         else:
             outcome, reason = "done", ""
         finally:
-            if not outcome:  # this generator was closed
-                outcome, reason = self.ending
-            if missing:
+            if missing and not (counts.judged and outcome == "interrupted"):  # then a scheduler stopped it, and the driver says so
                 self._record(block, counts, outcome=outcome, reason=reason or None, traceback=trace or None, num_model_loads=num_loads)
         if trouble:
             yield self._report(block, counts) | self._trouble(trouble)
@@ -174,9 +170,7 @@ class ModelActor(tune.Trainable):
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.host.ending = STOPPED  # of the block before this one, if it has not ended yet: then a scheduler stopped it
-        self.reports.close()
-        self.host.ending = ENDED
+        self.reports.close()  # a scheduler may have stopped the block before its end
         self._take(new_config)
         return True  # False would kill this process and the model with it
 

@@ -166,15 +166,20 @@ def halve(block: Block) -> tuple[Block, ...]:
 
 
 def single_lanes(block: Block) -> tuple[Block, ...]:
-    """Return a block for each learning rate of each method, the baselines with the first; each repeats its block's baselines."""
+    """Return a block for each learning rate of each method, the baselines with the first; each repeats its block's baselines.
+
+    Its name is that of its last cell: the same block has the same name however much of it is there.
+    """
     lanes: dict[tuple[str | None, str, float | None], list[Cell]] = {}
     for cell in block.cells:
         if cell.kind == "finetuned":
             lanes.setdefault((cell.method, cell.train_on, cell.learning_rate), []).append(cell)
-    if len(lanes) < 2:
-        return (block,)
     baselines = [cell for cell in block.cells if cell.kind != "finetuned"]
-    return tuple(_part(block, number, [*(baselines if number == 1 else []), *cells]) for number, cells in enumerate(lanes.values(), 1))
+    parts = []
+    for number, cells in enumerate(lanes.values(), 1):
+        part = _part(block, number, [*(baselines if number == 1 else []), *cells])
+        parts.append(replace(part, name=f"{block.name.rpartition('-')[0]}-{max(cells, key=lambda cell: cell.step or 0).key[:8]}"))
+    return tuple(parts) or (block,)
 
 
 def _part(block: Block, number: int, cells: Sequence[Cell]) -> Block:

@@ -177,7 +177,10 @@ def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget,
 
         return fold_figures(results, keys, search.metrics, fold="A")
 
-    for of_round in rounds(loaded, studies, results.keys, judge, compute):
+    def stopped() -> set[str]:
+        return {attempt["block"] for attempt in results.attempts().to_pylist() if attempt["outcome"] == "stopped"}
+
+    for of_round in rounds(loaded, studies, results.keys, judge, compute, stopped):
         code = code or of_round
         if of_round not in (DONE, FAILED):
             code = of_round

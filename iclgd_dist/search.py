@@ -24,7 +24,6 @@ from iclgd_dist.plan import Plan, make_plan
 from iclgd_dist.protocol import Protocol
 from iclgd_dist.search_spec import Rung, Search
 
-WORST = 1e9  # what is undefined counts as, where others are compared with it
 DIGITS = 3  # of a learning rate that is asked for: its cells keep their keys, and people can read it
 # Key -> metric -> value on fold A, for the cells that are there; None where it is undefined, as in a diverged cell.
 Judge = Callable[[Sequence[str]], Mapping[str, Mapping[str, float | None]]]
@@ -89,18 +88,6 @@ class Study:
         last = max((score.step for score in found), default=0)
         return sorted(found, key=lambda score: (self.search.step == "last" and score.step < last, score.order))
 
-    def behind(self, rates: Sequence[float]) -> list[float]:
-        """Return those of the learning rates that ASHA would stop, by what is known of others at the last step that each has a score of."""
-        scores = {rate: {score.step: score.loss for score in self.scores[-1].get(rate, ())} for rate in rates}
-        last = max((max(of_rate, default=0) for of_rate in scores.values()), default=0)
-        found = []
-        for rate, of_rate in scores.items():
-            step = max(of_rate, default=0)
-            if 0 < step < last:
-                others = [min(other[step], WORST) for other in scores.values() if step in other]
-                found += [rate] if of_rate[step] > np.percentile(others, 100 / self.search.reduction_factor) else []
-        return found
-
     def promoted(self, rung: int) -> list[float]:
         """Return the learning rates that a rung evaluates: the best of the one below."""
         ranked = self.ranking(rung - 1)
@@ -146,10 +133,18 @@ def studies_of(sweep: Sweep) -> list[Study]:
     return [Study(place, method, sweep.search, number) for number, (place, method) in enumerate(searched)]
 
 
-def rounds(sweep: Sweep, studies: Sequence[Study], finished: Callable[[], set[str]], judge: Judge, run: Callable[[Plan, str], int]) -> Iterator[int]:
+def rounds(
+    sweep: Sweep,
+    studies: Sequence[Study],
+    finished: Callable[[], set[str]],
+    judge: Judge,
+    run: Callable[[Plan, str], int],
+    stopped: Callable[[], Collection[str]] = tuple,
+) -> Iterator[int]:
     """Run a search to its end and yield the exit code of each round. A round that was stopped is the last one.
 
-    `run` computes a plan's cells and returns an exit code; its second argument says in words which round it is.
+    `run` computes a plan's cells and returns an exit code; its second argument says in words which round it is. `stopped`: names of blocks that a scheduler
+    stopped; they are not run again.
     """
     rungs = rungs_of(sweep)
     for number, rung in enumerate(rungs):
@@ -160,12 +155,7 @@ def rounds(sweep: Sweep, studies: Sequence[Study], finished: Callable[[], set[st
             turn += 1
             whole, plan = _planned(sweep, rung, {at: (studies[at], rates) for at, rates in wanted.items()}, finished())
             if sweep.search and sweep.search.scheduler == "asha":
-                _judge(studies, wanted, number, whole, judge)  # by what an earlier run left
-                plan = _one_by_one(
-                    sweep.search,
-                    plan,
-                    {(studies[at].place.task, studies[at].method, rate) for at, rates in wanted.items() for rate in studies[at].behind(rates)},
-                )
+                plan = _one_by_one(sweep.search, plan, stopped())
             said = f"rung {number + 1} of {len(rungs)}: {rung.num_queries} queries, {rung.num_seeds} seeds; round {turn}"
             code = run(plan, said) if plan.blocks else 0
             _judge(studies, wanted, number, whole, judge)
@@ -193,12 +183,11 @@ def _planned(sweep: Sweep, rung: Rung, wanted: Mapping[int, tuple[Study, list[fl
     return whole, replace(plans[0], blocks=joined).of_blocks()
 
 
-def _one_by_one(search: Search, plan: Plan, behind: Collection[tuple[str, str | None, float | None]]) -> Plan:
+def _one_by_one(search: Search, plan: Plan, stopped: Collection[str]) -> Plan:
     """Return the plan with a block for each learning rate, which reports what it is judged by, without those that were stopped before."""
-    parts = [part for block in plan.blocks for part in single_lanes(block)]
-    kept = [part for part in parts if not {(part.draw.task, cell.method, cell.learning_rate) for cell in part.cells} & set(behind)]
+    lanes = [lane for block in plan.blocks for lane in single_lanes(block) if lane.name not in stopped]
     judged: dict[str, Any] = {"judged": search.objective, "judged_sign": search.sign, "reduction_factor": search.reduction_factor}
-    return replace(plan, blocks=tuple(replace(part, **judged) for part in kept)).of_blocks()
+    return replace(plan, blocks=tuple(replace(lane, **judged) for lane in lanes)).of_blocks()
 
 
 def _narrowed(sweep: Sweep, rung: Rung, rates_of: Mapping[Place, Mapping[str, list[float]]]) -> Sweep:

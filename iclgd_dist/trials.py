@@ -32,6 +32,7 @@ MAX_ROUNDS = 10  # that a block goes into whose actors died with their nodes, or
 NODES_SECONDS = 10.0  # between looks at which nodes there are
 NOTICED_SECONDS = 60.0  # within which Ray notices that a node is gone
 SILENT_SECONDS = 3600.0  # without a word from an actor, after which it is ended like one that hangs
+BEHIND = "behind other learning rates at the same step"
 WAIT_SECONDS = 600.0  # that a run waits for a node with room for an actor
 
 
@@ -206,8 +207,9 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
                     store.compact()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            if trial.config["block"] not in counts.outcomes:  # it did not end by itself
-                counts.end(trial.config["block"], "stopped", "behind other learning rates at the same step")
+            if (name := trial.config["block"]) not in counts.outcomes:  # it did not end by itself
+                _record(running, name, "stopped", BEHIND)
+                counts.end(name, "stopped", BEHIND)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.recovered[trial.trial_id] = iteration
@@ -233,7 +235,7 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
                     with contextlib.suppress(StoreError, OSError):
                         note_death(store, by_name[name], run, counts.deaths[name])
             say(f"{name}: its actor is gone{f' ({counts.deaths[name]} of {MAX_FAILURES + 1})' if counts.deaths.get(name) else ''}: {reason}")
-            _record_death(running, name, reason)
+            _record(running, name, "lost", reason)
 
     return Counting()
 
@@ -248,11 +250,11 @@ def _why(trial: Any) -> str:
     return " ".join(dict.fromkeys([lines[0], lines[-1]]))[:500] if lines else "unknown"
 
 
-def _record_death(running: Running, name: str, reason: str) -> None:
+def _record(running: Running, name: str, outcome: str, reason: str) -> None:
     """Leave an attempt record for an actor that could not leave its own."""
     last = running.counts.running.pop(name, {})
     attempt = {column: last.get(column, 0) for column in ("num_model_loads", "num_baselines", "num_lanes", "num_training_steps", "num_cells")}
-    attempt |= {"block": name, "outcome": "lost", "reason": reason, "traceback": None, "run": running.run}
+    attempt |= {"block": name, "outcome": outcome, "reason": reason, "traceback": None, "run": running.run}
     attempt |= {"host": last.get("host", "unknown"), "actor": last.get("actor", "unknown")}
     attempt |= {column: last.get(column) for column in ("wall_seconds", "peak_gib", "cpus", "gpus", "gflops")}
     with contextlib.suppress(StoreError, OSError):

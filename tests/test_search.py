@@ -41,6 +41,7 @@ class Made:
         self.figure, self.fails = figure, fails
         self.cells: dict[str, tuple[Cell, int, int]] = {}
         self.plans: list[Plan] = []
+        self.stopped: set[str] = set()
         self.ends_after = 10**9
 
     def run(self, plan: Plan, said: str) -> int:
@@ -66,7 +67,7 @@ class Made:
 
     def search(self, sweep: Sweep) -> list[Study]:
         studies = studies_of(sweep)
-        for code in rounds(sweep, studies, lambda: set(self.cells), self.judge, self.run):
+        for code in rounds(sweep, studies, lambda: set(self.cells), self.judge, self.run, lambda: self.stopped):
             if code:
                 break
         return studies
@@ -194,6 +195,9 @@ def test_a_best_at_the_end_of_its_range_is_marked(swept: Callable[..., Sweep]) -
         ("rungs = [{ num_queries = 8, num_seeds = 3 }]", "num_seeds must be at most the sweep's 2, got 3"),
         ("keep = 1.0", "keep must be less than 1"),
         ('sampler = "bayes"', "must be 'tpe', 'random' or 'grid'"),
+        ('scheduler = "asha"', "'vanilla' is none, and its steps are almost free"),
+        ('scheduler = "hyperband"', "must be 'none' or 'asha'"),
+        ("reduction_factor = 1", "must be at least 2"),
     ],
 )
 def test_a_mistake_in_the_section_is_told_with_its_line(swept: Callable[..., Sweep], more: str, said: str) -> None:
@@ -222,3 +226,66 @@ def test_a_sweep_for_a_search_alone_needs_no_list_of_learning_rates(sweep_file: 
         load_sweep(sweep_file)
     sweep_file.write_text("\n".join(lines) + SEARCH.format(samples=4, more=""))
     assert load_sweep(sweep_file).rates_of("fruit") == {"vanilla": (), "layer_causal": ()}
+
+
+ASHA = """
+[[method]]
+name = "wide"
+base = "vanilla"
+weights = "all_linear"
+
+[search]
+samples = 6
+scheduler = "asha"
+{more}
+[search.learning_rates]
+wide = [1e-4, 1e-1]
+"""
+
+
+@pytest.fixture
+def stopped(sweep_file: Path) -> Callable[..., Sweep]:
+    text = sweep_file.read_text().replace("seeds = [1, 2]", 'seeds = [1]\nmethods = ["wide"]').replace("steps = [2, 4]", "steps = [1, 2, 4]")
+    text = text.replace("vanilla = [0.003, 0.05]", "wide = [0.003]").replace("layer_causal = [0.003, 0.05]\n", "")
+
+    def write(more: str = 'sampler = "grid"') -> Sweep:
+        sweep_file.write_text(text + ASHA.format(more=more))
+        return load_sweep(sweep_file)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("", '"tpe" learns nothing: set "random" or "grid"'),
+        ('sampler = "grid"\nobjective = "sim_aou"', "must be known of a fold at each step: accuracy, balanced_accuracy"),
+    ],
+)
+def test_what_asha_cannot_do_is_told(stopped: Callable[..., Sweep], more: str, said: str) -> None:
+    with pytest.raises(SweepError, match=r"tiny\.toml:\d+: ") as caught:
+        stopped(more)
+    assert said in str(caught.value)
+
+
+def test_with_asha_each_learning_rate_is_a_block_and_what_was_stopped_is_not_asked_for_again(stopped: Callable[..., Sweep]) -> None:
+    def loss(cell: Cell, seed: int, num_queries: int) -> float:
+        return 0.5 + math.log10(cell.learning_rate / 2e-3) ** 2 / cell.step
+
+    sweep, made = stopped(), Made(loss)
+    made.fails = lambda cell: cell.learning_rate is not None and not 1e-3 < cell.learning_rate < 1e-2 and cell.step > 1  # stopped after the first step
+    (study,) = made.search(sweep)
+    (plan,) = made.plans
+    assert [len(block.learning_rates("wide")) for block in plan.blocks] == [1] * 6
+    assert [(block.judged, block.judged_sign, block.reduction_factor) for block in plan.blocks] == [("nll_label", 1.0, 2)] * 6
+    assert sum(cell.kind != "finetuned" for block in plan.blocks for cell in block.cells) == 2
+    kept = [score.learning_rate for score in study.ranking(0) if score.step == 4]
+    assert len(kept) == 2 and [score.learning_rate for score in study.ranking(0)][:2] == kept  # the stopped ones stand behind, whatever they scored
+    again = Made(loss)
+    again.cells = dict(made.cells)
+    again.stopped = {block.name for block in plan.blocks if block.learning_rates("wide")[0] not in kept}
+    (same,) = again.search(sweep)
+    assert not [plan for plan in again.plans if plan.blocks] and same.ranking(0) == study.ranking(0)
+    again.cells = {key: held for key, held in made.cells.items() if held[0].learning_rate != kept[0] or held[0].step == 1}
+    again.search(sweep)  # one that was killed, not stopped, goes on
+    assert {cell.learning_rate for plan in again.plans for block in plan.blocks for cell in block.cells} == {kept[0]}

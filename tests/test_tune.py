@@ -88,3 +88,42 @@ def test_without_the_section_it_says_what_to_write(sweep_file: Path) -> None:
     done = subprocess.run([*ICLGD, "tune", str(sweep_file)], cwd=sweep_file.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "[search.learning_rates]" in done.stderr
     assert not (sweep_file.parent / "results").exists()
+
+
+ASHA = """
+[resources]
+max_actors = 1
+
+[[method]]
+name = "wide"
+base = "vanilla"
+weights = "all_linear"
+
+[search]
+samples = 6
+sampler = "grid"
+scheduler = "asha"
+
+[search.learning_rates]
+wide = [1e-4, 1e3]
+"""
+
+
+def test_ray_tunes_asha_stops_learning_rates_that_are_behind_and_nobody_asks_for_them_again(sweep_file: Path) -> None:
+    text = sweep_file.read_text().replace("seeds = [1, 2]", 'seeds = [1]\nmethods = ["wide"]').replace("steps = [2, 4]", "steps = [1, 2, 4]")
+    sweep_file.write_text(text.replace("vanilla = [0.003, 0.05]", "wide = [0.003]").replace("layer_causal = [0.003, 0.05]\n", "") + ASHA)
+    folder, store = sweep_file.parent, Store(sweep_file.parent / "results" / "tiny")
+    said = iclgd("tune", str(sweep_file), folder=folder)
+    cells = read_results(store).cells.to_pandas()
+    trained = cells[cells.kind == "finetuned"]
+    last = trained.groupby("learning_rate")["step"].max()
+    assert len(last) == 6 and set(last) > {4} and (last < 4).any(), last
+    first = trained[trained.step == 1].merge(read_results(store).folds.to_pandas().query("fold == 'A'")[["key", "nll_label"]], on="key", suffixes=("", "_A"))
+    losses = first.set_index("learning_rate")["nll_label_A"].fillna(1e9)
+    assert losses[last[last == 1].index].min() >= losses[last[last == 4].index].min()
+    attempts = store.attempts().to_pylist()
+    stopped = [attempt for attempt in attempts if attempt["outcome"] == "stopped"]
+    assert len(stopped) == (last < 4).sum() and all("behind other learning rates" in attempt["reason"] for attempt in stopped)
+    assert len(attempts) == 6 and {attempt["outcome"] for attempt in attempts} == {"stopped", "done"}
+    again = iclgd("tune", str(sweep_file), folder=folder)
+    assert len(store.attempts()) == 6 and again.split("next:")[0].splitlines()[-1] == said.split("next:")[0].splitlines()[-1]
