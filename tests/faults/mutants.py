@@ -152,8 +152,8 @@ MUTANTS = {
         (
             (
                 "store",
-                '                fault_point("before_manifest")\n',
-                '                [files.remove(path) for path in fresh.values()]\n                fault_point("before_manifest")\n',
+                '            fault_point("before_manifest")\n',
+                '            [files.remove(path) for path in fresh.values()]\n            fault_point("before_manifest")\n',
             ),
         ),
     ),
