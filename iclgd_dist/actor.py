@@ -140,8 +140,10 @@ class ModelHost:
 
     def _report(self, block: Block, counts: Progress) -> dict[str, Any]:
         fraction = counts.done_flops / counts.total_flops if counts.total_flops else 1.0
+        # Tune's callbacks take timesteps_total for the place of a point.
+        tracked = {"figures": counts.figures, "timesteps_total": counts.step} if counts.figures else {}
         judged = dict(zip(("judged_step", "judged"), counts.judged, strict=True)) if counts.judged else {}
-        return self._described(block, counts) | {"fraction": fraction, "stage": counts.stage, "outcome": "", "node": self.node} | judged
+        return self._described(block, counts) | {"fraction": fraction, "stage": counts.stage, "outcome": "", "node": self.node} | judged | tracked
 
 
 def _with_fewer_lanes(block: Block, num_deaths: int) -> Block:
@@ -184,7 +186,7 @@ class ModelActor(tune.Trainable):
             if report["outcome"]:
                 self.reports.close()  # gives its claims back
                 return report | {"done": True}
-            if report["stage"] == LOADING or "judged" in report or time.perf_counter() - start > REPORT_SECONDS:
+            if report["stage"] == LOADING or report.keys() & {"judged", "figures"} or time.perf_counter() - start > REPORT_SECONDS:
                 return report
         raise AssertionError("a block ended without an outcome")
 

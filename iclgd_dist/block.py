@@ -9,7 +9,7 @@ the contexts and the queries in them, and every bottom-up method with the captur
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,8 @@ class Progress:
     num_baselines: int = 0
     num_training_steps: int = 0  # updates, summed over methods and lanes
     num_lanes: int = 0  # most learning rates of a method in the part that ran last
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)  # of the step committed last, where somebody tracks them: method and lr -> figures
+    step: int = 0  # committed last
     judged: tuple[int, float] | None = None  # the step committed last and the figure of fold A that a scheduler stops by; smaller is better
 
     def at(self, stage: str, flops: float = 0.0) -> Progress:
@@ -139,7 +141,7 @@ def _commit_passes(ride: _Ride, baselines: Baselines, baseline: Baseline, commit
     progress.num_training_steps += ride.trajectory.steps[-1] * ride.num_lanes
     for step in list(ride.passes):
         progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, step, ride.passes.pop(step).captures())
-        yield progress.at(f"{ride.name}, step {step} committed")
+        yield from _committed(progress, commit, ride, step)
 
 
 def _train_and_commit(
@@ -158,10 +160,17 @@ def _train_and_commit(
                 query_pass.climb(layer, index, probe.deltas, trained_NTW=ride.items(index, probe))
             yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{lm.num_layers}", share.of(ride) / (2 * len(steps) * lm.num_layers))
         progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
-        progress.judged = commit.judged if probe.step < steps[-1] else None  # after the last step there is nothing to stop
-        yield progress.at(f"{ride.name}, step {probe.step} committed")
-        progress.judged = None
+        yield from _committed(progress, commit, ride, probe.step)
         del probe, query_pass  # before the next step trains
+
+
+def _committed(progress: Progress, commit: Committer, ride: _Ride, step: int) -> Iterator[Progress]:
+    """Tell that a step was committed, once with what it came to."""
+    progress.step, progress.figures = step, commit.figures
+    if not ride.is_bottom_up and step < ride.trajectory.steps[-1]:  # else there is nothing left to stop
+        progress.judged = commit.judged
+    yield progress.at(f"{ride.name}, step {step} committed")
+    progress.figures, progress.judged = {}, None
 
 
 class _Ride:

@@ -64,6 +64,7 @@ class Block:
     is_measuring: bool = False  # its cells are there; what is missing are measures of them
     random_targets: tuple[RandomTarget, ...] = ()  # instead of training: random weights of the same effect
     origin: str = "grid"  # or "search": who asked for it
+    is_tracked: bool = False  # whether the figures of each committed step are reported
     judged: str = ""  # what a scheduler stops it by: a figure of fold A, reported after each committed step; made small
     judged_sign: float = 1.0
     reduction_factor: int = 2  # of the scheduler

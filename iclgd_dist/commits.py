@@ -30,6 +30,7 @@ from iclgd_dist.trajectory import Trajectory
 Point = tuple[str, int, float | None]
 
 
+TRACKED = ("nll_label", "balanced_accuracy", "sim_aou", "sim_am_delta", "update_ratio", "loss")
 WORST = 1e9  # what a diverged step is judged as: finite, as schedulers interpolate
 
 
@@ -47,6 +48,7 @@ class Committer:
         self.last_step = max((cell.step for cell in finetuned if cell.step is not None), default=0)
         self.to_come = Counter((self._point(cell), cell.method) for cell in finetuned)
         self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
+        self.figures: dict[str, dict[str, float]] = {}  # of the step committed last, where a tracker asks for them: method and learning rate -> figures
         self.judged: tuple[int, float] | None = None  # step and figure of the step committed last, where a scheduler asks for it
         self.problems: list[str] = []  # of the user's own metrics
         self.done: set[str] = set()  # keys of the cells that are committed, or measured
@@ -104,6 +106,9 @@ class Committer:
             self.problems += problems
             measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
             rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
+        if self.block.is_tracked:
+            known = {f"{cell.method}_{cell.learning_rate:g}": {name: row.get(name) for name in TRACKED} for cell, row in rows}
+            self.figures = {name: {figure: float(value) for figure, value in of.items() if value is not None} for name, of in known.items()}
         if self.block.judged and rows:
             values = [each[self.block.judged] for _, row in rows for each in row["folds"] if each["fold"] == "A"]
             is_known = len(values) == len(rows) and None not in values

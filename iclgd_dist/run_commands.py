@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from iclgd_dist import trackers
 from iclgd_dist.config import MAX_CELLS_UNASKED, Sweep, SweepError, load_sweep
 from iclgd_dist.progress import in_words
 from iclgd_dist.runner import run_sweep
@@ -45,6 +46,11 @@ AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
 ]
 
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Also tell tensorboard (./tensorboard), mlflow or wandb of each committed step; more than once for several", show_default=False),
+]
+
 
 def plan(sweep: SweepFile, store: StoreOption = None, as_json: AsJson = False) -> None:
     """Show what a sweep would run.
@@ -71,6 +77,7 @@ def run(
     hours: Hours = None,
     gpu_hours: GpuHours = None,
     insecure: Insecure = False,
+    track: TrackOption = None,
 ) -> None:
     """Run every cell that is not in the store yet.
 
@@ -80,15 +87,16 @@ def run(
     Example: iclgd run sweeps/demo.toml
     """
     with resumable():
-        _run(sweep, store, address, yes=yes, budget=Budget(hours, gpu_hours), is_open=insecure)
+        _run(sweep, store, address, yes=yes, budget=Budget(hours, gpu_hours), is_open=insecure, track=track or ())
 
 
-def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budget: Budget, is_open: bool) -> NoReturn:
+def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budget: Budget, is_open: bool, track: Sequence[str]) -> NoReturn:
     from iclgd_dist.plan import count_cells
 
     loaded = load_sweep(sweep)
     if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
         raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
+    trackers.check(track)
     results = store_of(loaded, store)
     planned = _plan(loaded, results)
     _show_plan(loaded, planned, results)
@@ -100,7 +108,7 @@ def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budge
     results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
     code = DONE
     if planned.blocks:
-        code = run_sweep(loaded, planned, results, address=address, console=console, budget=budget, is_open=is_open)
+        code = run_sweep(loaded, planned, results, address=address, console=console, budget=budget, is_open=is_open, track=track)
     else:
         console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True, markup=False)
     if code == DONE and loaded.controls.random_delta:
@@ -140,6 +148,7 @@ def tune(
     hours: Hours = None,
     gpu_hours: GpuHours = None,
     insecure: Insecure = False,
+    track: TrackOption = None,
 ) -> None:
     """Search for learning rates where the sweep file's section search says: each round trains a few, and what they score says where to look next.
 
@@ -148,15 +157,16 @@ def tune(
     Example: iclgd tune sweeps/tune.toml
     """
     with resumable():
-        _tune(sweep, store, address, budget=Budget(hours, gpu_hours), is_open=insecure)
+        _tune(sweep, store, address, budget=Budget(hours, gpu_hours), is_open=insecure, track=track or ())
 
 
-def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget, is_open: bool) -> NoReturn:
+def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget, is_open: bool, track: Sequence[str]) -> NoReturn:
     from iclgd_dist.search import num_cells_at_most, rounds, studies_of
 
     loaded = load_sweep(sweep)
     if loaded.search is None:
         raise SweepError(f"{sweep}: has no [search], which says where to look; for example\n\n[search.learning_rates]\nvanilla = [1e-4, 1e-1]")
+    trackers.check(track)
     results, search, code = store_of(loaded, store), loaded.search, DONE
     _try_code(loaded)
     if address is None:
@@ -170,7 +180,7 @@ def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget,
 
     def compute(plan: Plan, said: str) -> int:
         say(f"{said}: {counted(plan.num_to_run, 'cell')} to run")
-        return run_sweep(loaded, plan, results, address=address, console=console, budget=budget, is_open=is_open)
+        return run_sweep(loaded, plan, results, address=address, console=console, budget=budget, is_open=is_open, track=track)
 
     def judge(keys: Sequence[str]) -> Mapping[str, Mapping[str, float | None]]:
         from iclgd_analysis.search import fold_figures

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -22,15 +23,26 @@ from iclgd_dist.session import LEFT_OUT, Newcomers, connected, nodes, num_slots,
 from iclgd_dist.stopping import Budget, stoppable, watched
 from iclgd_dist.store import Store
 from iclgd_dist.terminal import DONE, FAILED, INTERRUPTED, STORAGE, say
+from iclgd_dist.trackers import callbacks
 from iclgd_dist.trials import MAX_ROUNDS, Running, fit
 
 ELSEWHERE_SECONDS = 5.0  # between looks at what another driver holds, and after trouble
 
 
-def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, console: Console, budget: Budget | None = None, is_open: bool = False) -> int:
+def run_sweep(
+    sweep: Sweep,
+    plan: Plan,
+    store: Store,
+    *,
+    address: str | None,
+    console: Console,
+    budget: Budget | None = None,
+    is_open: bool = False,
+    track: Sequence[str] = (),
+) -> int:
     """Run the plan's blocks and return the exit code: 0 all cells final, 3 some failed, 75 stopped by SIGTERM, at the budget's end or without cluster, 130 by Ctrl-C.
 
-    `is_open`: the user wants a cluster without token.
+    `is_open`: the user wants a cluster without token. `track`: names of trackers that are told of each committed step.
     """
     run, resources, counts, head = uuid.uuid4().hex[:8], sweep.resources, Counts(), [""]
     with stoppable() as stopped, watched(budget or Budget(), stopped, num_gpus=lambda: resources.gpus_per_actor * len(counts.running), head=lambda: head[0]):
@@ -40,10 +52,11 @@ def run_sweep(sweep: Sweep, plan: Plan, store: Store, *, address: str | None, co
                 preflight(store, run)
             slots = num_slots(resources)
             num_actors = min(slots, resources.max_actors) if resources.max_actors else slots
-            blocks = split(plan.blocks, num_actors)
+            blocks = tuple(replace(block, is_tracked=bool(track)) for block in split(plan.blocks, num_actors))
             _say_split(plan, blocks, num_actors, console)
             counts.num_cells, counts.flops = len(plan.keys) - plan.num_done, {block.name: block.cost.flops for block in blocks}
-            running = Running(store, run, counts, resources, stopped, Newcomers(store, run))
+            trackers = callbacks(track, sweep.name, Path("tensorboard") / sweep.name)
+            running = Running(store, run, counts, resources, stopped, Newcomers(store, run), tuple(trackers))
             with shown(counts, console):
                 pending: Sequence[Block] = blocks
                 while pending and not stopped.code:

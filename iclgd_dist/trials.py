@@ -46,6 +46,7 @@ class Running:
     resources: Resources
     stopped: Stopped
     newcomers: Newcomers
+    trackers: tuple[Any, ...] = ()  # callbacks of Tune's
 
 
 def fit(blocks: Sequence[Block], running: Running) -> None:
@@ -75,7 +76,7 @@ def fit(blocks: Sequence[Block], running: Running) -> None:
             verbose=0,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),  # an actor that dies is replaced; exceptions inside a block never get here
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_counting(running, search, blocks)],
+            callbacks=[_counting(running, search, blocks), *running.trackers],
         ),
     )
     listening = signal.getsignal(signal.SIGUSR1)

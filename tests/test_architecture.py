@@ -13,7 +13,7 @@ FLOORS = {
     7.5: ("run_commands", "store_commands", "job_commands"),
     7: ("runner", "cluster"),
     6.8: ("trials",),
-    6.5: ("session",),
+    6.5: ("session", "trackers"),
     6.2: ("stopping",),
     6: ("actor",),
     5.5: ("terminal",),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from iclgd_dist.store import Store, read_results
 
@@ -127,3 +130,31 @@ def test_ray_tunes_asha_stops_learning_rates_that_are_behind_and_nobody_asks_for
     assert len(attempts) == 6 and {attempt["outcome"] for attempt in attempts} == {"stopped", "done"}
     again = iclgd("tune", str(sweep_file), folder=folder)
     assert len(store.attempts()) == 6 and again.split("next:")[0].splitlines()[-1] == said.split("next:")[0].splitlines()[-1]
+
+
+def test_a_tracker_is_told_of_each_committed_step_by_rays_own_callback(sweep_file: Path) -> None:
+    folder = sweep_file.parent
+    for track, said in (("tensorbored", "--track must be tensorboard, mlflow, wandb, got 'tensorbored'"), ("wandb", "pip install wandb")):
+        done = subprocess.run([*ICLGD, "run", str(sweep_file), "--track", track], cwd=folder, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and said in done.stderr and not (folder / "results").exists()
+    iclgd("run", str(sweep_file), "--track", "tensorboard", folder=folder)
+    points = {}
+    for file in (folder / "tensorboard" / "tiny").glob("*/events.out.tfevents.*"):
+        for record in records(file.read_bytes()):
+            event = Event.FromString(record)
+            points |= {(file.parent.name, value.tag, event.step): value.simple_value for value in event.summary.value}
+    cells = read_results(Store(folder / "results" / "tiny")).cells.to_pandas()
+    trained = cells[cells.kind == "finetuned"]
+    for row in trained.itertuples():
+        tag = f"ray/tune/figures/{row.method}_{row.learning_rate:g}/sim_aou"
+        (found,) = [value for (block, name, step), value in points.items() if f"-s{row.seed:.0f}-" in block and (name, step) == (tag, row.step)]
+        assert found == pytest.approx(row.sim_aou, rel=1e-6)
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """The records of a TFRecord file: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield data[at + 12 : at + 12 + length]
+        at += 16 + length

@@ -96,7 +96,12 @@ MUTANTS = {
         (("actor", "        if self.problem:  # what", "        if False:  # what"),),
     ),
     "preempted": Mutant(
-        "a node that dies counts against its blocks", "faults/test_clusters.py f5", (("trials", 'if "node has died" not in reason:', "if True:"),)
+        "a node that dies counts against its blocks",
+        "faults/test_clusters.py f5",
+        (
+            ("trials", 'if "node has died" not in reason:', "if True:"),
+            ("trials", "if node and node not in alive and counts.deaths.get(name):", "if False:"),  # what the first line missed is made good here
+        ),
     ),
     "F1": Mutant(
         "a death leaves no record",
