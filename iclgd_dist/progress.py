@@ -24,6 +24,7 @@ class Counts:
 
     num_cells: int = 0  # to be computed by this run
     flops: dict[str, float] = field(default_factory=dict)  # cost per block
+    tokens: dict[str, int] = field(default_factory=dict)  # per block, trained and captured, times learning rates and steps
     waits_for: str = ""  # in words, where nothing can run
     fractions: dict[str, float] = field(default_factory=dict)  # per block
     cells: dict[tuple[str, str], int] = field(default_factory=dict)  # per block and actor
@@ -50,6 +51,11 @@ class Counts:
             return "estimating time left"
         return f"{in_words((time.monotonic() - self.started) * (1 - self.fraction) / self.fraction)} left"
 
+    def speed(self) -> str:
+        """Return the tokens per second so far, of all actors; nothing before there are any."""
+        done = sum(self.tokens.get(name, 0) * part for name, part in list(self.fractions.items()))
+        return f"{done / max(time.monotonic() - self.started, 1e-9):,.0f} tokens/s, " if done else ""
+
     def take(self, report: dict[str, Any]) -> None:
         name = report["block"]
         self.fractions[name], self.gflops = report["fraction"], report["gflops"]
@@ -72,7 +78,7 @@ class Counts:
         running = list(self.running.values())
         more = f" (+{len(running) - 1} more)" if len(running) > 1 else ""
         now = running[0]["stage"] if running else f"waiting for {self.waits_for}" if self.waits_for else "starting actors"
-        return f"{self.num_committed}/{self.num_cells} cells, {self.remaining()}; {now}{more}"
+        return f"{self.num_committed}/{self.num_cells} cells, {self.speed()}{self.remaining()}; {now}{more}"
 
 
 def in_words(seconds: float) -> str:

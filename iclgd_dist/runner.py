@@ -55,6 +55,7 @@ def run_sweep(
             blocks = tuple(replace(block, is_tracked=bool(track)) for block in split(plan.blocks, num_actors))
             _say_split(plan, blocks, num_actors, console)
             counts.num_cells, counts.flops = len(plan.keys) - plan.num_done, {block.name: block.cost.flops for block in blocks}
+            counts.tokens = {block.name: block.cost.training_tokens + block.cost.capture_tokens for block in blocks}
             trackers = callbacks(track, sweep.name, Path("tensorboard") / sweep.name)
             running = Running(store, run, counts, resources, stopped, Newcomers(store, run), tuple(trackers))
             with shown(counts, console):
