@@ -26,7 +26,7 @@ NOTE = (
     "Cosine of the changes of the attention scores of two finetuned cells of one draw, mean over heads, queries and layers, at the largest step. Selected: each "
     "method at the learning rate with the smallest nll_label on one fold, alpha on the other, folds swapped and averaged. Equal size: where each method's R "
     "crosses R* along its learning rates, between the four cells around. Brackets: 95 % interval over seeds, without the queries' share. n/N: draws used of "
-    "draws planned."
+    "draws planned; pairs of two learning rates are missing where a block was split over actors or ran in several runs: `iclgd measure` makes them."
 )
 Alphas = Mapping[tuple[str, str], float]  # (cell, cell) in either order
 
@@ -44,7 +44,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     for method in setting.methods[1:]:
         theirs = setting.at_last_step(method)
         named = setting.named | {"method": method, "step": setting.last_step, "num_planned": setting.num_draws}
-        for learning_rate in sorted(set(base["learning_rate"]) & set(theirs["learning_rate"])):
+        for learning_rate in sorted((set(base["learning_rate"]) & set(theirs["learning_rate"])) - {0.0}):  # 0 is a control
             cells = base[base["learning_rate"] == learning_rate]
             partner = theirs[theirs["learning_rate"] == learning_rate].set_index("draw")["key"]
             values = {key: by_fold["all"].get((key, partner.get(draw, "")), math.nan) for key, draw in zip(cells["key"], cells["draw"], strict=True)}

@@ -10,7 +10,7 @@ import base64
 import gzip
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,39 +18,50 @@ import pandas as pd
 from markupsafe import Markup
 
 from .load import Frames
-from .panels import GREY, OTHERS, colour
+from .panels import GREY, OTHERS, colour, safe
 from .setting import Setting
 from .text import BASELINES, counted
 
 FIGURES = ("balanced_accuracy", "accuracy", "nll_label", "sim_aou", "sim_aou_norm", "sim_am_delta", "recovered_aou", "update_ratio", "agreement_icl")
 LAYERED = ("sim_aou", "sim_am_delta", "update_ratio")
 PREDICTED = ("prediction", "nll_label", "sim_aou")
-MAX_DETAILED = 20_000  # cells whose layers and queries are on the page; of larger stores those of the largest steps
+MAX_NUMBERS = 12_000_000  # of layers and queries on the page, some 20 MB; of larger stores the cells of the largest steps
 BASELINE_COLOURS = {"zero_shot": GREY, "icl": OTHERS[2]}
 _KEPT_BITS = np.uint32(0xFFFFFC00)  # of a float32: four digits, and half the bytes after compression
 
 
 def data(frames: Frames, settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return what the page holds of all cells: settings, columns of the cells, and the packed figures of each setting (base64)."""
-    of_setting = [pd.concat([setting.zero_shot, setting.icl, setting.finetuned]) for setting in settings]
-    cells = pd.concat([part.assign(setting=number) for number, part in enumerate(of_setting)]) if of_setting else frames.cells.head(0).assign(setting=0)
-    finished = cells[cells["status"] == "done"]
-    detailed = set(finished.sort_values("step", ascending=False, na_position="first", kind="stable")["key"].head(MAX_DETAILED))
+    """Return what the page holds of all cells: settings, columns of the cells, and the packed figures of each setting (base64).
+
+    A baseline that several settings share (zero-shot of every k, ICL of every train_on) is a cell of each, so that each can be looked at alone.
+    """
+    kept = ["key", "kind", "method", "status", "collapsed", "replicate", "draw", "n", "learning_rate", "step", *FIGURES]
+    of_setting = [pd.concat([setting.zero_shot[kept], setting.icl[kept], setting.finetuned[kept]]) for setting in settings]
+    cells = pd.concat([part.assign(setting=number) for number, part in enumerate(of_setting)])
+    num_layers = frames.layers.groupby("key", observed=True)["layer"].max().add(1)
+    finished = cells[cells["status"] == "done"].drop_duplicates("key").sort_values("step", ascending=False, na_position="first", kind="stable")
+    numbers = len(LAYERED) * finished["key"].map(num_layers).astype(float).fillna(0) + len(PREDICTED) * finished["n"]
+    detailed = set(finished.loc[numbers.cumsum() <= MAX_NUMBERS, "key"])
+    columns_of_examples = [frames.examples[name].to_numpy(dtype="<f4") for name in PREDICTED]
+    layers = dict(iter(frames.layers[frames.layers["fold"] == "all"].groupby("key", observed=True)))
     described, packed, places = [], [], []
     for number, (setting, part) in enumerate(zip(settings, of_setting, strict=True)):
         keys = [key for key in part["key"] if key in detailed]
-        queries, content = _packed(frames, setting, keys)
+        queries, content = _packed(frames, setting, keys, layers, columns_of_examples)
         described.append(_described(setting) | queries)
         packed.append({"id": f"packed{number}", "content": content})
         at = {key: place for place, key in enumerate(keys)} if content else {}
         places += [at.get(key) for key in part["key"]]
     methods = [*BASELINES, *dict.fromkeys(method for setting in settings for method in setting.methods)]
-    columns = {name: _numbers(cells[name]) for name in ("learning_rate", "step", *FIGURES)}
-    whole: dict[str, Any] = {"setting": cells["setting"].tolist(), "method": [methods.index(name) for name in cells["method"].fillna(cells["kind"])]}
-    whole |= {"seed": _numbers(cells["replicate"]), "draw": cells["draw"].tolist(), "key": cells["key"].str[:16].tolist(), "place": places}
-    whole |= {name: flags.astype(int).tolist() for name, flags in (("collapsed", cells["collapsed"]), ("diverged", cells["status"] == "diverged"))}
-    named = [{"name": BASELINES.get(method, method), "colour": BASELINE_COLOURS.get(method) or colour(method)} for method in methods]
-    page = {"settings": described, "methods": named, "columns": columns | whole, "figures": FIGURES, "layered": LAYERED, "predicted": PREDICTED}
+    columns: dict[str, Any] = {name: _numbers(cells[name]) for name in ("learning_rate", "step", *FIGURES)}
+    columns |= {"setting": cells["setting"].tolist(), "method": [methods.index(name) for name in cells["method"].fillna(cells["kind"])]}
+    columns |= {"seed": _numbers(cells["replicate"]), "draw": cells["draw"].tolist(), "key": cells["key"].str[:16].tolist(), "place": places}
+    columns |= {name: flags.astype(int).tolist() for name, flags in (("collapsed", cells["collapsed"]), ("diverged", cells["status"] == "diverged"))}
+    named = [
+        {"name": BASELINES.get(method, method), "safe": safe(BASELINES.get(method, method)), "colour": BASELINE_COLOURS.get(method) or colour(method)}
+        for method in methods
+    ]
+    page = {"settings": described, "methods": named, "columns": columns, "figures": FIGURES, "layered": LAYERED, "predicted": PREDICTED}
     return {"json": Markup(_safe(page)), "packed": packed, "note": _note(frames, len(finished) - len(detailed))}
 
 
@@ -59,17 +70,21 @@ def _described(setting: Setting) -> dict[str, Any]:
     shown = {draw: _texts(texts) for draw, texts in zip(setting.icl["draw"], setting.icl["demonstrations"], strict=True)}
     named = setting.named
     model = setting.model + (f" ({named['init']})" if setting.is_random else "")
-    facets = {"model": model, "task": named["task"], "k": str(named["k"]), "protocol": named["protocol"], "trained on": named["train_on"]}
+    first = setting.first
+    facets = {"model": model, "task": named["task"], "k": named["k"], "protocol": named["protocol"], "trained on": named["train_on"]}
+    facets |= {"queries": f"{first['num_queries']:.0f} (seed {first['query_seed']:.0f})", "weights": str(first["model_hash"])[:8]}
+    facets |= {"computed in": f"{first['compute_dtype']}{', TF32' if first['tf32'] == True else ''}, stored as {first['storage_dtype']}"}  # noqa: E712 may be NULL
     return {"title": setting.title, "facets": facets, "labels": [] if words is None else list(map(str, words)), "demonstrations": shown}
 
 
-def _packed(frames: Frames, setting: Setting, keys: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _packed(
+    frames: Frames, setting: Setting, keys: Sequence[str], layers: Mapping[str, pd.DataFrame], columns: Sequence[np.ndarray]
+) -> tuple[dict[str, Any], str]:
     """Return gold labels, folds, ids and prompts of a setting's queries, and the figures of its cells; nothing where the cells did not see the same queries."""
     prompts = next((_texts(texts) for texts in setting.zero_shot["prompts"]), None)
     of_cells = [frames.positions(key) for key in (*setting.zero_shot["key"], *keys)]
     first = frames.examples.iloc[of_cells[0] if of_cells else []]
-    layers = frames.layers[(frames.layers["fold"] == "all") & frames.layers["key"].isin(keys)]
-    num_layers = int(layers["layer"].max()) + 1 if len(layers) else 0
+    num_layers = max((len(layers[key]) for key in keys if key in layers), default=0)
     asked = {"num_layers": num_layers, "gold": first["gold"].tolist(), "folds": "".join(first["fold"]), "ids": first["query"].str[:12].tolist()}
     asked |= {"prompts": prompts if prompts and len(prompts) == len(first) else None}
     of_cells = of_cells[-len(keys) :]
@@ -79,10 +94,10 @@ def _packed(frames: Frames, setting: Setting, keys: Sequence[str]) -> tuple[dict
     if (frames.examples["query_number"].to_numpy()[at_KQ] != first["query_number"].to_numpy()).any():
         return asked, ""
     in_layers = np.full((len(keys), len(LAYERED), num_layers), math.nan, dtype="<f4")
-    at = layers["key"].astype(str).map({key: place for place, key in enumerate(keys)}).to_numpy(dtype=int)
-    for place, name in enumerate(LAYERED):
-        in_layers[at, place, layers["layer"].to_numpy()] = layers[name].to_numpy(dtype=float)
-    of_queries = np.stack([frames.examples[name].to_numpy(dtype="<f4")[at_KQ] for name in PREDICTED], axis=1)
+    for place, key in enumerate(keys):
+        if key in layers:
+            in_layers[place][:, layers[key]["layer"].to_numpy()] = layers[key][list(LAYERED)].to_numpy(dtype=float).T
+    of_queries = np.stack([column[at_KQ] for column in columns], axis=1)
     figures = np.concatenate([part.reshape(len(keys), -1) for part in (in_layers, of_queries)], axis=1)
     rounded = (figures.view("<u4") & _KEPT_BITS).tobytes()
     return asked, base64.b64encode(gzip.compress(rounded, 6, mtime=0)).decode()
@@ -106,7 +121,5 @@ def _note(frames: Frames, num_without: int) -> str:
     text = "A point is a cell: one draw, method, learning rate and step. Open: collapsed. Lines, where learning rates are drawn: means over the cells shown."
     text += " A cell that diverged has no figures and stands in the table only."
     if num_without:
-        text += (
-            f" Layers and queries of {counted(num_without, 'cell')} are not on the page, which holds {MAX_DETAILED:,}: filter the store, or use read_results."
-        )
+        text += f" Layers and queries of {counted(num_without, 'cell')} are not on the page, which has room for {MAX_NUMBERS:,} numbers: use read_results."
     return text + (" Cells that only a search asked for are left out." if frames.num_search else "")

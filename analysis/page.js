@@ -2,6 +2,7 @@
 const byId = id => document.getElementById(id);
 const num = (value, digits = 3) => value === null || value === undefined || Number.isNaN(value) ? "\u2013" : value.toFixed(digits).replace("-", "\u2212");
 const rate = value => value === null ? "" : value === 0 ? "0" : value.toExponential().replace("e+", "e");
+const figure = (name, value) => name === "update_ratio" && is(value) && value !== 0 && Math.abs(value) < .01 ? value.toExponential(1) : num(value);
 const is = value => value !== null && value !== undefined && !Number.isNaN(value);
 
 function make(name, attributes = {}, ...children) {
@@ -21,8 +22,9 @@ function drawPanel(el) {
 }
 const seen = new IntersectionObserver(entries => entries.forEach(e => { if (e.isIntersecting) drawPanel(e.target); }), {rootMargin: "800px"});
 panels.forEach(el => seen.observe(el));
-addEventListener("beforeprint", () => panels.forEach(el => { drawPanel(el); Plotly.relayout(el, {width: 330, autosize: false}); }));
-addEventListener("afterprint", () => panels.forEach(el => Plotly.relayout(el, {width: null, autosize: true})));
+const shownPanels = () => panels.filter(el => !el.closest("[hidden]"));
+addEventListener("beforeprint", () => shownPanels().forEach(el => { drawPanel(el); Plotly.relayout(el, {width: 330, autosize: false}); }));
+addEventListener("afterprint", () => shownPanels().forEach(el => Plotly.relayout(el, {width: null, autosize: true})));
 
 // --- Cells: filters, a plot of single cells, a table, and the view of one cell.
 function explore() {
@@ -69,7 +71,11 @@ function explore() {
     // Sections are of one setting each: those that the filters on settings leave out are hidden.
     settings.forEach((setting, place) => {
       const fits = Object.entries(setting.facets).every(([name, value]) => facets[name].chosen < 0 || facets[name].values[facets[name].chosen] === value);
-      for (const element of document.querySelectorAll(`[data-setting="${place}"]`)) element.hidden = !fits;
+      for (const element of document.querySelectorAll(`[data-setting="${place}"]`)) {
+        const wasHidden = element.hidden;
+        element.hidden = !fits;
+        if (wasHidden && fits) element.querySelectorAll("[data-drawn]").forEach(el => Plotly.Plots.resize(el));
+      }
     });
     byId("num-shown").textContent = `${shown.length.toLocaleString("en")} of ${count.toLocaleString("en")} cells`;
     draw();
@@ -93,7 +99,9 @@ function explore() {
       for (let tick = Math.ceil(from / step); tick * step <= to; tick++) ticks.push(tick * step);
     }
     const inside = ticks.filter(tick => (isLog ? Math.log10(tick) : tick) >= from && (isLog ? Math.log10(tick) : tick) <= to);
-    return {at, ticks: inside.map(tick => Number(tick.toPrecision(6)))};
+    const few = inside.length < 2 ? [...new Set(values)].sort((a, b) => a - b) : []; // a narrow range of a logarithmic axis
+    const spread = few.length > 6 ? [few[0], few[few.length - 1]] : few;
+    return {at, ticks: (few.length ? spread : inside).map(tick => Number(tick.toPrecision(6)))};
   }
 
   function draw() {
@@ -178,7 +186,7 @@ function explore() {
     tip.hidden = !point;
     canvas.style.cursor = point ? "pointer" : "";
     if (!point) return;
-    tip.textContent = `${named(point.i)}\n${figures.map(name => `${labels[name] ?? name} ${num(C[name][point.i])}`).join(", ")}${C.collapsed[point.i] ? "; collapsed" : ""}`;
+    tip.textContent = `${named(point.i)}\n${figures.map(name => `${labels[name] ?? name} ${figure(name, C[name][point.i])}`).join(", ")}${C.collapsed[point.i] ? "; collapsed" : ""}`;
     tip.style.left = `${Math.max(0, Math.min(point.x + 12, canvas.clientWidth - tip.offsetWidth))}px`;
     tip.style.top = `${point.y + 12}px`;
   };
@@ -202,8 +210,8 @@ function explore() {
       });
     }
     const head = COLUMNS.map(([name], place) => make("th", {scope: "col", ariaSort: sorted.by === place ? sorted.down ? "descending" : "ascending" : null},
-      make("button", {type: "button", onclick: () => { sorted = {by: place, down: sorted.by === place && !sorted.down}; list(); }}, (labels[name] ?? name).replaceAll("_", "_\u200b"))));
-    const rows = order.slice(0, size).map(i => make("tr", {}, ...COLUMNS.map(([name, of]) => make("td", {}, figures.includes(name) ? num(of(i)) : name === "lr" ? rate(of(i)) : String(of(i) ?? ""))),
+      make("button", {type: "button", onclick: () => { sorted = {by: place, down: sorted.by === place && !sorted.down}; list(); table.querySelectorAll("th button")[place].focus(); }}, (labels[name] ?? name).replaceAll("_", "_\u200b"))));
+    const rows = order.slice(0, size).map(i => make("tr", {}, ...COLUMNS.map(([name, of]) => make("td", {}, figures.includes(name) ? figure(name, of(i)) : name === "lr" ? rate(of(i)) : String(of(i) ?? ""))),
       make("td", {}, make("button", {type: "button", onclick: () => open(i)}, "open"), C.diverged[i] ? " diverged" : C.collapsed[i] ? " collapsed" : "")));
     table.replaceChildren(make("thead", {}, make("tr", {}, ...head, make("th", {scope: "col"}, "cell"))), make("tbody", {}, ...rows));
     const more = byId("more");
@@ -219,6 +227,7 @@ function explore() {
       const content = byId(`packed${place}`).textContent.trim();
       if (!content) return null;
       const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+      if (!globalThis.DecompressionStream) throw new Error("this browser is too old to unpack them");
       return new Float32Array(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer());
     })());
     return unpacked.get(place);
@@ -233,11 +242,22 @@ function explore() {
     };
   }
   const beside = new Map(); // method -> learning rate that stands beside the opened cell
+  let asked = null, opener = null;
 
-  async function open(i) {
-    const place = C.setting[i], setting = settings[place], all = await unpack(place);
-    const same = every.filter(j => C.setting[j] === place);
-    const baseline = number => same.find(j => C.method[j] === number && (number === 0 || C.draw[j] === C.draw[i] || C.draw[i] === "//"));
+  async function open(i, again = null) { // `again`: the method whose learning rate was chosen in the view
+    asked = i;
+    if (again === null) opener = document.activeElement;
+    const place = C.setting[i], setting = settings[place];
+    let all = null, trouble = "";
+    try {
+      all = await unpack(place);
+    } catch (error) {
+      trouble = ` They could not be read: ${error.message}.`;
+    }
+    if (asked !== i) return; // another one was asked for meanwhile
+    const same = every.filter(j => C.setting[j] === place), weights = j => C.draw[j].split("/")[0];
+    // Zero-shot of the same weights; ICL of the same draw, or, beside a zero-shot cell, of the first one.
+    const baseline = number => same.find(j => C.method[j] === number && weights(j) === weights(i) && (number === 0 || C.method[i] === 0 || C.draw[j] === C.draw[i]));
     const columns = [0, 1].map(baseline).filter(is).filter(j => j !== i);
     const chooser = new Map();
     columns.push(i);
@@ -247,26 +267,27 @@ function explore() {
       if (!others.length) continue;
       const best = others.find(j => C.learning_rate[j] === beside.get(number)) ?? others.reduce((a, b) => C.nll_label[b] < C.nll_label[a] ? b : a);
       columns.push(best);
-      chooser.set(best, make("select", {ariaLabel: `learning rate of ${methods[number].name}`, onchange: event => { beside.set(number, Number(event.target.value)); open(i); }},
+      chooser.set(best, make("select", {name: `beside${number}`, ariaLabel: `learning rate of ${methods[number].name}`, onchange: event => { beside.set(number, Number(event.target.value)); open(i, number); }},
         ...others.map(j => make("option", {value: C.learning_rate[j], selected: j === best}, rate(C.learning_rate[j])))));
     }
     const found = columns.map(j => figuresOf(j, all));
     const heading = make("h3", {tabIndex: -1}, named(i));
-    const close = make("button", {type: "button", onclick: () => { view.hidden = true; history.replaceState(null, "", "#cells"); }}, "close");
+    const close = make("button", {type: "button", onclick: () => { view.hidden = true; history.replaceState(null, "", "#cells"); (opener?.isConnected ? opener : canvas).focus(); }}, "close");
     const header = (j, chosen) => make("th", {scope: "col"}, `${methods[C.method[j]].name} `, chosen ?? make("span", {className: "rate"}, rate(C.learning_rate[j])));
     const summary = make("table", {}, make("thead", {}, make("tr", {}, make("th", {scope: "col"}, "figure"), ...columns.map(j => header(j, chooser.get(j))))), make("tbody", {}, ...figures.map(name =>
-      make("tr", {}, make("th", {scope: "row"}, labels[name] ?? name), ...columns.map(j => make("td", {}, num(C[name][j])))))));
+      make("tr", {}, make("th", {scope: "row"}, labels[name] ?? name), ...columns.map(j => make("td", {}, figure(name, C[name][j])))))));
     const parts = [make("div", {className: "head"}, heading, close), make("p", {className: "note"}, `Cell ${C.key[i]}${C.diverged[i] ? "; diverged: no figures" : C.collapsed[i] ? "; collapsed" : ""}. `
       + (chooser.size ? "Other methods: the same draw and step, at first the learning rate with the smallest nll_label there." : "")), make("div", {className: "scroll"}, summary)];
     const shownTexts = setting.demonstrations[C.draw[i]];
     if (shownTexts) parts.push(make("details", {}, make("summary", {}, `${shownTexts.length} demonstrations`), make("ol", {className: "texts"}, ...shownTexts.map(text => make("li", {}, text)))));
     const plots = make("div", {className: "panels"});
     if (found[columns.indexOf(i)]) parts.push(plots, examples(setting, columns, found, columns.indexOf(i), header));
-    else parts.push(make("p", {}, "The page holds no layers and queries of this cell."));
+    else parts.push(make("p", {}, `The page holds no layers and queries of this cell.${trouble}`));
     view.replaceChildren(...parts);
     view.hidden = false;
     if (plots.isConnected) layers(plots, columns, found);
     history.replaceState(null, "", `#cell-${C.key[i]}`);
+    if (again !== null) return view.querySelector(`select[name="beside${again}"]`)?.focus();
     heading.focus({preventScroll: true});
     view.scrollIntoView({block: "start"});
   }
@@ -276,7 +297,7 @@ function explore() {
     for (const name of layered) {
       const lines = columns.map((j, n) => [j, found[n]?.layers[name]]).filter(([, values]) => values && values.some(is));
       if (!lines.length) continue;
-      const data = lines.map(([j, values]) => ({type: "scatter", mode: "lines+markers", marker: {size: 4}, name: methods[C.method[j]].name, x: [...values.keys()], y: [...values].map(v => is(v) ? v : null),
+      const data = lines.map(([j, values]) => ({type: "scatter", mode: "lines+markers", marker: {size: 4}, name: methods[C.method[j]].safe, x: [...values.keys()], y: [...values].map(v => is(v) ? v : null),
         line: {color: methods[C.method[j]].colour, width: 2}, hovertemplate: `layer %{x}: %{y:.3f}<extra></extra>`}));
       const box = make("div", {style: "height: 240px"});
       plots.append(make("div", {className: "panel"}, make("h4", {}, `${labels[name] ?? name} per layer`), box));
@@ -311,8 +332,13 @@ function explore() {
       make("div", {className: "scroll"}, make("table", {className: "queries"}, make("thead", {}, make("tr", {}, ...head)), body)), more);
   }
 
+  function follow() { // the address may name a cell
+    const named = location.hash.startsWith("#cell-") ? C.key.indexOf(location.hash.slice("#cell-".length)) : -1;
+    if (named >= 0) open(named);
+  }
+  addEventListener("hashchange", follow);
   apply();
-  const asked = C.key.indexOf(location.hash.replace("#cell-", ""));
-  if (location.hash.startsWith("#cell-") && asked >= 0) open(asked);
+  follow();
+  window.readyAt = performance.now(); // for whoever measures
 }
 if (byId("cells-data")) explore();

@@ -41,6 +41,16 @@ class RandomTarget:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What a scheduler stops a block by: a figure of fold A, reported after each committed step; times `sign` it is made small."""
+
+    metric: str
+    sign: float
+    reduction_factor: int
+    steps: tuple[int, ...]  # of the whole block, whichever are there
+
+
+@dataclass(frozen=True)
 class Block:
     """One model, task, k, seed and order with the cells that are still missing. A Tune trial is a block. Plain data; travels to actors."""
 
@@ -65,9 +75,7 @@ class Block:
     random_targets: tuple[RandomTarget, ...] = ()  # instead of training: random weights of the same effect
     origin: str = "grid"  # or "search": who asked for it
     is_tracked: bool = False  # whether the figures of each committed step are reported
-    judged: str = ""  # what a scheduler stops it by: a figure of fold A, reported after each committed step; made small
-    judged_sign: float = 1.0
-    reduction_factor: int = 2  # of the scheduler
+    judged: Judged | None = None  # by a scheduler, which may stop it
     keeps_texts: bool = True  # whether zero-shot and in-context cells hold what was read
 
     def trained(self) -> list[tuple[str, str]]:
@@ -176,17 +184,21 @@ def single_lanes(block: Block) -> tuple[Block, ...]:
         if cell.kind == "finetuned":
             lanes.setdefault((cell.method, cell.train_on, cell.learning_rate), []).append(cell)
     baselines = [cell for cell in block.cells if cell.kind != "finetuned"]
+    if not lanes:
+        return (block,)
     parts = []
     for number, cells in enumerate(lanes.values(), 1):
         part = _part(block, number, [*(baselines if number == 1 else []), *cells])
         parts.append(replace(part, name=f"{block.name.rpartition('-')[0]}-{max(cells, key=lambda cell: cell.step or 0).key[:8]}"))
-    return tuple(parts) or (block,)
+    return tuple(parts)
 
 
 def _part(block: Block, number: int, cells: Sequence[Cell]) -> Block:
     trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
     base = block.cost.baseline_flops
     cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
+    shares = {name: round(getattr(cost, name) * cost.flops / block.cost.flops) if block.cost.flops else 0 for name in ("training_tokens", "capture_tokens")}
+    cost = replace(cost, **shares)
     targets = tuple(target for target in block.random_targets if target.key in {cell.key for cell in cells})
     return replace(block, cells=tuple(cells), name=f"{block.name}.{number}", cost=cost, random_targets=targets)
 

@@ -10,7 +10,10 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
@@ -18,7 +21,7 @@ from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.encoding import Encoded
-from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures
+from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures, score_directions
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.provenance import peak_gib, provenance
@@ -34,6 +37,15 @@ TRACKED = ("nll_label", "balanced_accuracy", "sim_aou", "sim_am_delta", "update_
 WORST = 1e9  # what a diverged step is judged as: finite, as schedulers interpolate
 
 
+@dataclass(frozen=True)
+class Held:
+    """A finetuned cell that others will be compared with; `directions` of its attention scores where they may have another learning rate."""
+
+    cell: Cell
+    capture: Capture
+    directions: Sequence[Tensor]
+
+
 class Committer:
     """Commits the cells of one block. A finetuned capture is held as long as another method's cell of the same point is to come."""
 
@@ -47,7 +59,7 @@ class Committer:
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned"]
         self.last_step = max((cell.step for cell in finetuned if cell.step is not None), default=0)
         self.to_come = Counter((self._point(cell), cell.method) for cell in finetuned)
-        self.held: dict[Point, list[tuple[Cell, Capture]]] = {}
+        self.held: dict[Point, dict[str, Held]] = {}  # by key: a cell that runs twice, after memory ran out, is held once
         self.figures: dict[str, dict[str, float]] = {}  # of the step committed last, where a tracker asks for them: method and learning rate -> figures
         self.judged: tuple[int, float] | None = None  # step and figure of the step committed last, where a scheduler asks for it
         self.problems: list[str] = []  # of the user's own metrics
@@ -107,12 +119,13 @@ class Committer:
             measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
             rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
         if self.block.is_tracked:
-            known = {f"{cell.method}_{cell.learning_rate:g}": {name: row.get(name) for name in TRACKED} for cell, row in rows}
+            variant = "" if trajectory.train_on == "true" else f"_on_{trajectory.train_on}"
+            known = {f"{cell.method}{variant}_{cell.learning_rate:g}": {name: row.get(name) for name in TRACKED} for cell, row in rows}
             self.figures = {name: {figure: float(value) for figure, value in of.items() if value is not None} for name, of in known.items()}
-        if self.block.judged and rows:
-            values = [each[self.block.judged] for _, row in rows for each in row["folds"] if each["fold"] == "A"]
+        if (judged := self.block.judged) and rows:
+            values = [each[judged.metric] for _, row in rows for each in row["folds"] if each["fold"] == "A"]
             is_known = len(values) == len(rows) and None not in values
-            self.judged = step, self.block.judged_sign * sum(values) / len(rows) if is_known else WORST
+            self.judged = step, judged.sign * sum(values) / len(rows) if is_known else WORST
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 
     def _point(self, cell: Cell) -> Point:
@@ -121,21 +134,26 @@ class Committer:
 
     def _pairs(self, baseline: Baseline, cell: Cell, capture: Capture) -> list[Row]:
         """Compare a cell with those of other methods at the same point, and keep its capture if more of them are to come."""
-        others = self.held.setdefault(self._point(cell), [])
+        point = self._point(cell)
+        others = self.held.setdefault(point, {})
+        theirs = [held for held in others.values() if held.cell.method != cell.method]
+        is_awaited = any(count > 0 for (other, method), count in self.to_come.items() if other == point and method != cell.method)
+        directions = score_directions(baseline, capture) if point[2] is None and (theirs or is_awaited) else []
         rows = []
-        for other, captured in others:
-            if other.method != cell.method:
-                compare = pair_measures if other.learning_rate == cell.learning_rate else alpha_measures
-                rows += compare(baseline, other.key, captured, capture)
-        if any(count for (point, method), count in self.to_come.items() if point == self._point(cell) and method != cell.method):
-            others.append((cell, capture.clone()))  # a view would keep all lanes alive
+        for held in theirs:
+            if held.cell.learning_rate == cell.learning_rate:
+                rows += pair_measures(baseline, held.cell.key, held.capture, capture)
+            else:
+                rows += alpha_measures(baseline, held.cell.key, held.directions, directions)
+        if is_awaited:
+            others[cell.key] = Held(cell, capture.clone(), directions)  # a view would keep all lanes alive
         self._settle(cell)
         return rows
 
     def _settle(self, cell: Cell) -> None:
         point = self._point(cell)
         self.to_come[point, cell.method] -= 1
-        if not any(count for (other, _), count in self.to_come.items() if other == point):
+        if not any(count > 0 for (other, _), count in self.to_come.items() if other == point):
             self.held.pop(point, None)
 
     def _texts(self, texts: Row) -> Row:

@@ -106,7 +106,8 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
         graph = num_lanes * longest * layers * (10 * sizes.width + 4 * sizes.inner)
         logits = min(num_lanes * max(longest, label_rows) * min(sizes.vocabulary, MOST_WORDS), MOST_LOGITS)
         live = max(live, 3 * num_lanes * trained * layers + graph + 3 * logits)
-        states = max(states, 2.0 + (probed if is_bottom_up else num_lanes))
+        waiting = sum(other.num_lanes for other in passes if other.train_on == each.train_on) - num_lanes  # of other methods at the largest step, for alpha
+        states = max(states, 2.0 + (probed if is_bottom_up else num_lanes) + waiting)
     widest = _widest(encoded)
     capture = num_queries * sizes.layers * (sizes.width + widest * sizes.width / 64)  # attention outputs, and scores at 64 channels a head
     moving = (states - 2) * query_tokens * sizes.width  # hidden states between layers

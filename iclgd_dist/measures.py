@@ -149,16 +149,31 @@ def pair_measures(baseline: Baseline, other_key: str, other: Capture, finetuned:
     return measure_rows("pair", other_key, compared, baseline.fold_masks)
 
 
-def alpha_measures(baseline: Baseline, other_key: str, other: Capture, finetuned: Capture) -> list[Row]:
-    """Return alpha of two finetuned cells of different learning rates: of the whole model, as a row for each layer of every pair would fill the store."""
-    pairs = zip(baseline.zero_shot.scores_LQHT, other.scores_LQHT, finetuned.scores_LQHT, strict=True)
+def score_directions(baseline: Baseline, capture: Capture) -> list[Tensor]:
+    """Return, per layer, the changes of the attention scores (Q, H, T) as unit vectors; NaN where they are at or below 10 x the noise floor."""
     found = []
-    for layer, (zero_shot, *states) in enumerate(pairs):
-        if layer or baseline.counts_first_layer:
-            a, b = (metrics.score_change(zero_shot, state) for state in states)
-            found.append(baseline.settle(metrics.sim_am_delta(a, b, floor_LH=baseline.floors(layer)[1])))
-    over_layers_Q = torch.stack(found).nanmean(0) if found else torch.full_like(baseline.gold_Q, math.nan, dtype=torch.float64)
-    return measure_rows("pair", other_key, {"alpha": over_layers_Q}, baseline.fold_masks)
+    for layer, (zero_shot, state) in enumerate(zip(baseline.zero_shot.scores_LQHT, capture.scores_LQHT, strict=True)):
+        change = metrics.score_change(zero_shot, state).change
+        is_defined_QH = metrics.is_above_floor(change.norm, baseline.floors(layer)[1]) & (not (baseline.is_first_layer_still and layer == 0))
+        found.append((change.values / torch.where(is_defined_QH, change.norm, math.nan)[..., None]).float())
+    return found
+
+
+def alpha_measures(baseline: Baseline, other_key: str, other: Sequence[Tensor], finetuned: Sequence[Tensor]) -> list[Row]:
+    """Return alpha of two finetuned cells of different learning rates from their `score_directions`: the mean over layers of the means over queries.
+
+    Of the whole model only: a row for each layer of every pair would fill the store.
+    """
+    pairs = zip(other, finetuned, strict=True)
+    alpha_LQ = torch.stack([baseline.settle((a * b).sum(-1).clamp(-1, 1).nanmean(-1).double()) for a, b in pairs])
+    alpha_LQ = alpha_LQ if baseline.counts_first_layer else alpha_LQ[1:]
+    rows: list[Row] = []
+    for fold, mask_Q in baseline.fold_masks.items():
+        of_fold_LQ = alpha_LQ[:, mask_Q]
+        n = int(of_fold_LQ.isfinite().any(0).sum()) if len(of_fold_LQ) else 0
+        mean = float(of_fold_LQ.nanmean(1).nanmean()) if n else None
+        rows.append({"kind": "pair", "name": other_key, "metric": "alpha", "layer": None, "fold": fold, "n": n, "mean": mean, "sd": None})
+    return rows
 
 
 def _stacked(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -44,7 +44,10 @@ class Missing:
             self.known |= {(key, kind, name) for key, name in zip(named["key"].to_pylist(), named["name"].to_pylist(), strict=True)}
 
     def of_block(self, block: Block, encoded: Encoded) -> dict[Cell, set[tuple[str, str]]]:
-        """Return (kind, name) of the measures that the committed cells of a block lack; a pair is lacking at its second cell."""
+        """Return (kind, name) of the measures that the committed cells of a block lack; a pair is lacking at its second cell.
+
+        Cells of two methods are a pair where they agree in learning rate and step; at the largest step whatever their learning rates.
+        """
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned" and cell.key in self.done]
         wanted = {cell: {("metric", spec.version) for spec in block.metrics} for cell in finetuned}
         contexts = set(encoded.control_contexts)
@@ -53,9 +56,11 @@ class Missing:
         for cell in [*finetuned, *(cell for cell in block.cells if cell.kind == "icl" and cell.key in self.done)]:
             others = set(OF_CONTEXTS) if contexts and cell.kind == "finetuned" else set()
             wanted.setdefault(cell, set()).update(("control", name) for name in contexts | others)
+        last_step = max((cell.step for cell in block.cells if cell.step is not None), default=0)
         for number, cell in enumerate(finetuned):
             for other in finetuned[:number]:
-                is_pair = other.method != cell.method and (other.train_on, other.learning_rate, other.step) == (cell.train_on, cell.learning_rate, cell.step)
+                is_pair = other.method != cell.method and (other.train_on, other.step) == (cell.train_on, cell.step)
+                is_pair &= other.learning_rate == cell.learning_rate or cell.step == last_step
                 if is_pair and (other.key, "pair", cell.key) not in self.known:
                     wanted[cell].add(("pair", other.key))
         return {

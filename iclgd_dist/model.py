@@ -266,7 +266,9 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
         place["device_map"] = {"": "cpu"}
     elif resources.max_memory:
         place["max_memory"] = {int(device) if device.isdigit() else device: size for device, size in resources.max_memory.items()}
-    folder = tempfile.TemporaryDirectory(prefix="iclgd-offload-", dir=os.environ.get("ICLGD_OFFLOAD_DIR"))
+    # A process that is killed leaves it behind: it is made only where something may be offloaded.
+    is_whole = place["device_map"] == {"": "cpu"}
+    folder = None if is_whole else tempfile.TemporaryDirectory(prefix="iclgd-offload-", dir=os.environ.get("ICLGD_OFFLOAD_DIR"))
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=storage,
@@ -274,7 +276,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
-        offload_folder=folder.name,
+        offload_folder=folder and folder.name,
         **place,
     )
     redraw(model, family, spec, next(_offloaded(model), None))

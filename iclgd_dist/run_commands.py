@@ -195,7 +195,12 @@ def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget,
         if of_round not in (DONE, FAILED):
             code = of_round
             break
-    results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=sorted(set().union(*(study.keys for study in studies))), kind="search")
+    results.save_sweep(
+        digest=loaded.digest(),
+        resolved=loaded.resolved(),
+        keys=sorted(results.keys().intersection(*[set().union(*(study.keys for study in studies))])),
+        kind="search",
+    )
     if code in (DONE, FAILED):
         _show_studies(studies)
         say(f"next: put what was found into [learning_rates], with its neighbours, and iclgd run {sweep}")

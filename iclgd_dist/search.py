@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from iclgd_dist.axes import Controls, SweepError, TaskAxes
-from iclgd_dist.blocks import Block, single_lanes, with_cells
+from iclgd_dist.blocks import Block, Judged, single_lanes, with_cells
 from iclgd_dist.config import Sweep
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.model_spec import ModelSpec
@@ -96,7 +96,8 @@ class Study:
     @property
     def best(self) -> Score | None:
         """The best that holds all constraints, on the most evidence; None where none does."""
-        found = [score for score in self.ranking(len(self.scores) - 1) if score.violation <= 0 and math.isfinite(score.loss)] if self.scores else []
+        ranked = self.ranking(len(self.scores) - 1) if self.scores else []
+        found = [score for score in ranked if score.violation <= 0 and math.isfinite(score.loss)]
         return found[0] if found else None
 
     @property
@@ -126,7 +127,13 @@ def num_cells_at_most(sweep: Sweep) -> int:
 
 
 def studies_of(sweep: Sweep) -> list[Study]:
+    """Errors: SweepError where ASHA would compare one draw with another."""
     assert sweep.search is not None
+    if sweep.search.scheduler == "asha" and (many := [task for task in sweep.tasks if len(sweep.runs_of(task)) > 1]):
+        raise SweepError(
+            f'[search] scheduler = "asha" compares trials of one draw: one seed and one order are required, {many[0]} has {len(sweep.runs_of(many[0]))}; '
+            "search on one, then put what was found into [learning_rates] with all seeds"
+        )
     protocols = sweep.protocols or (sweep.protocol,)
     places = [Place(*where) for where in product(sweep.models, protocols, sweep.num_demonstrations, sweep.tasks)]
     searched = [(place, method) for place in places for method in sweep.methods if method in sweep.search.learning_rates]
@@ -155,7 +162,7 @@ def rounds(
             turn += 1
             whole, plan = _planned(sweep, rung, {at: (studies[at], rates) for at, rates in wanted.items()}, finished())
             if sweep.search and sweep.search.scheduler == "asha":
-                plan = _one_by_one(sweep.search, plan, stopped())
+                plan = _one_by_one(sweep.search, plan, stopped(), sweep.steps)
             said = f"rung {number + 1} of {len(rungs)}: {rung.num_queries} queries, {rung.num_seeds} seeds; round {turn}"
             code = run(plan, said) if plan.blocks else 0
             _judge(studies, wanted, number, whole, judge)
@@ -183,11 +190,22 @@ def _planned(sweep: Sweep, rung: Rung, wanted: Mapping[int, tuple[Study, list[fl
     return whole, replace(plans[0], blocks=joined).of_blocks()
 
 
-def _one_by_one(search: Search, plan: Plan, stopped: Collection[str]) -> Plan:
-    """Return the plan with a block for each learning rate, which reports what it is judged by, without those that were stopped before."""
-    lanes = [lane for block in plan.blocks for lane in single_lanes(block) if lane.name not in stopped]
-    judged: dict[str, Any] = {"judged": search.objective, "judged_sign": search.sign, "reduction_factor": search.reduction_factor}
-    return replace(plan, blocks=tuple(replace(lane, **judged) for lane in lanes)).of_blocks()
+def _one_by_one(search: Search, plan: Plan, stopped: Collection[str], steps: Sequence[int]) -> Plan:
+    """Return the plan with a block for each learning rate, which reports what it is judged by.
+
+    Left out are those that were stopped before and whose first step is still there: what was forgotten, or set aside, is asked for again.
+    """
+    kept: list[Block] = []
+    for block in plan.blocks:
+        lanes = single_lanes(block)
+        first = {lane.name: min((cell.step for cell in lane.cells if cell.step is not None), default=0) for lane in lanes}
+        run = [lane for lane in lanes if lane.name not in stopped or first[lane.name] <= min(steps)]
+        baselines = tuple(cell for cell in block.cells if cell.kind != "finetuned")
+        if baselines and lanes[0] not in run:  # they ride with the first
+            run = [replace(run[0], cells=(*baselines, *run[0].cells)), *run[1:]] if run else [replace(block, cells=baselines)]
+        judged = Judged(search.objective, search.sign, search.reduction_factor, tuple(steps))
+        kept += [replace(lane, judged=judged) if lane.trained() else lane for lane in run]
+    return replace(plan, blocks=tuple(kept)).of_blocks()
 
 
 def _narrowed(sweep: Sweep, rung: Rung, rates_of: Mapping[Place, Mapping[str, list[float]]]) -> Sweep:

@@ -135,6 +135,8 @@ class Search(Frozen):
                 f'search.objective: with scheduler = "asha" it must be known of a fold at each step: {", ".join(_of_a_fold())}; got {self.objective!r}',
                 "objective",
             )
+        if self.constraints:
+            raise At('search.constraints: scheduler = "asha" stops by the objective alone: leave constraints out', "constraints")
         if self.sampler == "tpe":
             raise At(
                 'search.sampler: with scheduler = "asha" all learning rates are asked for at once, and "tpe" learns nothing: set "random" or "grid"', "sampler"

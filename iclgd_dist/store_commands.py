@@ -24,7 +24,7 @@ def show_status(store: Store, *, as_json: bool = False) -> None:
     attempts = store.attempts().to_pylist()
     loads = Counter(a["actor"] for a in attempts if a["num_model_loads"])
     others = Counter(a["outcome"] for a in attempts if a["outcome"] != "done")
-    failed = [a for a in attempts if a["outcome"] not in ("done", "interrupted")]
+    failed = [a for a in attempts if a["outcome"] not in ("done", "interrupted", "stopped")]
     if as_json:
         counts = {"planned": len(planned), "committed": len(keys), "missing": len(planned - keys), "extra": len(keys - planned) if planned else 0}
         steps = {name: sum(a[name] for a in attempts) for name in ("num_baselines", "num_training_steps", "num_model_loads")}

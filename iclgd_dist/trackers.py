@@ -5,12 +5,14 @@ The store is the record: a tracker is for looking on while a sweep runs, and a r
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from iclgd_dist.config import SweepError
+from iclgd_dist.terminal import say
 
 TRACKERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # name -> the package it needs
 
@@ -25,7 +27,7 @@ def check(names: Sequence[str]) -> None:
 
 
 def callbacks(names: Sequence[str], sweep: str, folder: Path) -> list[Any]:
-    """Return Tune's callbacks; TensorBoard writes to `folder`, the others where their own environment variables say."""
+    """Return Tune's callbacks; TensorBoard writes to `folder`, the others where their own environment variables say. One that fails is switched off."""
     made: list[Any] = []
     for name in names:
         if name == "tensorboard":
@@ -38,7 +40,27 @@ def callbacks(names: Sequence[str], sweep: str, folder: Path) -> list[Any]:
             from ray.air.integrations.wandb import WandbLoggerCallback
 
             made.append(WandbLoggerCallback(project=sweep))
-    return made
+    return [guarded(name, callback) for name, callback in zip(names, made, strict=True)]
+
+
+def guarded(name: str, callback: Any) -> Any:
+    """Return a callback that hands everything on until it fails, says so once, and from then on does nothing: Tune would end the run."""
+    from ray.tune import Callback
+
+    class Guarded(Callback):
+        is_on = True
+
+        def _hand_on(self, hook: str, *arguments: Any, **named: Any) -> None:
+            if self.is_on:
+                try:
+                    getattr(callback, hook)(*arguments, **named)
+                except Exception as error:  # a tracker may raise anything
+                    self.is_on = False
+                    say(f"--track {name} is switched off: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    for hook in ("setup", *(hook for hook in dir(Callback) if hook.startswith("on_"))):
+        setattr(Guarded, hook, functools.partialmethod(Guarded._hand_on, hook))
+    return Guarded()
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -20,7 +20,7 @@ from iclgd_dist.blocks import Block
 from iclgd_dist.claims import note_death, take_death_back
 from iclgd_dist.config import Resources
 from iclgd_dist.files import Vanished
-from iclgd_dist.progress import Counts
+from iclgd_dist.progress import LATER, Counts
 from iclgd_dist.session import Newcomers, leave_out, nodes, num_slots, place
 from iclgd_dist.stopping import Stopped
 from iclgd_dist.store import Store, StoreError
@@ -104,15 +104,16 @@ def _scheduler(blocks: Sequence[Block]) -> Any:
             if block is None:
                 return FIFOScheduler()
             study = (block.draw.task, *map(str, (block.model.content_hash, block.spec, block.protocol, block.num_demonstrations, *block.trained()[0])))
-            steps = sorted({cell.step for cell in block.cells if cell.step is not None})
+            judged_by = block.judged
+            assert judged_by is not None
             made: dict[str, Any] = {
                 "time_attr": "judged_step",
                 "metric": "judged",
                 "mode": "min",
-                "reduction_factor": block.reduction_factor,
+                "reduction_factor": judged_by.reduction_factor,
                 "stop_last_trials": False,
             }
-            return self.of_study.setdefault(study, ASHAScheduler(**made, grace_period=steps[0], max_t=steps[-1]))
+            return self.of_study.setdefault(study, ASHAScheduler(**made, grace_period=min(judged_by.steps), max_t=max(judged_by.steps)))
 
         def on_trial_add(self, controller: Any, trial: Any) -> None:
             self.of(trial).on_trial_add(controller, trial)
@@ -208,7 +209,7 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
                     store.compact()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            if (name := trial.config["block"]) not in counts.outcomes:  # it did not end by itself
+            if counts.outcomes.get(name := trial.config["block"], LATER)[0] in LATER:  # it did not end by itself
                 _record(running, name, "stopped", BEHIND)
                 counts.end(name, "stopped", BEHIND)
 

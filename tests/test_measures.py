@@ -12,7 +12,7 @@ import torch
 
 from iclgd_dist.config import SweepError
 from iclgd_dist.extensions import MetricSpec
-from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures
+from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures, score_directions
 from iclgd_dist.metrics import NoiseFloor
 from tests.test_rows import FOLD_OF, FT, ICL, ZS, H, L, Q, baseline, capture
 
@@ -113,13 +113,34 @@ def test_a_pair_is_two_finetuned_cells_and_alpha_compares_their_attention_scores
     expect(rows, lambda layer, fold: [cosine(change(OTHER, layer, q), change(FT, layer, q)) for q in FOLDS[fold]], metric="sim_aou")
 
 
+def alpha_of(base, other, finetuned) -> list[dict]:
+    return alpha_measures(base, "key of the other", score_directions(base, other), score_directions(base, finetuned))
+
+
 @pytest.mark.parametrize("counts_first_layer", [False, True])
 def test_alpha_of_two_learning_rates_is_of_the_whole_model(counts_first_layer: bool) -> None:
-    rows = alpha_measures(replace(baseline(ZS, ICL), counts_first_layer=counts_first_layer), "key of the other", OTHER, FT)
-    assert [(row["kind"], row["name"], row["metric"], row["layer"]) for row in rows] == [("pair", "key of the other", "alpha", None)] * 3
+    rows = alpha_of(replace(baseline(ZS, ICL), counts_first_layer=counts_first_layer), OTHER, FT)
+    assert [(row["kind"], row["name"], row["metric"], row["layer"], row["sd"]) for row in rows] == [("pair", "key of the other", "alpha", None, None)] * 3
     for row in rows:
-        of_query = [np.nanmean([by_heads(OTHER, FT, layer, q) for layer in range(0 if counts_first_layer else 1, L)]) for q in FOLDS[row["fold"]]]
-        assert (row["n"], row["mean"], row["sd"]) == (len(of_query), pytest.approx(np.mean(of_query)), pytest.approx(np.std(of_query, ddof=1)))
+        layers = [[by_heads(OTHER, FT, layer, q) for q in FOLDS[row["fold"]]] for layer in range(0 if counts_first_layer else 1, L)]
+        means = [np.nanmean(of_layer) for of_layer in layers if not np.isnan(of_layer).all()]
+        assert (row["n"], row["mean"]) == (len(FOLDS[row["fold"]]), pytest.approx(np.mean(means), abs=1e-6))
+
+
+@pytest.mark.parametrize(("still", "counts", "has_eps"), [(False, False, False), (True, False, False), (True, True, True), (False, True, True)])
+def test_both_ways_to_alpha_agree(still: bool, counts: bool, has_eps: bool) -> None:
+    """What a pair of one learning rate has per layer, averaged as readers do, is what a pair of two has at once; also where heads, queries and layers are undefined."""
+    floors = torch.full((L, H), 0.22, dtype=torch.float64)
+    floors[3] = 1e3
+    base = replace(
+        baseline(ZS, ICL, noise=NoiseFloor(torch.zeros(L, dtype=torch.float64), floors)), is_first_layer_still=still, counts_first_layer=counts, has_eps=has_eps
+    )
+    per_layer = [row for row in pair_measures(base, "k", OTHER, FT) if row["metric"] == "alpha" and (row["layer"] or counts)]
+    whole = {row["fold"]: row["mean"] for row in alpha_of(base, OTHER, FT)}
+    if not has_eps:
+        assert {row["n"] for row in per_layer if row["fold"] == "all"} & set(range(1, Q)) and 0 in {row["n"] for row in per_layer}
+    for fold, mean in whole.items():
+        assert mean == pytest.approx(np.mean([row["mean"] for row in per_layer if row["fold"] == fold and row["mean"] is not None]), abs=1e-6)
 
 
 OWN = """

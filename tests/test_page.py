@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from iclgd_analysis.report import write_report
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.test_analysis import NUM_LAYERS, NUM_QUERIES, RATES, STEPS, make_rows, make_store
+from tests.test_controls import changed
 
 Row = dict[str, Any]
 TASKS, SEEDS = ("subj", "trec"), (1, 2, 3)
@@ -213,10 +215,12 @@ def test_a_diverged_cell_and_a_store_without_prompts_say_what_is_not_there(brows
 
 
 def test_what_does_not_fit_on_the_page_is_said(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, browser: Browser) -> None:
-    monkeypatch.setattr(explorer, "MAX_DETAILED", 30)
-    num_done = sum(row["status"] == "done" for row in rows)
+    monkeypatch.setattr(explorer, "MAX_NUMBERS", 30 * (3 * NUM_LAYERS + 3 * NUM_QUERIES))
     file = write_report(make_store(tmp_path / "store", rows))
-    assert f"Layers and queries of {num_done - 30} cells are not on the page, which holds 30" in file.read_text()
+    (num_left_out,) = map(int, re.findall(r"Layers and queries of (\d+) cells are not on the page, which has room for", file.read_text()))
+    held = json.loads(re.search(r'id="cells-data">(.*?)</script>', file.read_text())[1])["columns"]
+    num_done = sum(row["status"] == "done" for row in rows)
+    assert num_left_out == num_done - sum(place is not None for place in held["place"]) and num_done / 3 < num_left_out < num_done
     last = cell(rows, task="trec", seed=1, method="layer_causal", learning_rate=RATES["layer_causal"][0], step=STEPS[1])
     for step, has_layers in ((STEPS[1], True), (STEPS[0], False)):
         row = cell(rows, **{name: last[name] for name in ("task", "seed", "method", "learning_rate")}, step=step)
@@ -244,3 +248,53 @@ def test_on_paper_every_figure_is_drawn_and_the_cells_are_left_out(opened: Opene
     opened.tab.emulate_media(media="print")
     assert opened.tab.locator("#cells").is_hidden()
     assert opened.tab.evaluate("[...document.querySelectorAll('[data-figure]')].every(panel => panel.dataset.drawn)")
+
+
+def test_methods_whose_options_are_markup_stay_text_in_figures_and_tables(browser: Browser, tmp_path: Path) -> None:
+    link = "<a href='https://evil.example/'>x</a><b>B</b>"
+    rows = []
+    for number, options in enumerate((link, "plain")):
+        made = make_rows(rates={"own": (1e-3, 1e-2)}, words=["Red", link])
+        for row in made:
+            if row["kind"] == "finetuned":
+                row |= {"method_options": json.dumps({"note": options}), "key": f"{number}{row['key'][1:]}"}
+        rows += made if not number else [row for row in made if row["kind"] == "finetuned"]
+    opened = Opened(browser, write_report(make_store(tmp_path / "store", rows)))
+    opened.tab.locator("#cells-table button", has_text="open").nth(3).click()
+    opened.tab.wait_for_selector("#cell .js-plotly-plot .main-svg")
+    assert link in opened.tab.inner_text("#cell h3") and link in opened.tab.inner_text("table.queries")
+    assert opened.tab.locator("#cell a, #cell b, #cells-table a, #legend a, .main-svg a").count() == 0
+    opened.close()
+
+
+def test_what_settings_share_is_no_cell_without_layers_and_each_untrained_model_has_its_own_zero_shot(browser: Browser, tmp_path: Path) -> None:
+    rows = make_rows(rates={"vanilla": (1e-3, 1e-2)}, seeds=(1, 2))
+    rows += [changed(row, train_on="other_task") for row in rows if row["kind"] == "finetuned"]
+    rows += [changed(row, init="random", init_scheme="fairseq", init_seed=seed) for seed in (1, 2) for row in rows if row["train_on"] in ("true", None)]
+    for row in rows:
+        if row["kind"] == "zero_shot" and row["init_seed"]:
+            row["balanced_accuracy"] = row["init_seed"] / 10
+    file = write_report(make_store(tmp_path / "store", rows))
+    assert "are not on the page" not in file.read_text()
+    of_second = cell(rows, init_seed=2, seed=2, learning_rate=1e-3, step=STEPS[1])
+    opened = Opened(browser, file, anchor=f"#cell-{of_second['key'][:16]}")
+    opened.tab.wait_for_selector("table.queries")
+    assert opened.tab.inner_text("#cell table:not(.queries) tbody tr:first-child td:nth-child(2)") == "0.200"
+    zero_shot = cell(rows, "zero_shot", init_seed=1)
+    opened.tab.evaluate(f"location.hash = '#cell-{zero_shot['key'][:16]}'")  # the address is followed while the page is open
+    opened.tab.wait_for_function(f"document.querySelector('#cell .note').textContent.includes('{zero_shot['key'][:16]}')")
+    assert opened.tab.locator("#cell table:not(.queries) thead th").all_inner_texts() == ["figure", "in-context", "zero-shot"]
+    opened.close()
+
+
+def test_the_keyboard_keeps_its_place(opened: Opened) -> None:
+    focused = "document.activeElement.textContent"
+    opened.tab.locator("#cells-table th button", has_text="lr").focus()
+    opened.tab.keyboard.press("Enter")
+    assert opened.tab.evaluate(focused) == "lr"
+    opened.tab.locator("#cells-table td button").first.focus()
+    opened.tab.keyboard.press("Enter")
+    opened.tab.wait_for_selector("#cell:not([hidden])")
+    opened.tab.get_by_role("button", name="close").focus()
+    opened.tab.keyboard.press("Enter")
+    assert opened.tab.evaluate(focused) == "open"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iclgd_dist.blocks import Cell
+from iclgd_dist.blocks import Cell, Judged
 from iclgd_dist.config import Sweep, SweepError, load_sweep
 from iclgd_dist.plan import Plan
 from iclgd_dist.search import Study, rounds, rungs_of, studies_of
@@ -259,6 +259,7 @@ def stopped(sweep_file: Path) -> Callable[..., Sweep]:
     ("more", "said"),
     [
         ("", '"tpe" learns nothing: set "random" or "grid"'),
+        ('sampler = "grid"\nconstraints = ["balanced_accuracy >= 0.5"]', "stops by the objective alone: leave constraints out"),
         ('sampler = "grid"\nobjective = "sim_aou"', "must be known of a fold at each step: accuracy, balanced_accuracy"),
     ],
 )
@@ -277,7 +278,7 @@ def test_with_asha_each_learning_rate_is_a_block_and_what_was_stopped_is_not_ask
     (study,) = made.search(sweep)
     (plan,) = made.plans
     assert [len(block.learning_rates("wide")) for block in plan.blocks] == [1] * 6
-    assert [(block.judged, block.judged_sign, block.reduction_factor) for block in plan.blocks] == [("nll_label", 1.0, 2)] * 6
+    assert [block.judged for block in plan.blocks] == [Judged("nll_label", 1.0, 2, (1, 2, 4))] * 6
     assert sum(cell.kind != "finetuned" for block in plan.blocks for cell in block.cells) == 2
     kept = [score.learning_rate for score in study.ranking(0) if score.step == 4]
     assert len(kept) == 2 and [score.learning_rate for score in study.ranking(0)][:2] == kept  # the stopped ones stand behind, whatever they scored
@@ -289,3 +290,22 @@ def test_with_asha_each_learning_rate_is_a_block_and_what_was_stopped_is_not_ask
     again.cells = {key: held for key, held in made.cells.items() if held[0].learning_rate != kept[0] or held[0].step == 1}
     again.search(sweep)  # one that was killed, not stopped, goes on
     assert {cell.learning_rate for plan in again.plans for block in plan.blocks for cell in block.cells} == {kept[0]}
+    forgotten = Made(loss)  # and one whose cells were set aside, stopped or not; the baselines ride with whatever runs
+    forgotten.cells = {key: held for key, held in made.cells.items() if held[0].kind == "finetuned" and held[0].learning_rate != 1e-4}
+    forgotten.stopped = again.stopped
+    forgotten.search(sweep)
+    (plan,) = forgotten.plans
+    assert [sorted({str(cell.learning_rate) for cell in block.cells}) for block in plan.blocks] == [["0.0001", "None"]]
+    bare = Made(loss)
+    bare.cells = {key: held for key, held in made.cells.items() if held[0].kind == "finetuned"}
+    bare.stopped = again.stopped
+    bare.search(sweep)
+    (plan,) = bare.plans
+    assert [(block.judged, {cell.kind for cell in block.cells}) for block in plan.blocks] == [(None, {"zero_shot", "icl"})]
+
+
+def test_asha_compares_trials_of_one_draw_only(stopped: Callable[..., Sweep], sweep_file: Path) -> None:
+    stopped()
+    sweep_file.write_text(sweep_file.read_text().replace("seeds = [1]", "seeds = [1, 2]"))
+    with pytest.raises(SweepError, match="one seed and one order are required, fruit has 2"):
+        studies_of(load_sweep(sweep_file))

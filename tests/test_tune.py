@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import struct
@@ -15,6 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from iclgd_dist.store import Store, read_results
+from iclgd_dist.trackers import guarded
 
 pytestmark = pytest.mark.slow
 ICLGD = [sys.executable, "-m", "iclgd_dist.cli"]
@@ -128,6 +130,9 @@ def test_ray_tunes_asha_stops_learning_rates_that_are_behind_and_nobody_asks_for
     stopped = [attempt for attempt in attempts if attempt["outcome"] == "stopped"]
     assert len(stopped) == (last < 4).sum() and all("behind other learning rates" in attempt["reason"] for attempt in stopped)
     assert len(attempts) == 6 and {attempt["outcome"] for attempt in attempts} == {"stopped", "done"}
+    status = json.loads(iclgd("status", str(store.root), "--json", folder=folder))
+    assert (status["missing"], status["failed"], status["attempts"]["stopped"]) == (0, [], len(stopped))
+    iclgd("verify", str(store.root), folder=folder)
     again = iclgd("tune", str(sweep_file), folder=folder)
     assert len(store.attempts()) == 6 and again.split("next:")[0].splitlines()[-1] == said.split("next:")[0].splitlines()[-1]
 
@@ -158,3 +163,26 @@ def records(data: bytes) -> Iterator[bytes]:
         (length,) = struct.unpack_from("<Q", data, at)
         yield data[at + 12 : at + 12 + length]
         at += 16 + length
+
+
+def test_a_tracker_that_fails_is_switched_off_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.tune import Callback
+
+    calls = []
+
+    class Broken(Callback):
+        def setup(self, **info: object) -> None:
+            calls.append("setup")
+
+        def on_trial_result(self, *arguments: object, **info: object) -> None:
+            calls.append("result")
+            raise ConnectionError("no such\nserver")
+
+    made = guarded("mlflow", Broken())
+    made.setup(total_num_samples=3)
+    for _ in range(3):
+        made.on_trial_result(iteration=1, trials=[], trial=None, result={})
+    made.on_trial_complete(iteration=1, trials=[], trial=None)
+    assert calls == ["setup", "result"]
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("--track mlflow is switched off: ConnectionError: no such server") == 1

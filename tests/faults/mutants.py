@@ -115,7 +115,9 @@ MUTANTS = {
         (("files", "    temporary, view = temporary_in(path.parent), memoryview(data)\n", HALF_A_CELL),),
     ),
     "F3": Mutant(
-        "trouble with the store is one like any other", "faults/test_stores.py f3", (("actor", '"storage" if isinstance(error, StoreError) else ', ""),)
+        "trouble with the store is one like any other",
+        "faults/test_stores.py f3",
+        (("actor", "trouble = error if isinstance(error, StoreError) else None", "trouble = None"),),
     ),
     "F4 deaths": Mutant("deaths change no lanes", "faults/test_actors.py f4_after", (("actor", "    if not num_deaths:\n", "    if True:\n"),)),
     "F4 oom": Mutant("nothing is out of memory", "faults/test_actors.py f4_out", (("block", "not is_out_of_memory(error)", "is_out_of_memory(error)"),)),
@@ -149,7 +151,7 @@ MUTANTS = {
     ),
     "F17": Mutant("a diverged lane is a row like others", "faults/test_actors.py f17", (("commits", "if diverged is None or diverged > step:", "if True:"),)),
     "F18": Mutant("diverged cells are called done", "faults/test_stores.py f18", (("rows", '"diverged"', '"done"'),)),
-    "F19": Mutant("the template is not part of the key", "faults/test_drivers.py f19", (("plan", '"template": drawn.template,', '"template": "",'),)),
+    "F19": Mutant("what is there is run again", "faults/test_drivers.py f19", (("plan", "if cell.key not in finished)", "if cell.key)"),)),
     "F21": Mutant("checksums are not looked at", "faults/test_stores.py f21", (("cells", "if xxh3_64(stream).digest() != bytes(checksum):", "if False:"),)),
     "F22": Mutant(
         "loose cells go before the manifest is there",

@@ -24,6 +24,7 @@ def test_f3_a_system_call_that_fails_is_an_error_with_the_path_and_a_resume_comp
     case.plot({"what": "call_fails", "call": call, "code": code, "nth": nth, "seed": 2, "step": 2})
     said = case.run(code=74)
     assert str(case.store.root) in said and os.strerror(code) in said
+    assert [attempt["outcome"] for attempt in case.store.attempts().to_pylist() if attempt["outcome"] != "done"] == ["storage"]
     before = case.committed()
     case.run()
     case.check(before)
