@@ -93,7 +93,7 @@ def run_sweep(
 def _after_trouble(error: Exception, pending: Sequence[Block], running: Running) -> None:
     """Let the blocks that Tune left without an outcome go into another round, or stop where there is no cluster any more."""
     counts, stopped = running.counts, running.stopped
-    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"  # of a traceback the end says what it was
     try:
         num_nodes = len(nodes())
     except Exception:

@@ -72,7 +72,8 @@ class SimulatedActor(tune.Trainable):
         yield self._report(block, done, 1.0, "done")
 
     def _report(self, block: Block, done: int, fraction: float, outcome: str) -> dict[str, Any]:
-        return {"block": block.name, "fraction": fraction, "stage": "asleep", "num_cells": done, "outcome": outcome, "reason": "", "gflops": 0.0}
+        report = {"block": block.name, "fraction": fraction, "stage": "asleep", "num_cells": done, "outcome": outcome, "reason": "", "gflops": 0.0}
+        return report | {"actor": str(os.getpid()), "node": ""}
 
     def step(self) -> dict[str, Any]:
         start = time.perf_counter()
