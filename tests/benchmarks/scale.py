@@ -107,6 +107,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="iclgd-scale-") as name:
         folder = Path(name)
         os.environ["ICLGD_CACHE"] = str(folder / "cache")
+        os.environ["ICLGD_SIMULATED_TIMES"] = str(folder / "times")  # actors have the environment of their node, which starts below
         sweep, root = _save_sweep(folder, options), folder / "store"
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": options.actors, "node_ip_address": "127.0.0.1", "include_dashboard": False})
         try:
@@ -154,13 +155,13 @@ def _save_sweep(folder: Path, options: argparse.Namespace) -> Path:
 
 def _driven(sweep: Path, root: Path, address: str) -> dict[str, Any]:
     """Run the sweep in a driver of its own and return what it cost."""
-    times = root.parent / "times"
+    times = Path(os.environ["ICLGD_SIMULATED_TIMES"])
     times.mkdir(exist_ok=True)
     for old in times.iterdir():
         old.unlink()
     start = time.perf_counter()
     command = [sys.executable, "-m", "tests.benchmarks.scale", str(sweep), str(root), address]
-    driver = subprocess.Popen(command, env=os.environ | {"ICLGD_SIMULATED_TIMES": str(times)}, stdout=subprocess.PIPE, text=True, cwd=stored.ROOT)
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=stored.ROOT)
     watched, figures, ended = psutil.Process(driver.pid), {"cpu_seconds": 0.0, "peak_gib": 0.0}, threading.Event()
 
     def watch() -> None:
