@@ -17,16 +17,25 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Head:
-    """Weights where they compute, and what follows the product: logits times or over a number, or softly capped at it."""
+    """Weights where they compute, and what follows the product: logits times or over a number, or softly capped at it.
+
+    `dtype`: of the products, where the weights rest in another one.
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     how: Literal["times", "over", "cap"] = "times"
     number: float | None = None
+    dtype: torch.dtype | None = None
 
-    def logits(self, normed_XD: Tensor, words: slice = slice(None)) -> Tensor:
-        """Return the logits (..., P) of some words."""
-        logits_XP = linear(normed_XD, self.weight_VD[words], None if self.bias_V is None else self.bias_V[words])
+    def rows(self, words: slice | Tensor) -> Tensor:
+        """Return the weights (P, D) of some words, as they compute."""
+        return self.weight_VD[words].to(self.dtype or self.weight_VD.dtype)
+
+    def logits(self, normed_XD: Tensor, words: slice = slice(None), weight_PD: Tensor | None = None) -> Tensor:
+        """Return the logits (..., P) of some words; `weight_PD`: their rows, where the caller has them."""
+        weight_PD = self.rows(words) if weight_PD is None else weight_PD
+        logits_XP = linear(normed_XD, weight_PD, None if self.bias_V is None else self.bias_V[words].to(weight_PD.dtype))
         if self.number is None:
             return logits_XP
         if self.how == "cap":

@@ -67,7 +67,8 @@ def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *
         size = max(1, min(WORDS[kind], LOGITS[kind] // max(1, len(normed_XD))))
         for start in range(0, len(weight_VD), size):
             words = slice(start, start + size)
-            logits_XP = head.logits(normed_XD, words).to(lm.delta_dtype)
+            weight_PD = head.rows(words)
+            logits_XP = head.logits(normed_XD, words, weight_PD).to(lm.delta_dtype)
             is_here_Y = (word_Y >= start) & (word_Y < start + logits_XP.shape[1])
             place_Y = (word_Y - start).clamp(0, logits_XP.shape[1] - 1)
             logit_Y = torch.where(is_here_Y, logits_XP[at_Y, place_Y], logit_Y)
@@ -80,11 +81,11 @@ def _sweep(lm: LanguageModel, normed_XD: Tensor, at_Y: Tensor, word_Y: Tensor, *
             if pull_XD is not None:
                 flow_XP = chance_XP if isinstance(slope, float) and slope == 1 else chance_XP.mul_(slope)
                 pull_XD.mul_(less_X1)
-                if weight_VD.dtype == pull_XD.dtype:
-                    pull_XD.addmm_(flow_XP, weight_VD[words])
+                if weight_PD.dtype == pull_XD.dtype:
+                    pull_XD.addmm_(flow_XP, weight_PD)
                 else:  # shares of at most 1, so that no sum of many words leaves the range of float16
                     share_X1 = chance_XP.sum(1, keepdim=True).clamp_(min=1)
-                    pull_XD.addcmul_((flow_XP / share_X1).to(weight_VD.dtype) @ weight_VD[words], share_X1)
+                    pull_XD.addcmul_((flow_XP / share_X1).to(weight_PD.dtype) @ weight_PD, share_X1)
         if pull_XD is not None:
             others_X1, slope_X = sum_X1, head.slope(logit_Y)
             sum_X1 = others_X1 + (logit_Y[:, None] - top_X1).exp()

@@ -8,11 +8,12 @@ Knows where weights live and which dtype they are computed in. Knows nothing of 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -152,6 +153,19 @@ class LanguageModel:
         """Whether weights of some layer rest elsewhere and come in when it is called."""
         return next(_offloaded(self.model), None) is not None
 
+    @cached_property
+    def is_on_disk(self) -> bool:
+        """Whether weights of some layer rest on disk."""
+        return "disk" in (getattr(self.model, "hf_device_map", None) or {}).values()
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros for what is kept of all layers: where the weights rest on disk it does so too, in a file that nobody else sees."""
+        if not self.is_on_disk or self.offload_folder is None or not math.prod(shape):
+            return torch.zeros(shape, dtype=dtype)
+        with tempfile.NamedTemporaryFile(dir=self.offload_folder.name) as file:  # what is mapped outlives its name
+            file.truncate(math.prod(shape) * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
     @property
     def input_device(self) -> torch.device:
         return self.device_of(self.model.get_input_embeddings())
@@ -200,7 +214,7 @@ class LanguageModel:
         if hook is not None:
             hook.pre_forward(module)
         try:
-            yield Head(module.weight, module.bias, how, getattr(self.model.config, name) if name else None)
+            yield Head(module.weight, module.bias, how, getattr(self.model.config, name) if name else None, self.compute_dtype)
         finally:
             if hook is not None:
                 hook.post_forward(module, None)
@@ -281,7 +295,8 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     )
     redraw(model, family, spec, next(_offloaded(model), None))
     _hook_whole_layers(model, family)
-    _raise(model, compute)
+    low = _tables(model, family) if "disk" in (getattr(model, "hf_device_map", None) or {}).values() else ()
+    _raise(model, compute, but=low)
     _rebuild_buffers(model, config, compute)
     model.eval().requires_grad_(False)
     return LanguageModel(model, family, name, tokenizer, compute, folder)
@@ -343,9 +358,23 @@ def _rebuild_buffers(model: Any, config: Any, dtype: torch.dtype) -> None:
             model.get_submodule(module).register_buffer(last, table.to(held[name].device), persistent=False)
 
 
-def _raise(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter `dtype`. An offloaded one is a meta tensor: accelerate casts what comes in to its dtype, and rests in the stored one."""
+def _tables(model: Any, family: Family) -> tuple[nn.Module, ...]:
+    """Return the embedding and the output head, which may rest as they are stored: rows of them are raised as they are read. None where they are one."""
+    words, head = model.get_input_embeddings(), module_at(model, family.head)
+    return (words, head) if type(words) is nn.Embedding and type(head) is nn.Linear and words.weight is not head.weight else ()
+
+
+def _raise(model: nn.Module, dtype: torch.dtype, *, but: Collection[nn.Module] = ()) -> None:
+    """Give every parameter `dtype`. An offloaded one is a meta tensor: accelerate casts what comes in to its dtype, and rests in the stored one.
+
+    Modules of `but` keep theirs; an embedding among them returns `dtype`.
+    """
+    for module in but:
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _module, _args, rows: rows.to(dtype))
     for module in model.modules():
+        if any(module is each for each in but):
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.device.type == "meta":
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))

@@ -162,8 +162,8 @@ class QueryPass:
 
     def _clear(self) -> None:
         num_lanes, num_queries, dtype = self.num_lanes, len(self.slot), self.lm.delta_dtype
-        self.attention_NLQD = torch.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.width, dtype=dtype)
-        self.scores_NLQHT = torch.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.num_heads, self.num_tokens, dtype=dtype)
+        self.attention_NLQD = self.lm.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.width, dtype=dtype)
+        self.scores_NLQHT = self.lm.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.num_heads, self.num_tokens, dtype=dtype)
         self.arrivals = _Arrivals()
         self.label_scores_NQC = torch.zeros(num_lanes, num_queries, len(self.label_ids), dtype=torch.float64)
         self.ranked_LNQT: dict[int, Tensor] = {}  # layer -> raw attention of the first queries to the demonstrations' tokens
@@ -241,7 +241,7 @@ class QueryPass:
     def _keep_ranked(self, index: int, slots: list[int], map_NQT: Tensor) -> None:
         if index not in self.ranked_LNQT:
             num_queries = min(NUM_KENDALL_QUERIES, len(self.slot))
-            self.ranked_LNQT[index] = torch.zeros(self.num_lanes, num_queries, map_NQT.shape[-1], dtype=self.lm.delta_dtype)
+            self.ranked_LNQT[index] = self.lm.zeros(self.num_lanes, num_queries, map_NQT.shape[-1], dtype=self.lm.delta_dtype)
         kept = self.ranked_LNQT[index]
         among = [column for column, slot in enumerate(slots) if slot < kept.shape[1]]
 
