@@ -76,8 +76,10 @@ class Pass:
     steps: Sequence[int]  # probed
 
 
-def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, storage_dtype: str, passes: Sequence[Pass]) -> Cost:
-    """Return what a block with these passes costs."""
+def cost_of(
+    encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, storage_dtype: str, passes: Sequence[Pass], is_on_disk: bool = False
+) -> Cost:
+    """Return what a block with these passes costs. `is_on_disk`: layers rest there, and so do captures."""
     sizes = _Sizes.of(config)
     body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
     head = 2.0 * sizes.width * sizes.vocabulary  # of one position's logits
@@ -113,7 +115,9 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
     moving = (states - 2) * query_tokens * sizes.width  # hidden states between layers
     weights = sizes.layers * sizes.layer_weights + sizes.width * sizes.vocabulary
     number = 8 if compute_dtype == "float64" else 4
-    held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + states * capture + moving) + 8 * 4 * capture
+    weights = 2 * sizes.layer_weights if is_on_disk else weights  # one layer, as it is stored and as it computes
+    kept_here = 0.0 if is_on_disk else states * capture
+    held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + kept_here + moving) + 8 * 4 * capture
     kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype)
     stored = sizes.layers * sizes.layer_weights * {"float64": 8, "float32": 4}.get(storage_dtype, 2)
     return Cost(training, captured, flops, baseline, FRAMEWORK_GIB + held / 2**30, kept, stored, reads)

@@ -18,7 +18,7 @@ import pytest
 from iclgd_dist import extensions
 from iclgd_dist import plan as planning
 from iclgd_dist.blocks import Block, halve, split, with_cells
-from iclgd_dist.config import ModelSpec, SweepError, load_sweep
+from iclgd_dist.config import ModelSpec, Resources, SweepError, load_sweep
 from iclgd_dist.encoding import encode, fits_context
 from iclgd_dist.plan import Plan, count_cells, key_of, make_plan
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable
@@ -510,6 +510,8 @@ def test_a_block_with_other_cells_is_named_and_costed_anew(folder: Path, models:
     assert fewer.name != block.name
     assert fewer.cost.baseline_flops == block.cost.baseline_flops
     assert with_cells(fewer, block.cells, encoded) == block
+    on_disk = with_cells(replace(block, resources=Resources(device_map="disk")), block.cells, encoded)
+    assert on_disk.cost.peak_gib < block.cost.peak_gib and on_disk.cost.flops == block.cost.flops
 
 
 def test_cost_grows_with_lanes_steps_and_queries(folder: Path) -> None:
