@@ -76,9 +76,7 @@ class Pass:
     steps: Sequence[int]  # probed
 
 
-def cost_of(
-    encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, storage_dtype: str, passes: Sequence[Pass], is_on_disk: bool = False
-) -> Cost:
+def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, storage_dtype: str, passes: Sequence[Pass], is_on_disk: bool = False) -> Cost:
     """Return what a block with these passes costs. `is_on_disk`: layers rest there, and so do captures."""
     sizes = _Sizes.of(config)
     body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
