@@ -115,6 +115,7 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
     number = 8 if compute_dtype == "float64" else 4
     weights = 2 * sizes.layer_weights if is_on_disk else weights  # one layer, as it is stored and as it computes
     kept_here = 0.0 if is_on_disk else states * capture
+    moving = 0.0 if is_on_disk else moving
     held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + kept_here + moving) + 8 * 4 * capture
     kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype)
     stored = sizes.layers * sizes.layer_weights * {"float64": 8, "float32": 4}.get(storage_dtype, 2)

@@ -71,11 +71,12 @@ class Replay:
         args, kwargs = self.calls[0]  # type: ignore[misc]
         self.start_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
         self.hidden_BTD = self.start_BTD
+        self.resting_BTD: Tensor | None = None
 
     def again(self) -> Replay:
         """Return the same sequences before the first layer; nothing is recorded anew."""
         other = copy(self)
-        other.next_layer, other.hidden_BTD = 0, self.start_BTD
+        other.next_layer, other.hidden_BTD, other.resting_BTD = 0, self.start_BTD, None
         return other
 
     def through(self, layer: Callable[..., Any], index: int, hidden_BTD: Tensor) -> Tensor:
@@ -94,6 +95,12 @@ class Replay:
     def park(self) -> None:
         """Let the states wait in the machine's memory until the next layer; nobody waits for the copy."""
         self.hidden_BTD = to_host(self.hidden_BTD)
+
+    def rest(self, lm: LanguageModel) -> None:
+        """Let the states wait where the model's weights rest, in one place for all layers."""
+        if self.resting_BTD is None or self.resting_BTD.shape != self.hidden_BTD.shape:
+            self.resting_BTD = lm.zeros(*self.hidden_BTD.shape, dtype=self.hidden_BTD.dtype)
+        self.hidden_BTD = self.resting_BTD.copy_(self.hidden_BTD)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def score_directions(baseline: Baseline, capture: Capture) -> list[Tensor]:
     for layer, (zero_shot, state) in enumerate(zip(baseline.zero_shot.scores_LQHT, capture.scores_LQHT, strict=True)):
         change = metrics.score_change(zero_shot, state).change
         is_defined_QH = metrics.is_above_floor(change.norm, baseline.floors(layer)[1]) & (not (baseline.is_first_layer_still and layer == 0))
-        found.append((change.values / torch.where(is_defined_QH, change.norm, math.nan)[..., None]).float())
+        found.append((change.values / torch.where(is_defined_QH, change.norm, math.nan)[..., None]).to(state.dtype))
     return found
 
 

@@ -186,6 +186,8 @@ class QueryPass:
                 batch.replay.climb(layer, index)
             if self.parks:
                 batch.replay.park()
+            if self.lm.is_on_disk and self.lm.input_device.type == "cpu":  # from a GPU that copy would be waited for
+                batch.replay.rest(self.lm)
 
     def _as_far_as_read(self, batch: _MicroBatch, index: int) -> contextlib.AbstractContextManager[None]:
         if index < self.lm.num_layers - 1:

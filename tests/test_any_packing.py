@@ -55,6 +55,9 @@ def results_of(sweep: Path, text: str, root: Path) -> dict[str, list[dict[str, A
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
     rows = table.drop_columns([name for name in table.column_names if name in MACHINE]).to_pylist()
+    for row in rows:  # which of the two holds what compares them depends on which ran first
+        if "cell_b" in row:
+            row["cell_a"], row["cell_b"] = sorted((row["cell_a"], row["cell_b"]))
     return sorted(rows, key=lambda row: [str(value) for value in row.values() if not isinstance(value, float)])
 
 
