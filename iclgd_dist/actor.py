@@ -22,8 +22,9 @@ from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.claims import claimed, num_deaths, unreachable
 from iclgd_dist.loading import load_model
+from iclgd_dist.machine import is_out_of_memory, matmul_gflops, set_num_threads
 from iclgd_dist.measures import MetricError
-from iclgd_dist.model import LanguageModel, is_out_of_memory, matmul_gflops, set_num_threads
+from iclgd_dist.model import LanguageModel
 from iclgd_dist.provenance import peak_gib
 from iclgd_dist.store import Store, StoreError
 

@@ -22,8 +22,9 @@ from iclgd_dist.commits import Committer
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.deltas import check_names
 from iclgd_dist.encoding import Encoded, encode
+from iclgd_dist.machine import empty_cache, is_out_of_memory
 from iclgd_dist.measures import MetricError
-from iclgd_dist.model import LanguageModel, empty_cache, is_out_of_memory
+from iclgd_dist.model import LanguageModel
 from iclgd_dist.packing import Parts, budget_gib, num_neighbours
 from iclgd_dist.probes import QueryPass
 from iclgd_dist.random_deltas import random_measures

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -380,31 +379,3 @@ def _raise(model: nn.Module, dtype: torch.dtype, *, but: Collection[nn.Module] =
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
             else:
                 parameter.data = parameter.data.to(dtype)
-
-
-def set_num_threads(number: int) -> None:
-    torch.set_num_threads(number)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory ran out: of the GPU, or of the process (torch raises a plain RuntimeError then)."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def empty_cache() -> None:
-    """Give memory that torch keeps for later back to the device, so that pieces of another size fit."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
-    """Return this process's float32 matrix-product rate [GFLOP/s]: the best of a few, so that times can be compared across machines."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(size, size, device=device)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
