@@ -89,7 +89,8 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
     captured += query_tokens * len({(each.train_on, step) for each in passes for step in each.steps if step < len(encoded.demonstrations)})
     baseline = captured * body + 2 * label_rows * head + min(NUM_NOISE_QUERIES, num_queries) / num_queries * query_tokens * body
     training, flops, reads = 0, baseline, 0
-    states = 2.0  # captures that are held at once
+    states = 2.0  # captures that are made at once
+    waiting = 0  # captures of other methods at the largest step that a method is compared with
     live = 0.0  # elements of deltas, gradients, autograd's graph and logits at once
     for each in passes:
         num_lanes, steps, is_bottom_up, trained = each.num_lanes, each.steps, each.is_bottom_up, sizes.trained[each.weights]
@@ -106,17 +107,15 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
         graph = num_lanes * longest * layers * (10 * sizes.width + 4 * sizes.inner)
         logits = min(num_lanes * max(longest, label_rows) * min(sizes.vocabulary, MOST_WORDS), MOST_LOGITS)
         live = max(live, 3 * num_lanes * trained * layers + graph + 3 * logits)
-        waiting = sum(other.num_lanes for other in passes if other.train_on == each.train_on) - num_lanes  # of other methods at the largest step, for alpha
-        states = max(states, 2.0 + (probed if is_bottom_up else num_lanes) + waiting)
+        states = max(states, 2.0 + (probed if is_bottom_up else num_lanes))
+        waiting = max(waiting, sum(other.num_lanes for other in passes if other.train_on == each.train_on) - num_lanes)
     widest = _widest(encoded)
     capture = num_queries * sizes.layers * (sizes.width + widest * sizes.width / 64)  # attention outputs, and scores at 64 channels a head
-    moving = (states - 2) * query_tokens * sizes.width  # hidden states between layers
-    weights = sizes.layers * sizes.layer_weights + sizes.width * sizes.vocabulary
+    # On disk: one layer, as it is stored and as it computes; captures and hidden states between layers rest there too.
+    weights = sizes.layer_weights * (2 if is_on_disk else sizes.layers) + sizes.width * sizes.vocabulary
+    resting = 0.0 if is_on_disk else states * capture + (states - 2) * query_tokens * sizes.width
     number = 8 if compute_dtype == "float64" else 4
-    weights = 2 * sizes.layer_weights if is_on_disk else weights  # one layer, as it is stored and as it computes
-    kept_here = 0.0 if is_on_disk else states * capture
-    moving = 0.0 if is_on_disk else moving
-    held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + kept_here + moving) + 8 * 4 * capture
+    held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + resting + waiting * capture) + 8 * 4 * capture
     kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype)
     stored = sizes.layers * sizes.layer_weights * {"float64": 8, "float32": 4}.get(storage_dtype, 2)
     return Cost(training, captured, flops, baseline, FRAMEWORK_GIB + held / 2**30, kept, stored, reads)

@@ -28,7 +28,7 @@ class Head:
     number: float | None = None
     dtype: torch.dtype | None = None
 
-    def rows(self, words: slice | Tensor) -> Tensor:
+    def rows(self, words: slice) -> Tensor:
         """Return the weights (P, D) of some words, as they compute."""
         return self.weight_VD[words].to(self.dtype or self.weight_VD.dtype)
 

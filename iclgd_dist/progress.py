@@ -67,7 +67,7 @@ class Counts:
     def end(self, name: str, outcome: str, reason: str) -> None:
         self.running.pop(name, None)
         self.fractions[name] = 0.0 if outcome in LATER else 1.0
-        if outcome != "done":
+        if outcome not in ("done", *LATER):
             self.tokens.pop(name, None)  # nobody knows how many of them were computed
         self.outcomes[name] = (outcome, reason)
 

@@ -32,8 +32,8 @@ MAX_ROUNDS = 10  # that a block goes into whose actors died with their nodes, or
 NODES_SECONDS = 10.0  # between looks at which nodes there are
 NOTICED_SECONDS = 60.0  # within which Ray notices that a node is gone
 SILENT_SECONDS = 3600.0  # without a word from an actor, after which it is ended like one that hangs
-BEHIND = "behind other learning rates at the same step"
 WAIT_SECONDS = 600.0  # that a run waits for a node with room for an actor
+BEHIND = "behind other learning rates at the same step"  # why a scheduler stops one
 
 
 @dataclass(frozen=True)

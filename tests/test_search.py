@@ -229,6 +229,9 @@ def test_a_sweep_for_a_search_alone_needs_no_list_of_learning_rates(sweep_file: 
 
 
 ASHA = """
+[resources]
+max_actors = 1
+
 [[method]]
 name = "wide"
 base = "vanilla"
@@ -239,17 +242,26 @@ samples = 6
 scheduler = "asha"
 {more}
 [search.learning_rates]
-wide = [1e-4, 1e-1]
+wide = [1e-4, {highest}]
 """
+
+
+def stopped_early(text: str, more: str = 'sampler = "grid"', highest: float = 0.1) -> str:
+    """Return the tiny sweep with one seed and one method, whose learning rates a scheduler may stop after a step of three."""
+    changes = {"seeds = [1, 2]": 'seeds = [1]\nmethods = ["wide"]', "steps = [2, 4]": "steps = [1, 2, 4]", "layer_causal = [0.003, 0.05]\n": ""}
+    changes["vanilla = [0.003, 0.05]"] = "wide = [0.003]"
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text + ASHA.format(more=more, highest=highest)
 
 
 @pytest.fixture
 def stopped(sweep_file: Path) -> Callable[..., Sweep]:
-    text = sweep_file.read_text().replace("seeds = [1, 2]", 'seeds = [1]\nmethods = ["wide"]').replace("steps = [2, 4]", "steps = [1, 2, 4]")
-    text = text.replace("vanilla = [0.003, 0.05]", "wide = [0.003]").replace("layer_causal = [0.003, 0.05]\n", "")
+    text = sweep_file.read_text()
 
     def write(more: str = 'sampler = "grid"') -> Sweep:
-        sweep_file.write_text(text + ASHA.format(more=more))
+        sweep_file.write_text(stopped_early(text, more))
         return load_sweep(sweep_file)
 
     return write

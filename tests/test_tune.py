@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from iclgd_dist.store import Store, read_results
 from iclgd_dist.trackers import guarded
+from tests.test_search import stopped_early
 
 pytestmark = pytest.mark.slow
 ICLGD = [sys.executable, "-m", "iclgd_dist.cli"]
@@ -95,28 +96,8 @@ def test_without_the_section_it_says_what_to_write(sweep_file: Path) -> None:
     assert not (sweep_file.parent / "results").exists()
 
 
-ASHA = """
-[resources]
-max_actors = 1
-
-[[method]]
-name = "wide"
-base = "vanilla"
-weights = "all_linear"
-
-[search]
-samples = 6
-sampler = "grid"
-scheduler = "asha"
-
-[search.learning_rates]
-wide = [1e-4, 1e3]
-"""
-
-
 def test_ray_tunes_asha_stops_learning_rates_that_are_behind_and_nobody_asks_for_them_again(sweep_file: Path) -> None:
-    text = sweep_file.read_text().replace("seeds = [1, 2]", 'seeds = [1]\nmethods = ["wide"]').replace("steps = [2, 4]", "steps = [1, 2, 4]")
-    sweep_file.write_text(text.replace("vanilla = [0.003, 0.05]", "wide = [0.003]").replace("layer_causal = [0.003, 0.05]\n", "") + ASHA)
+    sweep_file.write_text(stopped_early(sweep_file.read_text(), highest=1e3))
     folder, store = sweep_file.parent, Store(sweep_file.parent / "results" / "tiny")
     said = iclgd("tune", str(sweep_file), folder=folder)
     cells = read_results(store).cells.to_pandas()

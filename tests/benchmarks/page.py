@@ -68,10 +68,10 @@ def _opened(page: Path, repeats: int) -> dict[str, list[float]]:
         for _ in range(repeats):
             tab: Page = browser.new_page()
             tab.goto(page.as_uri())
-            painted = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-            tab.wait_for_function("document.querySelector('#cells-table tbody tr') && performance.getEntriesByName('first-contentful-paint').length")
             # The later of the two: something is painted, and the cells stand there to be filtered.
-            found["paint"].append(tab.evaluate(f"Math.max({painted}, window.readyAt)") / 1e3)
+            times = "['first-contentful-paint', 'cells'].map(name => performance.getEntriesByName(name)[0]?.startTime)"
+            tab.wait_for_function(f"{times}.every(time => time !== undefined)")
+            found["paint"].append(max(tab.evaluate(times)) / 1e3)
             for name in ("task", "method", "seed", "step"):
                 found[name].append(tab.evaluate(FILTER, [name, "1"]))
                 tab.evaluate(FILTER, [name, ""])
