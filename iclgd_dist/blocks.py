@@ -195,10 +195,10 @@ def single_lanes(block: Block) -> tuple[Block, ...]:
 
 def _part(block: Block, number: int, cells: Sequence[Cell]) -> Block:
     trained = sum(cell.kind == "finetuned" for cell in cells) / max(1, sum(cell.kind == "finetuned" for cell in block.cells))
-    base = block.cost.baseline_flops
-    cost = replace(block.cost, flops=base + (block.cost.flops - base) * trained)
-    shares = {name: round(getattr(cost, name) * cost.flops / block.cost.flops) if block.cost.flops else 0 for name in ("training_tokens", "capture_tokens")}
-    cost = replace(cost, **shares)
+    whole, base = block.cost, block.cost.baseline_flops
+    flops = base + (whole.flops - base) * trained
+    share = flops / whole.flops if whole.flops else 1.0
+    cost = replace(whole, flops=flops, training_tokens=round(whole.training_tokens * trained), capture_tokens=round(whole.capture_tokens * share))
     targets = tuple(target for target in block.random_targets if target.key in {cell.key for cell in cells})
     return replace(block, cells=tuple(cells), name=f"{block.name}.{number}", cost=cost, random_targets=targets)
 

@@ -46,6 +46,39 @@ def test_weights_on_disk_give_the_same_logits_and_deltas_as_weights_in_memory(fa
     assert all(parameter.device.type == "meta" for parameter in there.layers.parameters()), "a layer stayed resident"
 
 
+def files_mapped() -> int:
+    """How many files of an offload folder this process maps whose names are gone."""
+    return sum("iclgd-offload-" in line and line.rstrip().endswith("(deleted)") for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_what_is_kept_of_a_model_on_disk_rests_there_and_its_tables_as_they_are_stored(tmp_path: Path) -> None:
+    model = tiny("llama", torch.float32).model
+    model.config.tie_word_embeddings = False  # a table that is both is raised as a whole
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path)
+    here, there = loaded(tmp_path, storage="bfloat16"), loaded(tmp_path, storage="bfloat16", device_map="disk")
+    assert here.offload_folder is None and type(here.zeros(3, dtype=torch.float32)) is torch.Tensor
+    before = files_mapped()
+    kept = there.zeros(3, 5, dtype=torch.float32)
+    assert kept.shape == (3, 5) and not kept.any() and files_mapped() == before + 1
+    replay = Replay(there, torch.tensor([ids(9, seed=3)]))
+    assert replay.hidden_BTD.dtype == torch.float32
+    states = replay.hidden_BTD.clone()
+    replay.rest(there)
+    assert torch.equal(replay.hidden_BTD, states) and files_mapped() == before + 2
+    assert {module.weight.dtype for module in (there.model.get_input_embeddings(), there.model.lm_head)} == {torch.bfloat16}
+    with there.head() as head:
+        assert head.rows(slice(2, 4)).dtype == torch.float32
+    assert torch.equal(exits(there), exits(here))
+    for method in METHODS.values():
+        (a,), (b,) = (list(method.train(lm, [TrainingSequence(torch.tensor(ids(6, seed=1)), 1)], [0.1, 0.2], steps=[1])) for lm in (there, here))
+        assert all(torch.equal(a.deltas[name].weight_NIO, delta.weight_NIO) for name, delta in b.deltas.items())
+    assert not [path for path in Path(there.offload_folder.name).iterdir() if path.name.startswith("tmp")]
+    del kept, replay
+    assert files_mapped() == before
+
+
 def loads_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that grows by the name of every offloaded weight that comes in."""
     from accelerate import hooks

@@ -478,6 +478,12 @@ def test_splitting_keeps_every_cell_once_and_a_learning_rate_of_both_methods_tog
     assert len({part.name for part in parts}) == len(parts)
     repeated = (len(parts) - 1) * block.cost.baseline_flops
     assert sum(part.cost.flops for part in parts) == pytest.approx(block.cost.flops + repeated)
+    assert sum(part.cost.training_tokens for part in parts) == pytest.approx(block.cost.training_tokens, abs=len(parts))
+    assert (
+        block.cost.capture_tokens - len(parts)
+        <= sum(part.cost.capture_tokens for part in parts)
+        < block.cost.capture_tokens * (1 if len(parts) == 1 else len(parts)) + 1
+    )
 
 
 def test_splitting_also_parts_what_is_trained_on(folder: Path) -> None:

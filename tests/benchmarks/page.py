@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     made.add_argument("--repeats", type=int, default=5)
     options = made.parse_args(arguments)
     tasks = ("mr", "sst2", "subj", "trec", "agnews")
-    num_seeds = round(options.cells / (len(tasks) * 2 * 2 * len(RATES)))
+    num_seeds = max(2, round(options.cells / (len(tasks) * 2 * 2 * len(RATES))))  # a filter needs two values
     rows = make_rows(tasks=tasks, seeds=tuple(range(1, num_seeds + 1)), rates={"vanilla": tuple(RATES), "layer_causal": tuple(RATES)})
     with tempfile.TemporaryDirectory(prefix="iclgd-page-") as folder:
         root = make_store(Path(folder) / "store", rows)
