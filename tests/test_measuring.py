@@ -13,11 +13,11 @@ import torch
 from iclgd_dist import measured
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.block import run_block
-from iclgd_dist.blocks import Block, with_cells
+from iclgd_dist.blocks import Block, split, with_cells
 from iclgd_dist.config import load_sweep
 from iclgd_dist.measuring import Missing, measure_kept, random_targets, with_targets
 from iclgd_dist.plan import make_plan
-from iclgd_dist.store import Store, read_results
+from iclgd_dist.store import Results, Store, read_results
 from iclgd_dist.upkeep import verify
 from tests.test_block import lm_for
 
@@ -143,6 +143,35 @@ def test_without_captures_just_the_cells_that_lack_something_are_trained_again(s
     assert set(new["control"]) - set(old["control"]) == {"flipped_labels"}
     assert len(new) == len(old) + (new["control"] == "flipped_labels").sum()
     missing = Missing(after)
+    assert make_plan(load_sweep(path), choose=lacking).blocks == ()
+
+
+def test_pairs_of_learning_rates_that_a_split_block_lacks_are_measured_later(sweep_file: Path, tmp_path: Path) -> None:
+    whole, store = Store(tmp_path / "whole"), Store(tmp_path / "store")
+    path = changed(sweep_file)
+    block = ran(path, whole)
+    store.prepare()
+    for part in split([block], 9):  # a block for each learning rate
+        run_block(lm_for(part), part, store)
+
+    def alphas(results: Results) -> dict[tuple[frozenset[str], str], float]:
+        rows = [row for row in results.pairs.to_pylist() if row["metric"] == "alpha" and row["layer"] is None]
+        found = {(frozenset((row["cell_a"], row["cell_b"])), row["fold"]): row["mean"] for row in rows}
+        assert len(found) == len(rows)
+        return found
+
+    before, expected = alphas(read_results(store)), alphas(read_results(whole))
+    assert not before and expected
+    missing = Missing(read_results(store))
+
+    def lacking(block: Block, encoded) -> Block | None:
+        return replace(with_cells(block, cells, encoded), is_measuring=True) if (cells := missing.to_train(block, encoded)) else None
+
+    (rest,) = make_plan(load_sweep(path), choose=lacking).blocks
+    assert {cell.step for cell in rest.cells} == {4}
+    run_block(lm_for(rest), rest, store)
+    assert alphas(read_results(store)) == pytest.approx(expected, rel=1e-9)
+    missing = Missing(read_results(store))
     assert make_plan(load_sweep(path), choose=lacking).blocks == ()
 
 

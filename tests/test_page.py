@@ -142,6 +142,7 @@ def test_a_point_says_what_it_is_and_opens_its_cell(opened: Opened, rows: list[R
         opened.tab.mouse.move(x, y)
         if opened.tab.locator("#tip").is_visible():
             found = opened.tab.inner_text("#tip")
+            assert opened.tab.locator("#tip *").count() == 0  # text, whatever it says
             opened.tab.mouse.click(x, y)
             break
     assert found.startswith(f"vanilla, lr 1e-2, step {STEPS[1]}, draw 2/0 (trec") and f"nll_label {wanted['nll_label']:.3f}" in found
