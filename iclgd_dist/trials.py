@@ -20,7 +20,7 @@ from iclgd_dist.blocks import Block
 from iclgd_dist.claims import note_death, take_death_back
 from iclgd_dist.config import Resources
 from iclgd_dist.files import Vanished
-from iclgd_dist.progress import LATER, Counts
+from iclgd_dist.progress import Counts
 from iclgd_dist.session import Newcomers, leave_out, nodes, num_slots, place
 from iclgd_dist.stopping import Stopped
 from iclgd_dist.store import Store, StoreError
@@ -209,7 +209,7 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
                     store.compact()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            if counts.outcomes.get(name := trial.config["block"], LATER)[0] in LATER:  # it did not end by itself
+            if by_name[name := trial.config["block"]].judged and not trial.last_result["outcome"]:  # it did not end by itself
                 _record(running, name, "stopped", BEHIND)
                 counts.end(name, "stopped", BEHIND)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from iclgd_dist.claims import claimed
 from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results, short_hash
@@ -80,6 +81,21 @@ def test_a_driver_killed_in_the_middle_loses_nothing_and_nothing_is_computed_twi
     assert recomputed <= 16
     now = Store(store).manifest().commits
     assert all(now[name.partition(".")[0]] == short_hash(data) for name, data in before.items())
+
+
+def test_what_another_driver_held_is_computed_when_that_driver_is_gone(sweep_file: Path) -> None:
+    plan, store = make_plan(load_sweep(sweep_file)), Store(sweep_file.parent / "results" / "tiny")
+    store.prepare()
+    with claimed(store, plan.blocks[0], "another") as is_mine:
+        assert is_mine
+        driver = start(sweep_file)
+        others = {cell.key for block in plan.blocks[1:] for cell in block.cells}
+        wait_for(lambda: others <= store.keys(), driver)
+        time.sleep(3)
+        assert driver.poll() is None, f"it waits:\n{driver.communicate()[0]}"
+    said, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0 and store.keys() >= set(plan.keys), said
+    assert {attempt["outcome"] for attempt in store.attempts().to_pylist()} == {"done"}
 
 
 def test_more_cpus_than_a_node_has_are_refused_with_both_numbers(sweep_file: Path) -> None:
