@@ -6,6 +6,7 @@ Knows types, ranges and messages. Knows nothing of tasks, models or files.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, field_validator
@@ -30,6 +31,20 @@ class At(ValueError):
     def __init__(self, message: str, *keys: str | int) -> None:
         super().__init__(message)
         self.keys = keys
+
+
+class Several(ValueError):
+    """All problems of one field."""
+
+    def __init__(self, problems: Iterable[At]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(map(str, self.problems)))
+
+
+def refuse(problems: Iterable[At]) -> None:
+    """Raise the problems that there are, all at once."""
+    if found := tuple(problems):
+        raise Several(found)
 
 
 def listed(value: Any) -> Any:

@@ -9,13 +9,14 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from iclgd_dist.axes import Analysis, At, Capture, Controls, Count, Name, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed
+from iclgd_dist.axes import Analysis, At, Capture, Controls, Count, Name, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed, refuse
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
@@ -75,24 +76,27 @@ class Sweep(Frozen):
     @field_validator("task")
     @classmethod
     def _names_of_their_own(cls, own_tasks: tuple[OwnTask, ...]) -> tuple[OwnTask, ...]:
-        for number, own in enumerate(own_tasks):
-            if own.name in (*EMBEDDED_TASKS, *HUB_TASKS, *(earlier.name for earlier in own_tasks[:number])):
-                raise At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
+        refuse(
+            At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
+            for number, own in enumerate(own_tasks)
+            if own.name in (*EMBEDDED_TASKS, *HUB_TASKS, *(earlier.name for earlier in own_tasks[:number]))
+        )
         return own_tasks
 
     @field_validator("method", "metric")
     @classmethod
     def _code_is_there(cls, added: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        found, problems = [], []
+        taken = [*METHODS, "zero_shot", "icl", "in-context"] if info.field_name == "method" else [*_columns()] if added else []
         for number, each in enumerate(added):
-            taken = (*METHODS, "zero_shot", "icl", "in-context") if info.field_name == "method" else _columns()
-            if each.name in (*taken, *(earlier.name for earlier in added[:number])):
-                raise At(f"{each.name!r} is the name of something else; choose one of its own", number, "name")
-        found = []
-        for number, each in enumerate(added):
+            if each.name in taken:
+                problems.append(At(f"{each.name!r} is the name of something else; choose one of its own", number, "name"))
+            taken.append(each.name)
             try:
                 found.append(each.with_text(info.data["folder"]))
             except ValueError as error:
-                raise At(str(error), number, "code") from None
+                problems.append(At(str(error), number, "code"))
+        refuse(problems)
         return tuple(found)
 
     @field_validator("tasks", "methods")
@@ -102,18 +106,15 @@ class Sweep(Frozen):
         if what in info.data:  # a faulty [[task]] or [[method]] may be the one that is meant
             builtin = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS)
             known = (*builtin, *(own.name for own in info.data[what]))
-            for number, name in enumerate(names):
-                if name not in known:
-                    raise At(unknown(what, name, known), number)
+            refuse(At(unknown(what, name, known), number) for number, name in enumerate(names) if name not in known)
         return tuple(dict.fromkeys(names))
 
     @field_validator("num_demonstrations", "steps")
     @classmethod
     def _ascending(cls, values: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         k = max(info.data.get("num_demonstrations", values))
-        for number, value in enumerate(values):
-            if value > k:
-                raise At(f"must lie in 1..{k} ({k} demonstrations / batch 1 x 1 epoch), got {value}", number)
+        beyond = f"must lie in 1..{k} ({k} demonstrations / batch 1 x 1 epoch), got"
+        refuse(At(f"{beyond} {value}", number) for number, value in enumerate(values) if value > k)
         return tuple(sorted(set(values)))
 
     @field_validator("controls")
@@ -137,18 +138,19 @@ class Sweep(Frozen):
     @classmethod
     def _for_each_method(cls, value: Any, info: ValidationInfo) -> Any:
         known = _methods(info)
-        if isinstance(value, dict) and "method" in info.data and (stranger := next((name for name in value if name not in known), None)):
-            raise At(f"learning_rates: {unknown('method', stranger, known)}{_misplaced(stranger)}", stranger)
+        strangers = [name for name in value if name not in known] if isinstance(value, dict) and "method" in info.data else []
+        refuse(At(f"learning_rates: {unknown('method', name, known)}{_misplaced(name)}", name) for name in strangers)
         return by_method(value)
 
     @field_validator("learning_rates")
     @classmethod
     def _positive_rates(cls, lists: dict[str, tuple[float, ...]], info: ValidationInfo) -> dict[str, tuple[float, ...]]:
-        _check_positive(lists, info, "learning_rates")
+        refuse(_not_positive(lists, info, "learning_rates"))
         methods, search = info.data.get("methods", ()), info.data.get("search")
-        for method in methods:
-            if method not in lists and "*" not in lists and not (search and method in search.learning_rates):
-                raise ValueError(f"learning_rates.{method} is required, as {method!r} is one of the methods; got none" if lists else "is required, got nothing")
+        lacking = [method for method in methods if method not in lists and "*" not in lists and not (search and method in search.learning_rates)]
+        if lacking and not lists:
+            raise ValueError("is required, got nothing")
+        refuse(At(f"learning_rates.{method} is required, as {method!r} is one of the methods; got none") for method in lacking)
         return {method: tuple(sorted(set(lists.get(method) or lists.get("*", ())))) for method in methods}
 
     @field_validator("per_task")
@@ -156,14 +158,13 @@ class Sweep(Frozen):
     def _of_tasks(cls, per_task: dict[str, TaskAxes], info: ValidationInfo) -> dict[str, TaskAxes]:
         tasks, general = info.data.get("tasks", tuple(per_task)), info.data.get("learning_rates", {})
         found = {}
+        refuse(At(unknown("task", name, tasks), name) for name in per_task if name not in tasks)
         for name, axes in per_task.items():
-            if name not in tasks:
-                raise At(unknown("task", name, tasks), name)
             rates = axes.learning_rates
             if rates is not None:
-                if stranger := next((method for method in rates if method not in (*_methods(info), "*")), None):
-                    raise At(f"per_task.{name}.learning_rates: {unknown('method', stranger, _methods(info))}", name, "learning_rates", stranger)
-                _check_positive(rates, info, f"per_task.{name}.learning_rates", name, "learning_rates")
+                named, keys = f"per_task.{name}.learning_rates", (name, "learning_rates")
+                refuse(At(f"{named}: {unknown('method', each, _methods(info))}", *keys, each) for each in rates if each not in (*_methods(info), "*"))
+                refuse(_not_positive(rates, info, named, *keys))
                 rates = {method: tuple(sorted(set(rates.get(method) or rates.get("*") or values))) for method, values in general.items()}
             found[name] = axes.model_copy(update={"learning_rates": rates})
         return found
@@ -252,7 +253,9 @@ def load_sweep(path: str | Path) -> Sweep:
         raise SweepError(not_toml(path, text, str(error))) from None
     except RecursionError:
         raise SweepError(f"{path}: is nested too deeply") from None
-    problems: list[tuple[tuple[Any, ...], str]] = [((name,), _unknown_key((name,))) for name in ("folder", "warnings") if name in values]
+    problems: list[tuple[tuple[Any, ...], str]] = [((name,), _unknown_key((name,))) for name in _OURS if name in values]
+    added = [(name, number, each) for name in ("method", "metric") if isinstance(values.get(name), list) for number, each in enumerate(values[name])]
+    problems += [((name, number, "text"), _unknown_key((name, number, "text"))) for name, number, each in added if isinstance(each, dict) and "text" in each]
     if "runs" not in values and "seeds" not in values:
         problems.append(((), "seeds is required, got nothing"))
     if "runs" in values and (others := [name for name in ("seeds", "orders") if name in values]):
@@ -262,7 +265,7 @@ def load_sweep(path: str | Path) -> Sweep:
     except ValidationError as error:
         # What holds a bad item also lacks it: pydantic then says that the list is too short.
         details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
-        problems += [_problem(detail) for detail in details]
+        problems += [problem for detail in details for problem in _problems(detail)]
     if problems:
         placed = sorted({(line_of(text, keys), message) for keys, message in problems})
         raise SweepError("\n".join(f"{path}:{line}: {message}" for line, message in placed))
@@ -321,14 +324,14 @@ def _methods(info: ValidationInfo) -> tuple[str, ...]:
     return (*METHODS, *(own.name for own in info.data.get("method", ())))
 
 
-def _check_positive(lists: dict[str, tuple[float, ...]], info: ValidationInfo, named: str, *keys: str) -> None:
-    """Errors: a ValueError that leads to the first learning rate that is negative, or 0 where that control is not asked for."""
+def _not_positive(lists: dict[str, tuple[float, ...]], info: ValidationInfo, named: str, *keys: str) -> Iterator[At]:
+    """Yield a problem for each learning rate that is negative, or 0 where that control is not asked for."""
     for method, rates in lists.items():
         for number, rate in enumerate(rates):
             if rate < 0 or (rate == 0 and "controls" in info.data and not info.data["controls"].zero_learning_rate):
                 of_method = named if method == "*" else f"{named}.{method}"
                 way_out = "; [controls] zero_learning_rate = true allows 0 as a control" if rate == 0 else ""
-                raise At(f"{of_method} must be greater than 0, got {rate:g}{way_out}", *keys, method, number)
+                yield At(f"{of_method} must be greater than 0, got {rate:g}{way_out}", *keys, method, number)
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -340,33 +343,41 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "metric": MetricSpec,
 }
 _SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
-_KEYS = tuple(name for name in Sweep.model_fields if name not in ("folder", "warnings"))
+_OURS = ("folder", "warnings", "text")  # fields that no file sets
+_KEYS = tuple(name for name in Sweep.model_fields if name not in _OURS)
 
 
 def _unknown_key(keys: tuple[Any, ...]) -> str:
     if len(keys) == 1:
         return unknown("key", keys[0], _KEYS)
     header = f"[[{keys[0]}]]" if isinstance(keys[1], int) else f"[{'.'.join(keys[:-1])}]"
-    return unknown("key", keys[-1], tuple(_SECTIONS[keys[0]].model_fields), where=f" in {header}") + _misplaced(keys[-1])
+    return unknown("key", keys[-1], [name for name in _SECTIONS[keys[0]].model_fields if name not in _OURS], where=f" in {header}") + _misplaced(keys[-1])
 
 
 def _misplaced(name: str) -> str:
     return f" ({name} of the sweep itself must stand above the first [section])" if name in _KEYS else ""
 
 
-def _problem(detail: Any) -> tuple[tuple[Any, ...], str]:
-    """Return where a problem that pydantic found is, and a sentence that says what was required and what was got."""
-    keys, kind, given = tuple(detail["loc"]), detail["type"], detail.get("ctx", {})
+def _problems(detail: Any) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield where each problem of a field is that pydantic found, and a sentence that says what was required and what was got."""
+    keys = tuple(detail["loc"])
     name = ".".join(str(key) for key in keys if not isinstance(key, int) and key != "*")
+    if detail["type"] != "value_error":
+        yield _problem(detail, keys, name)
+        return
+    for error in getattr(detail["ctx"]["error"], "problems", [detail["ctx"]["error"]]):
+        message = str(error)
+        yield (*keys, *getattr(error, "keys", ())), message if message.startswith(("unknown", name)) else f"{name} {message}"
+
+
+def _problem(detail: Any, keys: tuple[Any, ...], name: str) -> tuple[tuple[Any, ...], str]:
+    kind, given = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         return keys, _unknown_key(keys)
     if kind == "missing":
         return keys[:-1], f"{name} is required, got nothing"
     if kind == "too_short":
         return keys, f"{name}: at least 1 is required, got none"
-    if kind == "value_error":
-        message, inner = str(given["error"]), getattr(given["error"], "keys", ())
-        return (*keys, *inner), message if message.startswith(("unknown", name)) else f"{name} {message}"
     is_item = isinstance(keys[-1], int)
     required = {
         "int_type": "whole numbers" if is_item else "a whole number",

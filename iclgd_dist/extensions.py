@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, field_validator, model_validator
 
-from iclgd_dist.axes import Name
+from iclgd_dist.axes import At, Name
 from iclgd_dist.protocol import Frozen
+from iclgd_dist.toml_text import meant
 
 METHOD_VERSIONS = {"vanilla": 2, "layer_causal": 2, "layer_causal_attn": 1}  # raised when a method's numbers change; part of a cell's key
 METHODS = tuple(METHOD_VERSIONS)
@@ -48,13 +49,20 @@ class Code(Frozen):
         if self.code is None:
             return self
         path, name = folder / self.code.rpartition(":")[0], self.code.rpartition(":")[2]
+        is_whole = True
         try:
-            text = path.read_text(encoding="utf-8")
+            is_whole = path.is_file() or not path.exists()  # opening a FIFO would wait for ever
+            text = path.read_text(encoding="utf-8") if is_whole else ""
             compile(text, str(path), "exec")
+        except FileNotFoundError:
+            others = [other.stem for other in path.parent.glob("*.py")]
+            raise ValueError(f"code: {path}: no such file{meant(path.stem, others, ending='.py')}") from None
         except OSError as error:
             raise ValueError(f"code: {path} cannot be read: {error.strerror}") from None
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two: nested too deeply
             raise ValueError(f"code: {path} is not Python: {error}") from None
+        if not is_whole:
+            raise ValueError(f"code: {path} must be a regular file, or a link to one")
         if not re.search(rf"^(class\s+{name}\b|{name}\s*=|def\s+{name}\b|from\s.*\b{name}\b)", text, re.MULTILINE):
             raise ValueError(f"code: {path} must define {name}, it does not")
         return self.model_copy(update={"text": text})
@@ -82,15 +90,16 @@ class MethodSpec(Code):
         if (self.code is None) == (self.base is None):
             raise ValueError("needs either base (a built-in method to vary) or code (a class of one's own)")
         if self.code is not None and varied:
-            raise ValueError(f"{', '.join(sorted(varied))}: for variations of a built-in method; code takes its own options = {{...}}")
+            names = sorted(varied)
+            raise At(f"method.{', '.join(names)}: for variations of a built-in method; code takes its own options = {{...}}", names[0])
         if self.code is None and self.options:
-            raise ValueError("options are for code; a variation is described by weights, layers, optimizer and rank")
+            raise At("method.options are for code; a variation is described by weights, layers, optimizer and rank", "options")
         if self.base == "layer_causal_attn" and self.weights in ("mlp", "all_linear"):
-            raise ValueError(f"weights {self.weights!r}: the loss of layer_causal_attn reads the attention output, which no MLP weight changes")
+            raise At(f"method.weights {self.weights!r}: the loss of layer_causal_attn reads the attention output, which no MLP weight changes", "weights")
         if self.residual and self.base != "layer_causal_attn":
-            raise ValueError("residual is an option of layer_causal_attn")
+            raise At(f"method.residual is an option of layer_causal_attn, got base = {self.base!r}", "residual")
         if self.layers is not None and len(set(self.layers)) < max(1, len(self.layers)):
-            raise ValueError(f"layers must be distinct and at least one, got {list(self.layers)}")
+            raise At(f"method.layers must be distinct and at least one, got {list(self.layers)}", "layers")
         return self
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, StrictBool, ValidationInfo, field_validator
 
 from iclgd_dist.axes import Seed
 from iclgd_dist.protocol import Frozen
@@ -19,8 +19,8 @@ class ModelSpec(Frozen):
     revision: str | None = None  # hub only: branch, tag or commit
     storage_dtype: DType | None = None  # weights are rounded to it; None = as stored in the files
     compute_dtype: DType = "float32"
-    tf32: bool = False  # GPUs only: float32 products may round what they multiply to TF32 (10 bits of mantissa), which is faster
-    deterministic: bool = False  # GPUs only: kernels whose sums have one order, so that two runs agree to the last bit, which is slower
+    tf32: StrictBool = False  # GPUs only: float32 products may round what they multiply to TF32 (10 bits of mantissa), which is faster
+    deterministic: StrictBool = False  # GPUs only: kernels whose sums have one order, so that two runs agree to the last bit, which is slower
     init: Literal["trained", "random", "embeddings_norms", "norms"] = "trained"  # all but these drawn anew; embeddings_norms keeps the output head too
     init_scheme: Literal["model", "fairseq"] = "model"  # transformers' own initialisation of the class, or fairseq's
     init_seeds: Annotated[tuple[Seed, ...], Field(validate_default=True)] = ()  # in the file: a model each; in a Sweep: the model's own, none if trained

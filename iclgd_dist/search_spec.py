@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from iclgd_dist.axes import At, Count, Number, Seed, listed
+from iclgd_dist.axes import At, Count, Number, Seed, listed, refuse
 from iclgd_dist.protocol import Frozen
 from iclgd_dist.toml_text import unknown
 
@@ -79,12 +79,18 @@ class Search(Frozen):
     def _list_or_one(cls, value: Any) -> Any:
         return listed(value)
 
+    @field_validator("learning_rates", mode="before")
+    @classmethod
+    def _ends(cls, ranges: Any) -> Any:
+        wrong = {name: ends for name, ends in ranges.items() if not isinstance(ends, list | tuple) or len(ends) != 2} if isinstance(ranges, dict) else {}
+        refuse(At(f"search.learning_rates.{name} must be a lowest and a highest learning rate, got {ends!r:.80}", name) for name, ends in wrong.items())
+        return ranges
+
     @field_validator("learning_rates")
     @classmethod
     def _ascending(cls, ranges: dict[str, Range]) -> dict[str, Range]:
-        for method, (lowest, highest) in ranges.items():
-            if lowest >= highest:
-                raise At(f"learning_rates.{method} must be a lower and a higher learning rate, got [{lowest:g}, {highest:g}]", method)
+        wrong = {name: ends for name, ends in ranges.items() if ends[0] >= ends[1]}
+        refuse(At(f"search.learning_rates.{name} must be a lower and a higher learning rate, got [{a:g}, {b:g}]", name) for name, (a, b) in wrong.items())
         return ranges
 
     @field_validator("constraints")
@@ -106,39 +112,43 @@ class Search(Frozen):
         return rungs
 
     def check(self, methods: Sequence[str] | None, *, own: Mapping[str, Any], num_queries: int | None, num_seeds: int) -> None:
-        """Errors: At for a method, a metric or a rung that the sweep around it does not have, and where asha has nothing to stop. `own`: [[method]] by name."""
-        if self.scheduler == "asha":
-            self._check_asha(own)
-        for method in self.learning_rates:
-            if methods and method not in methods:
-                raise At(f"search.learning_rates: {unknown('method', method, methods)} among methods", "learning_rates", method)
+        """Errors: for each method, metric or rung that the sweep around it does not have, and where asha has nothing to stop. `own`: [[method]] by name."""
+        refuse(self._problems(methods, own, num_queries, num_seeds))
+
+    def _problems(self, methods: Sequence[str] | None, own: Mapping[str, Any], num_queries: int | None, num_seeds: int) -> Iterator[At]:
+        strangers = [method for method in self.learning_rates if methods and method not in methods]
+        for method in strangers:
+            yield At(f"search.learning_rates: {unknown('method', method, methods or ())}", "learning_rates", method)
+        known = _judged()
         for keys, metric in ((("objective",), self.objective), *((("constraints", n), bound.metric) for n, bound in enumerate(self.bounds))):
-            if metric not in (known := _judged()):
-                raise At(f"search: {unknown('metric', metric, known)}", *keys)
+            if metric not in known:
+                yield At(f"search: {unknown('metric', metric, known)}", *keys)
         for number, rung in enumerate(self.rungs):
             for name, limit in (("num_queries", num_queries), ("num_seeds", num_seeds)):
                 if limit and getattr(rung, name) > limit:
-                    raise At(f"search.rungs: {name} must be at most the sweep's {limit}, got {getattr(rung, name)}", "rungs", number)
+                    yield At(f"search.rungs: {name} must be at most the sweep's {limit}, got {getattr(rung, name)}", "rungs", number)
+        if self.scheduler == "asha":
+            yield from self._problems_of_asha(own, [method for method in self.learning_rates if method not in strangers], is_known=self.objective in known)
 
-    def _check_asha(self, own: Mapping[str, Any]) -> None:
+    def _problems_of_asha(self, own: Mapping[str, Any], methods: Sequence[str], *, is_known: bool) -> Iterator[At]:
         """Stopping early pays where training costs more than looking at a step: for the user's own rules and for whole layers that learn."""
-        for method in self.learning_rates:
+        for method in methods:
             spec = own.get(method)
             if spec is None or not (spec.code or (spec.weights in ("mlp", "all_linear") and not spec.is_bottom_up)):
-                raise At(
+                yield At(
                     f'search.scheduler: "asha" is for methods that yield step by step and whose training dominates: code of your own, or a variation of '
                     f'vanilla with weights = "all_linear" or "mlp"; {method!r} is none, and its steps are almost free: leave scheduler out',
                     "scheduler",
                 )
-        if self.objective not in _of_a_fold():
-            raise At(
+        if is_known and self.objective not in _of_a_fold():
+            yield At(
                 f'search.objective: with scheduler = "asha" it must be known of a fold at each step: {", ".join(_of_a_fold())}; got {self.objective!r}',
                 "objective",
             )
         if self.constraints:
-            raise At('search.constraints: scheduler = "asha" stops by the objective alone: leave constraints out', "constraints")
+            yield At('search.constraints: scheduler = "asha" stops by the objective alone: leave constraints out', "constraints")
         if self.sampler == "tpe":
-            raise At(
+            yield At(
                 'search.sampler: with scheduler = "asha" all learning rates are asked for at once, and "tpe" learns nothing: set "random" or "grid"', "sampler"
             )
 

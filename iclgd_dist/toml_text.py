@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 
-def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> str:
-    """Return the message for a name that is not known, with the nearest one that is."""
+def meant(got: str, known: Iterable[str], *, ending: str = "") -> str:
+    """Return a question for the nearest name that is known, with an ending that all have; an empty text where none is near."""
     plain = {name.replace("_", "").replace("-", "").lower(): name for name in known}
     near = difflib.get_close_matches(got.replace("_", "").replace("-", "").lower(), plain, n=1, cutoff=0.6)
-    meant = f"; did you mean {plain[near[0]]!r}?" if near else ""
-    return f"unknown {what} {got!r}{where}{meant}; known: {', '.join(sorted(known))}"
+    return f"; did you mean {plain[near[0]] + ending!r}?" if near else ""
+
+
+def unknown(what: str, got: str, known: Iterable[str], *, where: str = "") -> str:
+    """Return the message for a name that is not known, with the nearest one that is."""
+    return f"unknown {what} {got!r}{where}{meant(got, known)}; known: {', '.join(sorted(known))}"
 
 
 def not_toml(path: Path, text: str, said: str) -> str:

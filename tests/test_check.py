@@ -119,7 +119,7 @@ def test_the_command_says_what_holds_and_what_fails(rules: Path, monkeypatch: py
     assert (code, out) == (2, "") and "TypeError" in errors and errors.count("\n") == 1
     for argument, message in (
         ("rules.py", "must name a file and a class in it"),
-        ("other.py:Good", "cannot be read: No such file"),
+        ("other.py:Good", "other.py: no such file"),
         ("rules.py:Nobody", "must define Nobody"),
     ):
         code, out, errors = run(monkeypatch, capsys, "check-method", argument)

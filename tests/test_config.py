@@ -396,7 +396,7 @@ def test_protocols_are_an_axis(tmp_path: Path) -> None:
         ('[[metric]]\nname = "alpha"\ncode = "m.py:f"', "'alpha' is the name of something else"),
         ('[[method]]\nname = "mine"\ncode = "m.py:f"\noptions = { a = nan }', "options must be text, finite numbers, true or false, got a = nan"),
         ('[[method]]\nname = "mine"\ncode = "m.py:f"\noptions = { a = [1] }', "options must be text, finite numbers, true or false, got a = [1]"),
-        ('[[method]]\nname = "mine"\ncode = "missing.py:f"', "cannot be read: No such file or directory"),
+        ('[[method]]\nname = "mine"\ncode = "missing.py:f"', "missing.py: no such file"),
         ('[[method]]\nname = "mine"\ncode = "m.py:g"', "must define g, it does not"),
         ('[[method]]\nname = "mine"\ncode = "deep.py:f"', "is not Python"),
         ('[[method]]\nname = "mine"\ncode = "m.py:f"\nrank = 2', "rank: for variations of a built-in method; code takes its own options"),
