@@ -1,4 +1,4 @@
-"""The command line: status, report, check-method, and where the commands of sweeps, stores and jobs come together. Knows words and exit codes; the work is elsewhere.
+"""The command line: status, report, check-method, convert-weights, and where the commands of sweeps, stores and jobs come together. Knows words and exit codes; the work is elsewhere.
 
 Exit codes: 0 every planned cell has a final row; 2 wrong usage, found before any model loads; 3 some cells failed; 74 storage; 75 stopped by
 SIGTERM, resumable; 130 Ctrl-C. After 75 and 130 the last line is the command that resumes.
@@ -51,6 +51,7 @@ iclgd status results/demo       how far it is, also while it runs
 iclgd report results/demo       the table, and a page of figures
 iclgd measure SWEEP.toml        metrics and controls that were added since
 iclgd check-method FILE:NAME    a training rule of your own
+iclgd convert-weights DIR       pickled weights as safetensors
 
 \b
 iclgd submit | stop             a sweep as a job of a Ray cluster
@@ -101,10 +102,10 @@ def report(
 
     Example: iclgd report results/demo
     """
-    from iclgd_analysis import load, write_report
+    root = str(existing(store).root)
+    from iclgd_analysis import load, write_report  # slow, and of no use without a store
     from iclgd_analysis.table import show
 
-    root = str(existing(store).root)
     if out is None and "://" in root:
         raise SweepError(f"{root}: is no directory to write the page to; give --out PAGE.html")
     show(load(root), console)
@@ -124,17 +125,21 @@ def check_method_command(
     """
     from pydantic import ValidationError
 
-    from iclgd_dist.check import check_method
     from iclgd_dist.extensions import MethodSpec
-    from iclgd_dist.updates import make_method
 
     try:
         options = tomllib.loads("\n".join(option or ()))
+    except tomllib.TOMLDecodeError as error:
+        raise SweepError(f"check-method: --option must be name=value as in TOML (text in quotes), got {', '.join(option or ())}: {error}") from None
+    try:
         spec = MethodSpec(name="checked", code=code, options=options).with_text(Path())
     except ValidationError as error:
         raise SweepError(f"check-method {code}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise SweepError(f"check-method {code}: {error}") from None
+    from iclgd_dist.check import check_method  # slow: torch
+    from iclgd_dist.updates import make_method
+
     make_method(spec)
     findings = []
     for finding in check_method(lambda: make_method(spec)):
@@ -142,6 +147,20 @@ def check_method_command(
         mark = Text("holds ", "green") if finding.holds else Text("fails ", "red")
         console.print(Text.assemble(mark, finding.what, f": {finding.problem}" if finding.problem else ""), soft_wrap=True)
     raise typer.Exit(0 if all(finding.holds for finding in findings) else USAGE)
+
+
+@app.command("convert-weights")
+def convert_weights(directory: Annotated[Path, typer.Argument(help="A model directory with pickled weights", metavar="DIR")]) -> None:
+    """Write a model's pickled weights as safetensors beside them, for sweeps, which read no pickles.
+
+    Tensors are read and nothing else: a pickle that names code is refused, and none of it is run.
+
+    Example: iclgd convert-weights models/opt-125m
+    """
+    from iclgd_dist.pickles import convert_pickles
+
+    for path in convert_pickles(directory):
+        say(f"written: {path}")
 
 
 _add(store_commands.verify, store_commands.compact, store_commands.forget, store_commands.gc, job_commands.submit, job_commands.stop)

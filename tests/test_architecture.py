@@ -34,11 +34,11 @@ FLOORS = {
     1.9: ("claims",),
     1.8: ("blocks",),
     1.6: ("upkeep",),
-    1.5: ("cost", "captures", "untrained", "prepared"),
+    1.5: ("cost", "captures", "untrained", "prepared", "pickles"),
     1.2: ("encoding", "contexts", "light_tokenizer"),  # draws as token ids, draws of controls
     1: ("metrics", "ranking", "shared_attention", "head", "tasks", "families", "sources", "store", "machine"),
     0.6: ("measured", "manifests"),
-    0.5: ("embedded", "cells", "own_code", "apart", "hub"),  # what tasks reads, what the store encodes
+    0.5: ("embedded", "cells", "own_code", "apart", "hub", "weights"),  # what tasks reads, what the store encodes
     0.3: ("locks",),
     0.2: ("files",),
     0.15: ("objects",),

@@ -284,7 +284,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda d: edit_json(d / "config.json", lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "mine.Config"})), "never run"),
     (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer"),
     (lambda d: (d / WEIGHTS).unlink(), "model.safetensors.index.json are required, got neither"),
-    (only_pickles, "got only pickles (pytorch_model.bin), which can run code: convert them to safetensors first"),
+    (only_pickles, "got only pickles (pytorch_model.bin), which can run code; `iclgd convert-weights DIR` reads"),
     (lambda d: (d / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n"), "is a git-lfs pointer"),
     (cut, "is not a whole safetensors file"),
     (one_byte_more, "is not a whole safetensors file"),
