@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from iclgd_dist.config import SweepError
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.families import FAMILIES, num_key_heads
 from iclgd_dist.schema import NUM_KENDALL_QUERIES, NUM_NOISE_QUERIES
 
 MOST_WORDS, MOST_LOGITS = 16_384, 2**28  # that exist at once: losses.WORDS and losses.LOGITS, of a GPU
+_STORED = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 FRAMEWORK_GIB = 0.7  # torch, transformers and Ray in one process, before any model (measured)
 
 
@@ -44,7 +46,7 @@ class _Sizes:
     @staticmethod
     def of(config: Mapping[str, Any]) -> _Sizes:
         def first(*names: str, default: int = 0) -> int:
-            return next((int(config[name]) for name in names if config.get(name)), default)
+            return next((_whole(name, config[name]) for name in names if config.get(name)), default)
 
         width = first("hidden_size", "n_embd", "d_model")
         heads = first("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads", default=1)
@@ -60,9 +62,32 @@ class _Sizes:
         return _Sizes(layers, width, heads, inner, first("vocab_size"), attention + mlp, trained)
 
 
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+        raise SweepError(f"{name} in config.json must be a whole number above 0, got {value!r:.80}")
+    return int(value)
+
+
 def layers_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Errors: SweepError where a model's configuration does not say them."""
     sizes = _Sizes.of(config)
+    for what, size in (("layers (num_hidden_layers)", sizes.layers), ("channels (hidden_size)", sizes.width)):
+        if not size:
+            raise SweepError(f"its config.json must say its number of {what}, it does not")
     return sizes.layers, sizes.width
+
+
+def num_embeddings(config: Mapping[str, Any]) -> int:
+    """Return the number of rows of a model's embedding; 0 where its configuration does not say."""
+    return _Sizes.of(config).vocabulary
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype that a model's weights are stored in. Errors: SweepError for what is none."""
+    found = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if found not in _STORED:
+        raise SweepError(f"dtype in config.json must be one of {', '.join(_STORED)}, got {found!r:.80}")
+    return found
 
 
 @dataclass(frozen=True)

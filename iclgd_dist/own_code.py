@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import traceback
 import types
 from functools import lru_cache
 from typing import Any
@@ -26,14 +27,20 @@ def made(code: Code) -> Any:
         found = getattr(_module(file, code.text, code.sha256), name)
         return found(**code.options) if callable(found) and (isinstance(found, type) or code.options) else found
     except Exception as error:
-        raise SweepError(f"{code.name}: {file} cannot be used: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _shown(file, code.sha256)]
+        place = f"{file}:{lines[-1]}" if lines else file
+        raise SweepError(f"{code.name}: {place} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _shown(file: str, digest: str) -> str:
+    return f"<{file} {digest[:12]}>"
 
 
 @lru_cache(maxsize=64)
 def _module(file: str, text: str, digest: str) -> types.ModuleType:
     module = types.ModuleType(f"iclgd_own_{digest[:12]}")
     # Known to tracebacks, dataclasses and pickle by a name that no other file has.
-    shown = f"<{file} {digest[:12]}>"
+    shown = _shown(file, digest)
     linecache.cache[shown] = (len(text), None, text.splitlines(keepends=True), shown)
     module.__file__ = shown
     sys.modules[module.__name__] = module

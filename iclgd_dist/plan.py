@@ -5,6 +5,7 @@ Knows axes, keys and arithmetic. Loads no weights and imports no torch; models a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -16,7 +17,7 @@ from typing import Any
 from iclgd_dist.blocks import Block, Cell, max_positions, with_cells
 from iclgd_dist.config import HUB_TASKS, ModelSpec, Sweep, SweepError
 from iclgd_dist.contexts import with_controls
-from iclgd_dist.cost import Cost, layers_and_width
+from iclgd_dist.cost import Cost, layers_and_width, num_embeddings, stored_dtype
 from iclgd_dist.encoding import Encoded, encode, fits_context
 from iclgd_dist.families import family_of
 from iclgd_dist.light_tokenizer import light_tokenizer
@@ -75,7 +76,7 @@ def make_plan(
 
     `choose` sees each whole block and returns what is to be run of it, instead of the cells that are not finished.
 
-    Errors: SweepError for a task, model, label, prompt or draw that cannot be used; SourceUnreachable unless tolerated.
+    Errors: SweepError for every task, model, label, prompt or draw that cannot be used, all at once; SourceUnreachable unless tolerated.
     """
     num_cells, num_blocks = count_cells(sweep)
     if num_cells > MAX_CELLS:
@@ -83,6 +84,7 @@ def make_plan(
     said = _Said(list(sweep.warnings))
     tasks: dict[str, Task | None] = {}
     parts = [_planned(each, finished, said, tasks, tolerate_unreachable, progress, choose) for each in sweep.of_each_protocol()]
+    said.refuse()
     keys = tuple(dict.fromkeys(key for of_part, _ in parts for key in of_part))
     blocks = tuple(block for _, of_part in parts for block in of_part)
     if not said.unreachable and len(keys) < num_cells:
@@ -111,58 +113,73 @@ def _planned(
     for name in sweep.tasks:
         for seed, order in sweep.runs_of(name):
             orders.setdefault((seed, name), []).append(order)
-    encoders: dict[str, _Encoder] = {}  # by content: untrained models have the tokenizer of the trained one
-    for spec in sweep.models:
-        try:
-            progress(f"identifying {spec.source}")
-            model = identify(spec, folder=sweep.folder)
-            family_of(model.model_type)
-            _check_methods(sweep, model)
-            others = [sweep.control_task_of(name) for name in sweep.tasks if sweep.controls.need_other_task]
-            for name in (*sweep.tasks, *others):  # before a tokenizer, which may have to be converted
-                if name not in tasks:
-                    progress(f"reading {name}")
-                    tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
-            if model.content_hash not in encoders:
-                progress(f"reading the tokenizer of {model.name}")
+    models = list(_identified(sweep, said, tolerate_unreachable, progress))
+    others = [sweep.control_task_of(name) for name in sweep.tasks if sweep.controls.need_other_task]
+    for name in (*sweep.tasks, *others):  # before a tokenizer, which may have to be converted
+        if name not in tasks and (models or said.are_refused):
+            progress(f"reading {name}")
+            tasks[name] = None
+            with said.collecting():
+                tasks[name] = _load(sweep, name, said, tolerate_unreachable=tolerate_unreachable)
+    encoders: dict[str, _Encoder | None] = {}  # by content: untrained models have the tokenizer of the trained one
+    for spec, model in models:
+        if model.content_hash not in encoders:
+            progress(f"reading the tokenizer of {model.name}")
+            encoders[model.content_hash] = None
+            with said.collecting():
                 encoders[model.content_hash] = _Encoder(sweep, model, tasks, said)
-            encoder = encoders[model.content_hash]
-        except SourceUnreachable as error:
-            if not tolerate_unreachable:
-                raise
-            said.unreachable.append(str(error))
+        if (encoder := encoders[model.content_hash]) is None:
             continue
         of_model: list[Block] = []
         for seed, name in product(dict.fromkeys(seed for seed, _ in orders), sweep.tasks):
             if (seed, name) not in orders or not encoder.has(name):
                 continue
             progress(f"drawing {name}, seed {seed}")
-            for block, encoded in _blocks(sweep, spec, model, name, seed, orders[seed, name], encoder):
-                missing = tuple(cell for cell in block.cells if cell.key not in finished)
-                if choose is not None:
-                    of_model += [chosen] if (chosen := choose(block, encoded)) else []
-                elif any(cell.key not in keys for cell in missing):  # else another block does all of it
-                    of_model.append(with_cells(block, missing, encoded))
-                keys |= dict.fromkeys(cell.key for cell in block.cells)
+            encoder.refused.add(name)
+            with said.collecting():
+                for block, encoded in _blocks(sweep, spec, model, name, seed, orders[seed, name], encoder):
+                    missing = tuple(cell for cell in block.cells if cell.key not in finished)
+                    if choose is not None:
+                        of_model += [chosen] if (chosen := choose(block, encoded)) else []
+                    elif any(cell.key not in keys for cell in missing):  # else another block does all of it
+                        of_model.append(with_cells(block, missing, encoded))
+                    keys |= dict.fromkeys(cell.key for cell in block.cells)
+                encoder.refused.discard(name)
         turns = {seed: turn for turn, seed in enumerate(dict.fromkeys(seed for seed, _ in orders))}
         blocks += sorted(of_model, key=lambda block: (turns[block.seed], -block.cost.flops))
     return keys, blocks
 
 
-def _check_methods(sweep: Sweep, model: ModelIdentity) -> None:
-    """Errors: SweepError for a method that names layers which the model lacks, or a rank that is no restriction."""
-    num_layers, width = layers_and_width(model.config)
+def _identified(sweep: Sweep, said: _Said, tolerate_unreachable: bool, progress: Callable[[str], None]) -> Iterator[tuple[ModelSpec, ModelIdentity]]:
+    """Yield the models that can be used; what is wrong with the others is collected."""
+    for spec in sweep.models:
+        progress(f"identifying {spec.source}")
+        with said.collecting(tolerate_unreachable=tolerate_unreachable):
+            model = identify(spec, folder=sweep.folder)
+            if found := list(_problems_of(sweep, model)):
+                said.problems += map(SweepError, found)
+            else:
+                yield spec, model
+
+
+def _problems_of(sweep: Sweep, model: ModelIdentity) -> Iterator[str]:
+    """Yield what is wrong with a model, and with methods that name layers which it lacks, or a rank that is no restriction."""
+    try:
+        family, (num_layers, width) = family_of(model.model_type), layers_and_width(model.config)
+        stored_dtype(model.config)
+    except SweepError as error:
+        yield f"model {model.source!r}: {error}"
+        return
     for method in map(sweep.method_spec, sweep.methods):
+        named = f"method {method.name!r}: "
         if beyond := [layer for layer in method.layers or () if not -num_layers <= layer < num_layers]:
-            raise SweepError(f"method {method.name!r}: layers must lie in {-num_layers}..{num_layers - 1} ({model.name} has {num_layers}), got {beyond[0]}")
-        if len({layer % num_layers for layer in method.layers or ()}) < len(method.layers or ()):
-            raise SweepError(f"method {method.name!r}: layers {list(method.layers or ())} name one of the {num_layers} of {model.name} twice")
-        if method.residual and not (family_of(model.model_type).adds_plainly and model.config.get("do_layer_norm_before", True)):
-            raise SweepError(
-                f"method {method.name!r}: residual is for models that add the attention output as it is; {model.model_type} norms or scales it first"
-            )
+            yield f"{named}layers must lie in {-num_layers}..{num_layers - 1} ({model.name} has {num_layers}), got {beyond[0]}"
+        elif len({layer % num_layers for layer in method.layers or ()}) < len(method.layers or ()):
+            yield f"{named}layers {list(method.layers or ())} name one of the {num_layers} of {model.name} twice"
+        if method.residual and not (family.adds_plainly and model.config.get("do_layer_norm_before", True)):
+            yield f"{named}residual is for models that add the attention output as it is; {model.model_type} norms or scales it first"
         if method.rank is not None and method.rank > width:
-            raise SweepError(f"method {method.name!r}: rank must be at most {width}, the width of {model.name}, got {method.rank}")
+            yield f"{named}rank must be at most {width}, the width of {model.name}, got {method.rank}"
 
 
 @dataclass
@@ -172,6 +189,31 @@ class _Said:
     warnings: list[str]
     notes: list[str] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)
+    problems: list[SweepError] = field(default_factory=list)
+
+    @property
+    def are_refused(self) -> bool:
+        """Whether something is wrong that more than a missing network is."""
+        return any(not isinstance(problem, SourceUnreachable) for problem in self.problems)
+
+    @contextlib.contextmanager
+    def collecting(self, *, tolerate_unreachable: bool = False) -> Iterator[None]:
+        """Keep what cannot be used for the end, where all of it is told at once."""
+        try:
+            yield
+        except SweepError as error:
+            if tolerate_unreachable and isinstance(error, SourceUnreachable):
+                self.unreachable.append(str(error))
+            else:
+                self.problems.append(error)
+
+    def refuse(self) -> None:
+        """Raise the problems that were collected; a single one as it is."""
+        distinct = {str(problem): problem for problem in self.problems}
+        if len(distinct) == 1:
+            raise next(iter(distinct.values()))
+        if distinct:
+            raise SweepError("\n".join(distinct))
 
 
 def _load(sweep: Sweep, name: str, said: _Said, *, tolerate_unreachable: bool) -> Task | None:
@@ -187,6 +229,8 @@ def _load(sweep: Sweep, name: str, said: _Said, *, tolerate_unreachable: bool) -
         said.unreachable.append(str(error))
         return None
     draw_demonstrations(task, num_demonstrations=max(sweep.num_demonstrations), seed=0, protocol=sweep.protocol)  # are there enough?
+    if name in sweep.tasks and not _query_pool(sweep, task):
+        raise SweepError(f"task {name!r}: at least one query is required, got none: a text of the train split is no query, nor is one with two labels")
     said.warnings += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     if name in sweep.tasks and sweep.num_queries > (size := _query_pool(sweep, task)):
         said.warnings.append(f"task {name!r}: its query pool holds {size}; all of them are taken, instead of num_queries = {sweep.num_queries}")
@@ -201,13 +245,14 @@ class _Encoder:
     """Draws and token ids for one model. Each text is tokenised once and each task's queries are drawn once, however many draws share them."""
 
     def __init__(self, sweep: Sweep, model: ModelIdentity, tasks: Mapping[str, Task | None], said: _Said) -> None:
-        self.sweep, self.tasks, self.said, self.tokenizer = sweep, tasks, said, _Remembering(light_tokenizer(model))
+        self.sweep, self.tasks, self.said, self.tokenizer = sweep, tasks, said, _Remembering(light_tokenizer(model), model)
+        self.refused: set[str] = set()  # tasks of which a draw could not be used
         self.max_positions = max_positions(model.config)
         self.bare: dict[str, Draw] = {}  # with queries, without demonstrations
 
     def has(self, name: str) -> bool:
         """Say whether a task, and the one that its controls are made of, can be drawn from."""
-        return self.tasks[name] is not None and not (self.sweep.controls.need_other_task and self._other(name) is None)
+        return self.tasks[name] is not None and name not in self.refused and not (self.sweep.controls.need_other_task and self._other(name) is None)
 
     def _other(self, name: str) -> Task | None:
         return self.tasks[self.sweep.control_task_of(name)] if self.sweep.controls.need_other_task else None
@@ -234,24 +279,35 @@ class _Encoder:
 
 
 class _Remembering:
-    """A tokenizer that remembers the ids of every text it was given."""
+    """A tokenizer that remembers the ids of every text it was given. Errors: SweepError for an id that the model has no embedding for."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._known = tokenizer, dict[str, list[int]]()
+    def __init__(self, tokenizer: Any, model: ModelIdentity) -> None:
+        self._tokenizer, self._known, self._model, self._size = tokenizer, dict[str, list[int]](), model, num_embeddings(model.config)
+        self._check({"the beginning or end of a sequence": [number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None]})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
         if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
-            self._known.update(zip(new, self._tokenizer(new, **options)["input_ids"], strict=True))
+            found = dict(zip(new, self._tokenizer(new, **options)["input_ids"], strict=True))
+            self._check(found)
+            self._known.update(found)
         return {"input_ids": [self._known[text] for text in texts]}
+
+    def _check(self, found: Mapping[str, Sequence[int]]) -> None:
+        for text, ids in found.items():
+            if self._size and max(ids, default=0) >= self._size:
+                raise SweepError(
+                    f"model {self._model.source!r}: its tokenizer gives token {max(ids)} for {text!r:.60}, but its embedding has {self._size} rows "
+                    "(vocab_size in config.json): give it the tokenizer that it was trained with"
+                )
 
 
 def _blocks(
     sweep: Sweep, spec: ModelSpec, model: ModelIdentity, name: str, seed: int, orders: Sequence[int], encoder: _Encoder
 ) -> Iterator[tuple[Block, Encoded]]:
-    storage = spec.storage_dtype or str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
+    storage = spec.storage_dtype or stored_dtype(model.config)
     for k, order in product(sweep.num_demonstrations, orders):
         drawn = encoder.draw(name, k, seed, order)
         block = Block(

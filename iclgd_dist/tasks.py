@@ -22,7 +22,7 @@ import numpy as np
 from iclgd_dist.config import OwnTask, SweepError
 from iclgd_dist.embedded import FIELD, HUB, PACKAGES, Record, as_text, read_file, read_hub, read_package
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Protocol
-from iclgd_dist.toml_text import unknown
+from iclgd_dist.toml_text import meant, unknown
 
 CLEAN = Protocol()
 
@@ -101,7 +101,7 @@ def load_task(name: str, *, own: OwnTask | None = None, folder: Path = Path()) -
     if own is not None:
         assert own.name == name
         paths = [folder / file for file in (own.file, own.query_file) if file is not None]
-        return _load_own(own.model_dump_json(), *[(str(path), _stamp(path)) for path in paths])
+        return _load_own(own.model_dump_json(), *[(str(path), _stamp(name, path)) for path in paths])
     if name in PACKAGES:
         return _load_package(name)
     if name in HUB:
@@ -122,10 +122,16 @@ def _load_hub(name: str, mirror: str | None) -> Task:
     return _task(name, row.template, row.words, train, queries, row.origin)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(task: str, path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        others = [other.stem for other in path.parent.iterdir() if other.suffix == path.suffix] if path.parent.is_dir() else []
+        raise SweepError(f"task {task!r}: {path}: no such file{meant(path.stem, others, ending=path.suffix)}") from None
+    except OSError as error:
+        raise SweepError(f"task {task!r}: {path}: cannot be read: {error.strerror}") from None
     if not path.is_file():
-        raise SweepError(f"{path}: no such file" if not path.exists() else f"{path}: must be a file")
-    status = path.stat()
+        raise SweepError(f"task {task!r}: {path}: must be a regular file, or a link to one")
     return status.st_mtime_ns, status.st_size
 
 
@@ -143,7 +149,8 @@ def _own_records(own: OwnTask, path: Path) -> list[Record]:
     for place, row in read_file(path):
         for column in (*fields, own.label_field):
             if column not in row:
-                raise SweepError(f"{place}: {unknown('column', column, list(row))} (a {{field}} of a template is the plain name of a column)")
+                named = "a {field} of a template is the plain name of a column" if column in fields else "label_field names the column with the labels"
+                raise SweepError(f"{place}: {unknown('column', column, list(row))} ({named})")
         records.append(({field: as_text(row[field], f"{place}: {field}") for field in fields}, as_text(row[own.label_field], f"{place}: {own.label_field}")))
         if not render(own.template, records[-1][0]):
             raise SweepError(f"{place}: the prompt is empty; fill {', '.join(fields)} or remove the row")

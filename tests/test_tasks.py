@@ -244,7 +244,7 @@ def test_a_missing_file_a_directory_and_an_empty_prompt_are_refused(tmp_path):
     with pytest.raises(SweepError, match=r"data\.csv: no such file"):
         load_own(tmp_path)
     (tmp_path / "data.csv").mkdir()
-    with pytest.raises(SweepError, match=r"data\.csv: must be a file"):
+    with pytest.raises(SweepError, match=r"data\.csv: must be a regular file"):
         load_own(tmp_path)
     with pytest.raises(SweepError, match=r"d\.csv:2: the prompt is empty"):
         load_own(tmp_path, "text,label\n ,pos\n", file="d.csv", template="{text}")
