@@ -142,7 +142,10 @@ def shared_store(where: str | None) -> Store:
     """Return the store of a job. Errors: SweepError unless it is a place that any machine finds under the same name."""
     if where is None:
         raise SweepError("--store is required: a directory that every node shares, by its full path, or s3://bucket/prefix")
-    store = Store(where)
+    try:
+        store = Store(where)
+    except ValueError as error:
+        raise SweepError(f"--store {error}") from None
     if not isinstance(store.root, ObjectPath) and not store.root.is_absolute():
         raise SweepError(f"--store must be a full path that every node shares, or s3://bucket/prefix, got {where!r}")
     return store

@@ -66,6 +66,14 @@ def is_folder(folder: Location) -> bool:
         return folder.is_dir()
 
 
+def is_writable(folder: Location) -> bool:
+    """Whether this user may write there, or make it; of a bucket only writing tells. Nothing is written."""
+    if isinstance(folder, ObjectPath):
+        return True
+    level = next((level for level in (folder, *folder.absolute().parents) if os.path.isdir(level)), folder)
+    return os.access(level, os.W_OK | os.X_OK)
+
+
 def exists(path: Location) -> bool:
     with naming(path, "looked at"):
         return path.exists()

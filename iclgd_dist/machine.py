@@ -16,6 +16,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
+def num_gpus() -> int:
+    return torch.cuda.device_count()
+
+
 def empty_cache() -> None:
     """Give memory that torch keeps for later back to the device, so that pieces of another size fit."""
     if torch.cuda.is_available():

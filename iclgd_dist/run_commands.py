@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,11 +13,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from iclgd_dist import trackers
-from iclgd_dist.config import MAX_CELLS_UNASKED, Sweep, SweepError, load_sweep
+from iclgd_dist import files, trackers
+from iclgd_dist.config import MAX_CELLS_UNASKED, Controls, Sweep, SweepError, load_sweep
 from iclgd_dist.progress import in_words
 from iclgd_dist.runner import run_sweep
-from iclgd_dist.session import check_machine
+from iclgd_dist.session import check_cluster, check_cpus, check_place
 from iclgd_dist.stopping import Budget
 from iclgd_dist.store import Store
 from iclgd_dist.terminal import (
@@ -52,8 +52,16 @@ TrackOption = Annotated[
 ]
 
 
-def plan(sweep: SweepFile, store: StoreOption = None, as_json: AsJson = False) -> None:
-    """Show what a sweep would run.
+def plan(
+    sweep: SweepFile,
+    store: StoreOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="Also check that an actor fits a node of this Ray cluster, e.g. auto or 10.0.0.1:6379", show_default=False)
+    ] = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a sweep would run, or all that is wrong with it.
 
     Cells, blocks, tokens, FLOPs, memory and time, by arithmetic on the actual prompts. Loads no model, writes no results.
 
@@ -62,11 +70,38 @@ def plan(sweep: SweepFile, store: StoreOption = None, as_json: AsJson = False) -
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "2")  # seconds; where the hub does not answer, the file alone does
     loaded = load_sweep(sweep)
     results = store_of(loaded, store)
-    planned = _plan(loaded, results, tolerate_unreachable=True)
+    problems: list[str] = []
+    with _collecting(problems):
+        planned = _plan(loaded, results, tolerate_unreachable=True)
+    with _collecting(problems):
+        if address is not None:
+            check_cluster(loaded.resources, address, is_open=insecure)
+    if problems:
+        raise SweepError("\n".join(problems))
+    planned = replace(planned, warnings=(*planned.warnings, *_lacking(loaded, results, is_here=address is None)))
     if as_json:
         say_json({"name": loaded.name, "store": str(results.root)} | _counts_of(planned) | (_costs_of(planned) if planned.blocks else {}))
     else:
         _show_plan(loaded, planned, results)
+
+
+@contextlib.contextmanager
+def _collecting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except SweepError as error:
+        problems.append(str(error))
+
+
+def _lacking(sweep: Sweep, store: Store, *, is_here: bool) -> Iterator[str]:
+    """Yield what a run by this user, on this machine unless it is on a cluster, would be refused for; a plan may be for another."""
+    lacking: list[str] = []
+    with _collecting(lacking):
+        if is_here:
+            check_cpus(sweep.resources)
+    yield from lacking
+    if not files.is_writable(store.root):
+        yield f"{store.root}: this user cannot write there, and `iclgd run` would be refused; give --store a directory that can be written"
 
 
 def run(
@@ -100,9 +135,8 @@ def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budge
     results = store_of(loaded, store)
     planned = _plan(loaded, results)
     _show_plan(loaded, planned, results)
-    if planned.blocks and address is None:
-        check_machine(loaded.resources)
     if planned.blocks:
+        check_place(loaded.resources, address, is_open=is_open)
         _try_code(loaded)
     results.prepare()
     results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=list(planned.keys))
@@ -161,18 +195,19 @@ def tune(
 
 
 def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget, is_open: bool, track: Sequence[str]) -> NoReturn:
-    from iclgd_dist.search import num_cells_at_most, rounds, studies_of
+    from iclgd_dist.search import check_sampler, num_cells_at_most, rounds, studies_of
 
     loaded = load_sweep(sweep)
     if loaded.search is None:
         raise SweepError(f"{sweep}: has no [search], which says where to look; for example\n\n[search.learning_rates]\nvanilla = [1e-4, 1e-1]")
     trackers.check(track)
     results, search, code = store_of(loaded, store), loaded.search, DONE
-    _try_code(loaded)
-    if address is None:
-        check_machine(loaded.resources)
-    results.prepare()
     studies = studies_of(loaded)
+    check_place(loaded.resources, address, is_open=is_open)
+    check_sampler(search)
+    _plan(loaded.model_copy(update={"controls": Controls()}), results)  # what is wrong with tasks, models and labels is told before anything is written
+    _try_code(loaded)
+    results.prepare()
     say(
         f"{loaded.name}: {len(studies)} searches by {search.sampler} for the best {search.objective} on fold A; "
         f"at most {num_cells_at_most(loaded):,} finetuned cells; store {results.root}"
@@ -241,15 +276,16 @@ def measure(
 
 
 def _measure(sweep: str, store: str | None, address: str | None, *, budget: Budget, is_open: bool) -> NoReturn:
+    loaded = load_sweep(sweep)
+    results = existing(store_of(loaded, store))
+    check_place(loaded.resources, address, is_open=is_open)
     from iclgd_dist.blocks import Block, with_cells
     from iclgd_dist.encoding import Encoded
-    from iclgd_dist.measuring import Missing, measure_kept
+    from iclgd_dist.measuring import Missing, measure_kept  # torch
     from iclgd_dist.plan import make_plan
     from iclgd_dist.store import read_results
 
-    loaded = load_sweep(sweep)
     _try_code(loaded)
-    results = existing(store_of(loaded, store))
     results.prepare()
     missing, num_kept = Missing(read_results(results)), 0
 
@@ -268,8 +304,6 @@ def _measure(sweep: str, store: str | None, address: str | None, *, budget: Budg
         raise typer.Exit(FAILED if absent else DONE)
     planned = planned.of_blocks()
     console.print(f"{counted(len(planned.keys), 'cell')} to compute again in {counted(len(planned.blocks), 'block')}", highlight=False)
-    if address is None:
-        check_machine(loaded.resources)
     code = run_sweep(loaded, planned, results, address=address, console=console, budget=budget, is_open=is_open)
     raise typer.Exit(code or (FAILED if absent else DONE))
 

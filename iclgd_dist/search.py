@@ -6,6 +6,7 @@ answers known learning rates from there, so the same command resumes. Knows Optu
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -291,11 +292,16 @@ def _sampler(search: Search, method: str, number: int) -> Generator[list[float],
         told = yield suggest(told, count, left) if suggest else rates([random.random() for _ in range(count)])
 
 
+def check_sampler(search: Search) -> None:
+    """Errors: SweepError where the sampler needs a package that is not installed."""
+    if search.sampler == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise SweepError('[search] sampler = "tpe" needs Optuna: pip install \'iclgd-dist[search]\', or set sampler = "random"')
+
+
 def _tpe(search: Search, lowest: float, highest: float, number: int) -> Callable[[Sequence[Score], int, int], list[float]]:
-    try:
-        import optuna
-    except ImportError:
-        raise SweepError('[search] sampler = "tpe" needs Optuna: pip install \'iclgd-dist[search]\', or set sampler = "random"') from None
+    check_sampler(search)
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space: dict[str, Any] = {"learning_rate": optuna.distributions.FloatDistribution(lowest, highest, log=True)}
 

@@ -32,11 +32,48 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 
-def check_machine(resources: Resources) -> None:
-    """Raise SweepError when this machine alone cannot hold one actor; asked before anything is written or started."""
-    here = len(os.sched_getaffinity(0))
-    if resources.cpus_per_actor > here:
-        raise SweepError(f"[resources] cpus_per_actor = {resources.cpus_per_actor}, but this machine has {here}; lower it, or give --address of a cluster")
+def check_place(resources: Resources, address: str | None, *, is_open: bool = False) -> None:
+    """Raise SweepError where this machine alone cannot hold one actor, or no cluster is at `address`; asked before anything is written or started."""
+    if address is None:
+        check_cpus(resources)
+        check_gpus(resources)
+    else:
+        require_token(is_open=is_open)
+        require_answer(_of_cluster(address))
+
+
+def check_cluster(resources: Resources, address: str, *, is_open: bool = False) -> None:
+    """Raise SweepError where no cluster is at `address`, or no node of it is large enough for an actor."""
+    check_place(resources, address, is_open=is_open)
+    with connected(address, is_open=is_open):
+        require_room(resources)
+
+
+def check_cpus(resources: Resources) -> None:
+    """Raise SweepError where this machine has fewer CPUs than an actor needs."""
+    _require("cpus_per_actor", resources.cpus_per_actor, len(os.sched_getaffinity(0)))
+
+
+def check_gpus(resources: Resources) -> None:
+    """Raise SweepError where this machine has fewer GPUs than an actor needs. Imports torch if it needs any."""
+    if resources.gpus_per_actor:
+        from iclgd_dist.machine import num_gpus
+
+        _require("gpus_per_actor", resources.gpus_per_actor, num_gpus())
+
+
+def _require(name: str, wanted: int, here: int) -> None:
+    if wanted > here:
+        raise SweepError(f"[resources] {name} = {wanted}, but this machine has {here}; lower it, or give --address of a cluster")
+
+
+def _of_cluster(address: str) -> str:
+    """Return an address as Ray takes it. Errors: SweepError for that of a dashboard, or one without a port."""
+    if address.startswith(("http://", "https://")):
+        raise SweepError(f"--address must be that of the cluster itself, auto or host:port (often 6379), got {address!r}; `iclgd submit` takes the dashboard's")
+    if "://" not in address and address not in ("auto", "local") and not address.rpartition(":")[2].isdigit():
+        raise SweepError(f"--address must be auto or host:port, e.g. 10.0.0.1:6379, got {address!r}")
+    return address
 
 
 def require_answer(address: str, seconds: float = 5.0) -> None:

@@ -72,9 +72,9 @@ def verify(
 
     Example: iclgd verify results/demo
     """
+    results = existing(store)
     from iclgd_dist.upkeep import verify as look
 
-    results = existing(store)
     found = look(results, quarantine=quarantine)
     is_left = not found.is_whole and (not quarantine or not all(error.is_damage for error in found.damaged))
     code = STORAGE if is_left else FAILED if found.missing else DONE
@@ -115,9 +115,9 @@ def forget(
 
     Example: iclgd forget results/demo method=vanilla "learning_rate>0.01" --yes
     """
+    results = existing(store)
     from iclgd_dist import upkeep
 
-    results = existing(store)
     try:
         keys = upkeep.matching(results, condition)
     except ValueError as error:
@@ -133,9 +133,9 @@ def gc(store: Where, yes: Yes = False) -> None:
 
     Example: iclgd gc results/demo --yes
     """
+    results = existing(store)
     from iclgd_dist import upkeep
 
-    results = existing(store)
     found = list(upkeep.debris(results))
     for path, why in found[:SHOWN]:
         say(f"{path}: {why}")

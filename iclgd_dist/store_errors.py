@@ -16,6 +16,7 @@ _WAY_OUT = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free space, {AGAIN}"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a directory that this user can write to"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "choose a directory for the store, not a file"),
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "check the path and that the disk is mounted; `iclgd run` makes a new store",
 }
 

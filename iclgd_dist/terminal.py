@@ -84,4 +84,6 @@ def existing(where: str | Store) -> Store:
     store = where if isinstance(where, Store) else store_of(load_sweep(where), None) if where.endswith(".toml") else _store(where)
     if not files.is_folder(store.root):
         raise SweepError(f"{store.root}: no such store; `iclgd run SWEEP` makes one, by default results/<name of the sweep>")
+    if isinstance(store.root, Path) and not files.is_folder(store.root / "cells"):
+        raise SweepError(f"{store.root}: is no store: it has no folder cells; `iclgd run SWEEP` makes one, by default results/<name of the sweep>")
     return store

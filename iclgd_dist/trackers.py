@@ -13,6 +13,7 @@ from typing import Any
 
 from iclgd_dist.config import SweepError
 from iclgd_dist.terminal import say
+from iclgd_dist.toml_text import unknown
 
 TRACKERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # name -> the package it needs
 
@@ -21,7 +22,7 @@ def check(names: Sequence[str]) -> None:
     """Errors: SweepError for a tracker that is unknown, or whose package is not installed."""
     for name in names:
         if name not in TRACKERS:
-            raise SweepError(f"--track must be {', '.join(TRACKERS)}, got {name!r}")
+            raise SweepError(f"--track: {unknown('tracker', name, TRACKERS)}")
         if importlib.util.find_spec(TRACKERS[name]) is None:
             raise SweepError(f"--track {name} needs {TRACKERS[name]}, which is not installed: pip install {TRACKERS[name]}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from iclgd_dist import captures, cells, files, locks, manifests, measured
+from iclgd_dist import cells, files, locks, manifests, measured
 from iclgd_dist import store as stores
 from iclgd_dist.files import Location, StoreError, Vanished
 from iclgd_dist.manifests import Manifest, Part
@@ -84,6 +84,8 @@ def verify(store: Store, *, quarantine: bool = False) -> Verified:
             folder, name = other.filename.rsplit("/", 2)[1:]
             set_aside(store, store.root / folder / name)
     if all(quarantine and error.is_damage for error in found.damaged):
+        from iclgd_dist import captures  # torch, which nothing else here needs
+
         found.damaged += captures.verify(store, aside=(lambda path: set_aside(store, path)) if quarantine else None)
         planned = {key for sweep in store.sweeps() for key in sweep["keys"]}
         keys = store.keys()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from iclgd_dist import session
 from iclgd_dist.cluster import Cluster, id_of, pack, shared_store
-from iclgd_dist.config import SweepError, load_sweep
+from iclgd_dist.config import Resources, SweepError, load_sweep
 from iclgd_dist.store import Store
 
 METHOD = """
@@ -68,6 +70,23 @@ def test_the_same_cells_into_the_same_store_are_one_job(sweep_file: Path) -> Non
     sweep_file.write_text(sweep_file.read_text().replace("seeds = [2, 1]", "seeds = [2, 1, 3]"))
     assert id_of(load_sweep(sweep_file), store) != id_of(sweep, store)
     assert id_of(sweep, store).startswith("iclgd-tiny-")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"cpus_per_actor": 4}, ""),
+        ({"cpus_per_actor": 5}, "cpus_per_actor = 5, but no node of the cluster has more than 4"),
+        ({"gpus_per_actor": 2}, "gpus_per_actor = 2, but no node of the cluster has more than 1"),
+        ({"cpus_per_actor": 4, "gpus_per_actor": 1}, "no single node of the cluster has both"),
+    ],
+)
+def test_a_plan_for_a_cluster_looks_at_its_nodes(monkeypatch: pytest.MonkeyPatch, wanted: dict[str, int], message: str) -> None:
+    monkeypatch.setattr(session, "require_answer", lambda address: None)
+    monkeypatch.setattr(session, "connected", lambda address, *, is_open: contextlib.nullcontext())
+    monkeypatch.setattr(session, "nodes", lambda: [{"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 2.0, "GPU": 1.0}}])
+    with pytest.raises(SweepError, match=message) if message else contextlib.nullcontext():
+        session.check_cluster(Resources(**wanted), "10.0.0.1:6379")
 
 
 @pytest.mark.parametrize("where", [None, "results/tiny"])

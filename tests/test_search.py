@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,8 @@ import pytest
 from iclgd_dist.blocks import Cell, Judged
 from iclgd_dist.config import Sweep, SweepError, load_sweep
 from iclgd_dist.plan import Plan
-from iclgd_dist.search import Study, rounds, rungs_of, studies_of
+from iclgd_dist.search import Study, check_sampler, rounds, rungs_of, studies_of
+from iclgd_dist.search_spec import Search
 
 LOW, HIGH = 1e-4, 1e-1
 SEARCH = """
@@ -321,3 +323,12 @@ def test_asha_compares_trials_of_one_draw_only(stopped: Callable[..., Sweep], sw
     sweep_file.write_text(sweep_file.read_text().replace("seeds = [1]", "seeds = [1, 2]"))
     with pytest.raises(SweepError, match="one seed and one order are required, fruit has 2"):
         studies_of(load_sweep(sweep_file))
+
+
+def test_a_sampler_whose_package_is_missing_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    tpe, random = (Search(learning_rates={"vanilla": (1e-4, 1e-1)}, sampler=name) for name in ("tpe", "random"))
+    check_sampler(tpe)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_sampler(random)
+    with pytest.raises(SweepError, match=r"needs Optuna: pip install 'iclgd-dist\[search\]', or set sampler = \"random\""):
+        check_sampler(tpe)

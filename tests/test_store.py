@@ -13,10 +13,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from iclgd_dist import files
 from iclgd_dist.schema import ATTEMPT
 from iclgd_dist.store import Store, StoreError, read_results
 from iclgd_dist.upkeep import verify
 from tests.stores import assert_holds, key, prepared, row
+
+
+def test_where_nobody_may_write_is_known_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    for may in (True, False):
+        monkeypatch.setattr(os, "access", lambda path, mode, may=may: asked.append(path) or may)
+        assert files.is_writable(tmp_path / "a" / "b") is may
+    assert asked == [tmp_path, tmp_path] and not list(tmp_path.iterdir())
 
 
 def test_a_new_store_touches_nothing_and_is_empty(tmp_path: Path) -> None:

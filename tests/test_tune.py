@@ -120,7 +120,10 @@ def test_ray_tunes_asha_stops_learning_rates_that_are_behind_and_nobody_asks_for
 
 def test_a_tracker_is_told_of_each_committed_step_by_rays_own_callback(sweep_file: Path) -> None:
     folder = sweep_file.parent
-    for track, said in (("tensorbored", "--track must be tensorboard, mlflow, wandb, got 'tensorbored'"), ("wandb", "pip install wandb")):
+    for track, said in (
+        ("tensorbored", "--track: unknown tracker 'tensorbored'; did you mean 'tensorboard'?; known: mlflow, tensorboard, wandb"),
+        ("wandb", "pip install wandb"),
+    ):
         done = subprocess.run([*ICLGD, "run", str(sweep_file), "--track", track], cwd=folder, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and said in done.stderr and not (folder / "results").exists()
     iclgd("run", str(sweep_file), "--track", "tensorboard", folder=folder)
