@@ -1384,15 +1384,15 @@ case(
     "submit to a dashboard that is none",
     nothing,
     "--address must be that of the dashboard, e.g. http://127.0.0.1:8265, got '127.0.0.1:8265'",
-    "submit tiny.toml --address 127.0.0.1:8265 --store /shared/x",
+    "submit tiny.toml --address 127.0.0.1:8265 --store /results/x",
 )
 case(
     "submit where nobody listens",
     nothing,
     "no Ray cluster answers at http://127.0.0.1:9: Connection refused",
-    "submit tiny.toml --address http://127.0.0.1:9 --store /shared/x",
+    "submit tiny.toml --address http://127.0.0.1:9 --store /results/x",
 )
-case("submit without an address", nothing, "Missing option '--address' (env var: 'RAY_DASHBOARD_ADDRESS').", "submit tiny.toml --store /shared/x")
+case("submit without an address", nothing, "Missing option '--address' (env var: 'RAY_DASHBOARD_ADDRESS').", "submit tiny.toml --store /results/x")
 case(
     "stop where nobody listens", nothing, "no Ray cluster answers at http://127.0.0.1:9: Connection refused", "stop iclgd-tiny-123 --address http://127.0.0.1:9"
 )
