@@ -30,6 +30,7 @@ COMPACT_EVERY = 5_000  # cells
 MAX_FAILURES = 3  # deaths of a block's actor; after each, half as many learning rates train at once
 MAX_ROUNDS = 10  # that a block goes into whose actors died with their nodes, or before they had begun
 NODES_SECONDS = 10.0  # between looks at which nodes there are
+ANSWER_SECONDS = 1.0  # between looks while a node that joined has not said whether it is of use
 NOTICED_SECONDS = 60.0  # within which Ray notices that a node is gone
 SILENT_SECONDS = 3600.0  # without a word from an actor, after which it is ended like one that hangs
 WAIT_SECONDS = 600.0  # that a run waits for a node with room for an actor
@@ -155,7 +156,7 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
             self.suspects: list[tuple[float, str, str, int]] = []  # time, node, block and number of deaths that may turn out to be the node's
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            if time.monotonic() - self.looked < NODES_SECONDS:
+            if time.monotonic() - self.looked < (ANSWER_SECONDS if running.newcomers.asked else NODES_SECONDS):
                 return
             self.looked = time.monotonic()
             with contextlib.suppress(Exception):  # the head may be away for a moment
@@ -231,7 +232,9 @@ def _counting(running: Running, search: Any, blocks: Sequence[Block]) -> Any:
             name, before, reason = trial.config["block"], self.failures.get(trial.trial_id, 0), _why(trial)
             if trial.num_failures > before:  # no preemption with notice
                 self.failures[trial.trial_id] = before + 1
-                if "node has died" not in reason:  # else the block is not at fault
+                if "creation task" in reason:  # it never came to the block: a node that joined may be of no use
+                    self.looked = 0.0
+                elif "node has died" not in reason:  # else the block is not at fault
                     counts.deaths[name] = counts.deaths.get(name, 0) + 1
                     self.suspects.append((time.monotonic(), counts.running.get(name, {}).get("node", ""), name, counts.deaths[name]))
                     with contextlib.suppress(StoreError, OSError):

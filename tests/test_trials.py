@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
+from iclgd_dist import trials
 from iclgd_dist.blocks import Block, Judged
 from iclgd_dist.config import load_sweep
 from iclgd_dist.nowhere import nowhere
@@ -18,7 +19,7 @@ from iclgd_dist.plan import make_plan
 from iclgd_dist.progress import Counts
 from iclgd_dist.stopping import Stopped
 from iclgd_dist.store import Store
-from iclgd_dist.trials import BEHIND, Running, _counting
+from iclgd_dist.trials import BEHIND, MAX_FAILURES, Running, _counting
 
 
 def told(folder: Path, block: Block, outcome: str) -> tuple[Counts, Store]:
@@ -48,6 +49,27 @@ def test_a_block_that_a_scheduler_ended_is_stopped_and_leaves_an_attempt(sweep_f
     counts, store = told(sweep_file.parent, block, "")
     assert counts.outcomes[block.name] == ("stopped", BEHIND)
     assert [(attempt["block"], attempt["outcome"], attempt["reason"]) for attempt in store.attempts().to_pylist()] == [(block.name, "stopped", BEHIND)]
+
+
+def test_an_actor_that_dies_in_its_creation_does_not_count_against_its_block_and_new_nodes_are_looked_at(sweep_file: Path, monkeypatch: Any) -> None:
+    """A node that joined and lacks the package kills whatever is sent to it, until it has said so itself."""
+    block, counts, store = make_plan(load_sweep(sweep_file)).blocks[0], Counts(), Store(sweep_file.parent / "told")
+    store.prepare()
+    looks: list[None] = []
+    newcomers: Any = SimpleNamespace(asked={}, look=lambda: looks.append(None) or ())
+    monkeypatch.setattr(trials, "nodes", list)
+    monkeypatch.setattr(trials, "num_slots", lambda resources: 1)
+    callback = _counting(Running(store, "a-run", counts, load_sweep(sweep_file).resources, Stopped(), newcomers), SimpleNamespace(max_concurrent=1), [block])
+    said = sweep_file.parent / "error.txt"
+    trial = SimpleNamespace(trial_id="t", config={"block": block.name}, error_file=str(said), num_failures=0, status="PENDING")
+    for number in range(1, MAX_FAILURES + 2):
+        said.write_text(f"Failure # {number} (occurred at 2026-01-01)\nThe actor died because of an error raised in its creation task, __init__()\n")
+        trial.num_failures = number
+        callback.on_step_begin(number, [trial])
+        assert len(looks) == number - 1
+        (callback.on_trial_recover if number <= MAX_FAILURES else callback.on_trial_error)(number, [trial], trial)
+    assert counts.outcomes[block.name][0] == "again" and not counts.deaths
+    assert [attempt["outcome"] for attempt in store.attempts().to_pylist()] == ["lost"] * (MAX_FAILURES + 1)
 
 
 def test_tunes_own_state_is_kept_nowhere_so_that_it_cannot_grow_by_itself(tmp_path: Path) -> None:

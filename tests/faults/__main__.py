@@ -25,6 +25,8 @@ class Matrix:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome == "failed":
             self.outcomes[report.nodeid] = report.outcome
+        if report.outcome == "failed":
+            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)  # now, not in half an hour
         for name, value in report.user_properties:
             if name == "facts":
                 self.facts[report.nodeid] = value
@@ -32,7 +34,9 @@ class Matrix:
 
 def main() -> int:
     matrix = Matrix()
-    code = pytest.main(["-q", "-m", "long or not long", str(Path(__file__).parent), *sys.argv[1:]], plugins=[matrix])
+    code = pytest.main(
+        ["-v", "--show-capture=no", "--tb=short", "--no-header", "-m", "long or not long", str(Path(__file__).parent), *sys.argv[1:]], plugins=[matrix]
+    )
     table = Table(box=None, header_style="bold")
     for column in ("fault", *COLUMNS, "holds"):
         table.add_column(column, justify="left" if column == "fault" else "right")

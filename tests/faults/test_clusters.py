@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 def test_f5_a_node_is_lost_and_the_sweep_finishes_on_the_others(case: Case, cluster: Any, notice: bool) -> None:
     """With notice: it is drained for preemption before. Neither counts against the blocks that it ran."""
     case.write(seeds=list(range(1, 25)))
-    case.plot({"what": "slow", "seconds": 0.3, "times": 200})
+    case.plot({"what": "slow", "seconds": 1, "times": 200})
     driver = case.start("--address", cluster.address)
     case.wait(lambda: len(case.committed()) >= 6)
     before = case.committed()

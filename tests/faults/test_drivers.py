@@ -112,9 +112,9 @@ def test_f19_a_sweep_file_that_grows_shrinks_or_changes_runs_new_cells_only(case
 @slow
 def test_a_budget_of_hours_stops_like_sigterm_and_the_same_command_resumes(case: Case) -> None:
     case.write(seeds=list(range(1, 13)))
-    case.plot({"what": "slow", "seconds": 3, "times": 100})
-    said = case.run("--hours", "0.006", code=75)
-    assert "0.006 hours are spent" in said
+    case.plot({"what": "slow", "seconds": 5, "times": 100})
+    said = case.run("--hours", "0.015", code=75)
+    assert "0.015 hours are spent" in said
     case.plot()
     case.facts["injections"] = 1
     case.run()
