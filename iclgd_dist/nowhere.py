@@ -12,7 +12,10 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystemHandler, FileType, PyFi
 
 
 class _Nothing(FileSystemHandler):
-    """Every file is there and empty, as Tune looks for what it has just written; every directory holds the one snapshot whose name it asks for at the end."""
+    """Every file is there and empty, as Tune looks for what it has just written; every directory holds the one snapshot whose name it asks for at the end.
+
+    Errors of trials, error.pkl, are not there: Tune would unpickle them.
+    """
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Nothing)
@@ -27,7 +30,7 @@ class _Nothing(FileSystemHandler):
         return path
 
     def get_file_info(self, paths: list[str]) -> list[FileInfo]:
-        return [FileInfo(path, FileType.File, size=0) for path in paths]
+        return [FileInfo(path, FileType.NotFound if path.endswith("/error.pkl") else FileType.File, size=0) for path in paths]
 
     def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
         return self.get_file_info([f"{selector.base_dir}/experiment_state-.json"])

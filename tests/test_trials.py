@@ -82,3 +82,5 @@ def test_tunes_own_state_is_kept_nowhere_so_that_it_cannot_grow_by_itself(tmp_pa
     assert len(pickle.dumps(kept)) == size < 1000
     assert kept.open_input_stream("/nowhere/run/trial/result.json").read() == b""
     assert pickle.loads(pickle.dumps(kept)) == kept
+    found = kept.get_file_info(["/nowhere/run/.validate_storage_marker", "/nowhere/run/trial/error.pkl"])
+    assert [info.type for info in found] == [fs.FileType.File, fs.FileType.NotFound], "an error that is there would be unpickled, from nothing"
