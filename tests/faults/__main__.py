@@ -35,7 +35,7 @@ class Matrix:
 def main() -> int:
     matrix = Matrix()
     code = pytest.main(
-        ["-v", "--show-capture=no", "--tb=short", "--no-header", "-m", "long or not long", str(Path(__file__).parent), *sys.argv[1:]], plugins=[matrix]
+        ["-vv", "--show-capture=no", "--tb=short", "--no-header", "-m", "long or not long", str(Path(__file__).parent), *sys.argv[1:]], plugins=[matrix]
     )
     table = Table(box=None, header_style="bold")
     for column in ("fault", *COLUMNS, "holds"):
