@@ -181,7 +181,7 @@ def main() -> int:
             mutant.make(root)
             file, _, selected = mutant.test.partition(" ")
             start = time.perf_counter()
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "long or not long", "-p", "no:cacheprovider", f"tests/{file}", "-k", selected]
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "-m", "long or not long", "-p", "no:cacheprovider", f"tests/{file}", "-k", selected]
             done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         survivors += [] if done.returncode == 1 and failed else [name]
