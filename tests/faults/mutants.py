@@ -117,7 +117,10 @@ MUTANTS = {
     "F3": Mutant(
         "trouble with the store is one like any other",
         "faults/test_stores.py f3",
-        (("actor", "trouble = error if isinstance(error, StoreError) else None", "trouble = None"),),
+        (
+            ("actor", "trouble = error if isinstance(error, StoreError) else None", "trouble = None"),
+            ("actor", '"storage" if isinstance(error, StoreError) else "failed"', '"failed"'),
+        ),
     ),
     "F4 deaths": Mutant("deaths change no lanes", "faults/test_actors.py f4_after", (("actor", "    if not num_deaths:\n", "    if True:\n"),)),
     "F4 oom": Mutant("nothing is out of memory", "faults/test_actors.py f4_out", (("block", "not is_out_of_memory(error)", "is_out_of_memory(error)"),)),
