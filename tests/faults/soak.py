@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -51,26 +50,29 @@ def _soak(case: Case, chance: random.Random, seconds: float) -> int:
         cluster.add_node(num_cpus=1, **node)
     case.plot({"what": "slow", "seconds": 0.2, "times": 100_000})
     injections: dict[str, int] = dict.fromkeys(("actor", "node", "driver"), 0)
-    most_files, most_gib, end = 0, 0.0, time.monotonic() + seconds
-    drivers: list[Any] = []
+    began, most_files, most_gib = time.monotonic(), 0, 0.0
+    drivers = [case.start("--address", cluster.address) for _ in range(2)]
+    case.wait(lambda: case.store.keys(), seconds=300)
+    pace = time.monotonic() - began  # of this machine: accidents that came faster would leave no time for a single cell
+    end = time.monotonic() + seconds
+    print(f"{pace:.0f} s from a start to the first cells", flush=True)
     while time.monotonic() < end:
         drivers = [driver for driver in drivers if driver.poll() is None]
         while len(drivers) < 2:
             drivers.append(case.start("--address", cluster.address))
-        time.sleep(chance.uniform(3, 15))
+        time.sleep(pace * chance.uniform(0.2, 1.0))
         for driver in drivers:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(driver.pid)
                 most_files = max(most_files, process.num_fds())
                 most_gib = max(most_gib, process.memory_info().rss / 2**30)
-        what = chance.choice(["actor", "actor", "node", "driver"])
+        actors = _actors()
+        what = chance.choice(["actor", "actor", "node", "driver"] if actors else ["node", "driver"])
         injections[what] += 1
         print(f"{time.strftime('%X')} {what}: {len(case.store.keys())} cells", flush=True)
         if what == "actor":
-            actors = [each for each in psutil.process_iter(["cmdline"]) if "ray::ModelActor" in " ".join(each.info["cmdline"] or [])]
-            for actor in chance.sample(actors, min(1, len(actors))):
-                with contextlib.suppress(psutil.Error):
-                    actor.kill()
+            with contextlib.suppress(psutil.Error):
+                chance.choice(actors).kill()
         elif what == "node":
             cluster.remove_node(chance.choice(sorted(cluster.worker_nodes, key=id)), allow_graceful=False)
             cluster.add_node(num_cpus=1, **node)
@@ -91,6 +93,16 @@ def _soak(case: Case, chance: random.Random, seconds: float) -> int:
     facts |= {"injections": injections, "most_open_files": most_files, "most_gib": round(most_gib, 2), "holds": holds}
     print(json.dumps(facts))
     return 0 if holds else 1
+
+
+def _actors() -> list[psutil.Process]:
+    """Return the processes of this cluster in which an actor is at work; another Ray of this machine has another cache."""
+    found = []
+    for each in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if "ray::ResourceTrainable" in " ".join(each.info["cmdline"] or []) and each.environ().get("ICLGD_CACHE") == os.environ["ICLGD_CACHE"]:
+                found.append(each)
+    return sorted(found, key=lambda each: each.pid)
 
 
 if __name__ == "__main__":
