@@ -38,7 +38,7 @@ def main() -> int:
         folder = Path(name)
         os.environ["ICLGD_CACHE"] = str(folder / "cache")
         save_tiny(folder / "tiny", save_tokenizer(folder / "tiny"))
-        return _soak(Case(folder, folder / "tiny", seeds=int(40 * options.minutes), actors=2), chance, options.minutes * 60)
+        return _soak(Case(folder, folder / "tiny", seeds=int(100 * options.minutes), actors=2), chance, options.minutes * 60)
 
 
 def _soak(case: Case, chance: random.Random, seconds: float) -> int:
@@ -60,7 +60,7 @@ def _soak(case: Case, chance: random.Random, seconds: float) -> int:
         drivers = [driver for driver in drivers if driver.poll() is None]
         while len(drivers) < 2:
             drivers.append(case.start("--address", cluster.address))
-        time.sleep(pace * chance.uniform(0.2, 1.0))
+        time.sleep(pace * chance.uniform(0.1, 0.7))
         for driver in drivers:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(driver.pid)
