@@ -16,19 +16,20 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from iclgd_dist.axes import Analysis, At, Capture, Controls, Count, Name, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed, refuse
+from iclgd_dist.axes import Analysis, At, Capture, Controls, Count, Name, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed, refuse, taken, twice
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
 from iclgd_dist.resources import Resources
 from iclgd_dist.search_spec import Search
 from iclgd_dist.task_spec import OwnTask
-from iclgd_dist.toml_text import line_of, not_toml, unknown
+from iclgd_dist.toml_text import is_deep, line_of, not_toml, statements, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
+MAX_PROBLEMS = 100  # told of one file
 
 
 class Sweep(Frozen):
@@ -76,22 +77,17 @@ class Sweep(Frozen):
     @field_validator("task")
     @classmethod
     def _names_of_their_own(cls, own_tasks: tuple[OwnTask, ...]) -> tuple[OwnTask, ...]:
-        refuse(
-            At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
-            for number, own in enumerate(own_tasks)
-            if own.name in (*EMBEDDED_TASKS, *HUB_TASKS, *(earlier.name for earlier in own_tasks[:number]))
-        )
+        builtin = (*EMBEDDED_TASKS, *HUB_TASKS)
+        refuse(At(f"{name!r} is the name of another task; choose one of its own", number, "name") for number, name in taken(own_tasks, builtin))
         return own_tasks
 
     @field_validator("method", "metric")
     @classmethod
     def _code_is_there(cls, added: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
         found, problems = [], []
-        taken = [*METHODS, "zero_shot", "icl", "in-context"] if info.field_name == "method" else [*_columns()] if added else []
+        builtin = (*METHODS, "zero_shot", "icl", "in-context") if info.field_name == "method" else _columns() if added else ()
+        problems += [At(f"{name!r} is the name of something else; choose one of its own", number, "name") for number, name in taken(added, builtin)]
         for number, each in enumerate(added):
-            if each.name in taken:
-                problems.append(At(f"{each.name!r} is the name of something else; choose one of its own", number, "name"))
-            taken.append(each.name)
             try:
                 found.append(each.with_text(info.data["folder"]))
             except ValueError as error:
@@ -105,7 +101,7 @@ class Sweep(Frozen):
         what = "method" if info.field_name == "methods" else "task"
         if what in info.data:  # a faulty [[task]] or [[method]] may be the one that is meant
             builtin = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS)
-            known = (*builtin, *(own.name for own in info.data[what]))
+            known = dict.fromkeys((*builtin, *(own.name for own in info.data[what])))
             refuse(At(unknown(what, name, known), number) for number, name in enumerate(names) if name not in known)
         return tuple(dict.fromkeys(names))
 
@@ -247,9 +243,11 @@ def load_sweep(path: str | Path) -> Sweep:
     """
     path = Path(path)
     text = _read(path)
+    if is_deep(text):
+        raise SweepError(f"{path}: is nested too deeply: a key has more than 100 parts")
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError is one, and so is what Python says of a number of thousands of digits
         raise SweepError(not_toml(path, text, str(error))) from None
     except RecursionError:
         raise SweepError(f"{path}: is nested too deeply") from None
@@ -267,8 +265,10 @@ def load_sweep(path: str | Path) -> Sweep:
         details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
         problems += [problem for detail in details for problem in _problems(detail)]
     if problems:
-        placed = sorted({(line_of(text, keys), message) for keys, message in problems})
-        raise SweepError("\n".join(f"{path}:{line}: {message}" for line, message in placed))
+        found = list(statements(text))
+        placed = sorted({(line_of(found, keys), message) for keys, message in problems[:MAX_PROBLEMS]})
+        more = [f"{path}: and {len(problems) - MAX_PROBLEMS:,} problems more"] if len(problems) > MAX_PROBLEMS else []
+        raise SweepError("\n".join([*(f"{path}:{line}: {message}" for line, message in placed), *more]))
     return sweep
 
 
@@ -300,7 +300,7 @@ def _warnings(values: dict[str, Any]) -> tuple[str, ...]:
     grids |= {f"learning_rates.{method}": grid for method, grid in rates.items()} if isinstance(rates, dict) else {"learning_rates": rates}
     controls = values.get("controls")
     grids["controls.train_on"] = controls.get("train_on") if isinstance(controls, dict) else None
-    repeated = {name: list(dict.fromkeys(str(v) for v in grid if grid.count(v) > 1)) for name, grid in grids.items() if isinstance(grid, list)}
+    repeated = {name: twice(grid) for name, grid in grids.items() if isinstance(grid, list)}
     said = [f"{name}: {', '.join(twice)} is there more than once and counts once" for name, twice in repeated.items() if twice]
     methods = values.get("methods", ("vanilla", "layer_causal"))
     if isinstance(methods, list | tuple):

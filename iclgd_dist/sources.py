@@ -68,7 +68,7 @@ def identify(spec: ModelSpec, *, folder: Path = Path()) -> ModelIdentity:
 
     Errors: SweepError naming the model and the way out; SourceUnreachable when the hub does not answer.
     """
-    source, path = spec.source, folder / Path(spec.source).expanduser()
+    source, path = spec.source, folder / os.path.expanduser(spec.source)
     if source.startswith("pkg://") or os.path.isdir(path) or source.endswith(".gguf"):
         if spec.revision is not None:
             raise SweepError(f"model {source!r}: revision {spec.revision!r} is for hub models; local files have none, remove it")
