@@ -21,7 +21,7 @@ from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
 from iclgd_dist.resources import Resources
-from iclgd_dist.search_spec import Search
+from iclgd_dist.search_spec import Rung, Search
 from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import is_deep, line_of, not_toml, statements, unknown
 
@@ -341,6 +341,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "per_task": TaskAxes,
     "method": MethodSpec,
     "metric": MetricSpec,
+    "search": Search,
+    "search.rungs": Rung,
 }
 _SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
 _OURS = ("folder", "warnings", "text")  # fields that no file sets
@@ -350,8 +352,9 @@ _KEYS = tuple(name for name in Sweep.model_fields if name not in _OURS)
 def _unknown_key(keys: tuple[Any, ...]) -> str:
     if len(keys) == 1:
         return unknown("key", keys[0], _KEYS)
-    header = f"[[{keys[0]}]]" if isinstance(keys[1], int) else f"[{'.'.join(keys[:-1])}]"
-    return unknown("key", keys[-1], [name for name in _SECTIONS[keys[0]].model_fields if name not in _OURS], where=f" in {header}") + _misplaced(keys[-1])
+    named = ".".join(key for key in keys[:-1] if not isinstance(key, int))
+    known, header = _SECTIONS["search.rungs" if named == "search.rungs" else keys[0]], f"[[{named}]]" if isinstance(keys[-2], int) else f"[{named}]"
+    return unknown("key", keys[-1], [name for name in known.model_fields if name not in _OURS], where=f" in {header}") + _misplaced(keys[-1])
 
 
 def _misplaced(name: str) -> str:
