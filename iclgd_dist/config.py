@@ -16,7 +16,25 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from iclgd_dist.axes import Analysis, At, Capture, Controls, Count, Name, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed, refuse, taken, twice
+from iclgd_dist.axes import (
+    Analysis,
+    At,
+    Capture,
+    Controls,
+    Count,
+    Name,
+    Rates,
+    Runs,
+    Seed,
+    Seeds,
+    SweepError,
+    TaskAxes,
+    by_method,
+    listed,
+    refuse,
+    taken,
+    twice,
+)
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
