@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StrictInt, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
 from iclgd_dist.axes import (
     Analysis,
@@ -35,11 +35,12 @@ from iclgd_dist.axes import (
     taken,
     twice,
 )
+from iclgd_dist.complaints import OURS, Problem, misplaced, problems_of, unknown_key
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
 from iclgd_dist.resources import Resources
-from iclgd_dist.search_spec import Rung, Search
+from iclgd_dist.search_spec import Search
 from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import is_deep, line_of, not_toml, statements, unknown
 
@@ -153,7 +154,7 @@ class Sweep(Frozen):
     def _for_each_method(cls, value: Any, info: ValidationInfo) -> Any:
         known = _methods(info)
         strangers = [name for name in value if name not in known] if isinstance(value, dict) and "method" in info.data else []
-        refuse(At(f"learning_rates: {unknown('method', name, known)}{_misplaced(name)}", name) for name in strangers)
+        refuse(At(f"learning_rates: {unknown('method', name, known)}{misplaced(name, cls)}", name) for name in strangers)
         return by_method(value)
 
     @field_validator("learning_rates")
@@ -269,23 +270,21 @@ def load_sweep(path: str | Path) -> Sweep:
         raise SweepError(not_toml(path, text, str(error))) from None
     except RecursionError:
         raise SweepError(f"{path}: is nested too deeply") from None
-    problems: list[tuple[tuple[Any, ...], str]] = [((name,), _unknown_key((name,))) for name in _OURS if name in values]
+    found: list[Problem] = [((name,), unknown_key((name,), Sweep)) for name in OURS if name in values]
     added = [(name, number, each) for name in ("method", "metric") if isinstance(values.get(name), list) for number, each in enumerate(values[name])]
-    problems += [((name, number, "text"), _unknown_key((name, number, "text"))) for name, number, each in added if isinstance(each, dict) and "text" in each]
+    found += [((name, number, "text"), unknown_key((name, number, "text"), Sweep)) for name, number, each in added if isinstance(each, dict) and "text" in each]
     if "runs" not in values and "seeds" not in values:
-        problems.append(((), "seeds is required, got nothing"))
+        found.append(((), "seeds is required, got nothing"))
     if "runs" in values and (others := [name for name in ("seeds", "orders") if name in values]):
-        problems.append((("runs",), f"runs must stand alone: it takes the place of seeds and orders, got {' and '.join(others)} too"))
+        found.append((("runs",), f"runs must stand alone: it takes the place of seeds and orders, got {' and '.join(others)} too"))
     try:
         sweep = Sweep.model_validate(values | {"folder": path.resolve().parent, "warnings": _warnings(values)})
     except ValidationError as error:
-        # What holds a bad item also lacks it: pydantic then says that the list is too short.
-        details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
-        problems += [problem for detail in details for problem in _problems(detail)]
-    if problems:
-        found = list(statements(text))
-        placed = sorted({(line_of(found, keys), message) for keys, message in problems[:MAX_PROBLEMS]})
-        more = [f"{path}: and {len(problems) - MAX_PROBLEMS:,} problems more"] if len(problems) > MAX_PROBLEMS else []
+        found += problems_of(error.errors(), Sweep)
+    if found:
+        lines = list(statements(text))
+        placed = sorted({(line_of(lines, keys), message) for keys, message in found[:MAX_PROBLEMS]})
+        more = [f"{path}: and {len(found) - MAX_PROBLEMS:,} problems more"] if len(found) > MAX_PROBLEMS else []
         raise SweepError("\n".join([*(f"{path}:{line}: {message}" for line, message in placed), *more]))
     return sweep
 
@@ -350,71 +349,3 @@ def _not_positive(lists: dict[str, tuple[float, ...]], info: ValidationInfo, nam
                 of_method = named if method == "*" else f"{named}.{method}"
                 way_out = "; [controls] zero_learning_rate = true allows 0 as a control" if rate == 0 else ""
                 yield At(f"{of_method} must be greater than 0, got {rate:g}{way_out}", *keys, method, number)
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "models": ModelSpec,
-    "task": OwnTask,
-    "protocols": Protocol,
-    "per_task": TaskAxes,
-    "method": MethodSpec,
-    "metric": MetricSpec,
-    "search": Search,
-    "search.rungs": Rung,
-}
-_SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
-_OURS = ("folder", "warnings", "text")  # fields that no file sets
-_KEYS = tuple(name for name in Sweep.model_fields if name not in _OURS)
-
-
-def _unknown_key(keys: tuple[Any, ...]) -> str:
-    if len(keys) == 1:
-        return unknown("key", keys[0], _KEYS)
-    named = ".".join(key for key in keys[:-1] if not isinstance(key, int))
-    known, header = _SECTIONS["search.rungs" if named == "search.rungs" else keys[0]], f"[[{named}]]" if isinstance(keys[-2], int) else f"[{named}]"
-    return unknown("key", keys[-1], [name for name in known.model_fields if name not in _OURS], where=f" in {header}") + _misplaced(keys[-1])
-
-
-def _misplaced(name: str) -> str:
-    return f" ({name} of the sweep itself must stand above the first [section])" if name in _KEYS else ""
-
-
-def _problems(detail: Any) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Yield where each problem of a field is that pydantic found, and a sentence that says what was required and what was got."""
-    keys = tuple(detail["loc"])
-    name = ".".join(str(key) for key in keys if not isinstance(key, int) and key != "*")
-    if detail["type"] != "value_error":
-        yield _problem(detail, keys, name)
-        return
-    for error in getattr(detail["ctx"]["error"], "problems", [detail["ctx"]["error"]]):
-        message = str(error)
-        yield (*keys, *getattr(error, "keys", ())), message if message.startswith(("unknown", name)) else f"{name} {message}"
-
-
-def _problem(detail: Any, keys: tuple[Any, ...], name: str) -> tuple[tuple[Any, ...], str]:
-    kind, given = detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        return keys, _unknown_key(keys)
-    if kind == "missing":
-        return keys[:-1], f"{name} is required, got nothing"
-    if kind == "too_short":
-        return keys, f"{name}: at least 1 is required, got none"
-    is_item = isinstance(keys[-1], int)
-    required = {
-        "int_type": "whole numbers" if is_item else "a whole number",
-        "float_type": "numbers" if is_item else "a number",
-        "finite_number": "finite",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "dict_type": f"a table, [{name}]",
-        "model_type": f"tables, [[{name}]]" if is_item else f"a table, [{name}]",
-        "literal_error": given.get("expected"),
-        "greater_than": f"greater than {given.get('gt')}",
-        "greater_than_equal": f"at least {given.get('ge')}",
-        "less_than": f"less than {given.get('lt')}",
-        "string_too_short": "text that is not empty",
-        "string_pattern_mismatch": "at most 80 letters, digits, '_', '-' and '.', the first a letter or digit",
-    }.get(kind, detail["msg"])
-    got = detail["input"]
-    shown = "a table" if isinstance(got, dict) else str(got).lower() if isinstance(got, bool) else repr(got)[:80]
-    return keys, f"{name} must be {required}, got {shown}"

@@ -131,7 +131,7 @@ def _stamp(task: str, path: Path) -> tuple[int, int]:
         others = [other.stem for other in path.parent.iterdir() if other.suffix == path.suffix] if path.parent.is_dir() else []
         raise SweepError(f"task {task!r}: {path}: no such file{meant(path.stem, others, ending=path.suffix)}") from None
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise SweepError(f"task {task!r}: {str(path)[:300]}: cannot be read: {error.strerror}") from None
+        raise SweepError(f"task {task!r}: {path!s:.400}: cannot be read: {error.strerror}") from None
     return status.st_mtime_ns, status.st_size
 
 
