@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 SAVED = Path("results") / "fuzz"
-HANG_SECONDS = 5.0  # of the worker's own processor time, or a long wait on a busy machine
-WAIT_SECONDS = 60.0
+HANG_SECONDS = 5.0  # of processor time; or it sleeps for as long as WAIT_SECONDS, which a busy machine does not explain
+WAIT_SECONDS = 30.0
 
 
 class Worker:
@@ -36,17 +36,17 @@ class Worker:
             command, stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True, env=os.environ | {"PYTHONHASHSEED": "0"}
         )
 
-    def seconds(self) -> float:
-        """Return the processor time that it has had so far."""
+    def state(self) -> tuple[str, float]:
+        """Return whether it runs (R) or waits, and the seconds of processor time that it has had so far."""
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return 0.0
-        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+            return "R", 0.0
+        return fields[0], sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def hangs(self) -> bool:
-        waited = time.monotonic() - self.since
-        return self.number >= 0 and (waited > WAIT_SECONDS or (waited > HANG_SECONDS and self.seconds() - self.spent > HANG_SECONDS))
+        waited, (state, seconds) = time.monotonic() - self.since, self.state()
+        return self.number >= 0 and waited > HANG_SECONDS and (seconds - self.spent > HANG_SECONDS or (waited > WAIT_SECONDS and state != "R"))
 
     def end(self) -> str:
         self.process.kill()
@@ -55,13 +55,13 @@ class Worker:
         return self.log.read()[-2000:]
 
 
-def fuzz(targets: dict[str, int], *, minutes: float, seed: int, say: bool = True) -> tuple[Counter[str], list[dict[str, str]]]:
-    """Try one target after the other, each for its share of the time, by two workers at once. Returns how many inputs each had, and what was found."""
+def fuzz(targets: dict[str, int], *, minutes: float, seed: int, num_workers: int = 2, say: bool = True) -> tuple[Counter[str], list[dict[str, str]]]:
+    """Try one target after the other, each for its share of the time, by some workers at once. Returns how many inputs each had, and what was found."""
     inputs: Counter[str] = Counter()
     findings: list[dict[str, str]] = []
     queue = list(targets)
     end = time.monotonic() + minutes * 60
-    share = minutes * 60 * 2 / sum(targets.values())
+    share = minutes * 60 * num_workers / sum(targets.values())
     running: dict[int, tuple[Worker, float]] = {}
     chooser = selectors.DefaultSelector()
 
@@ -84,14 +84,14 @@ def fuzz(targets: dict[str, int], *, minutes: float, seed: int, say: bool = True
     last_said = time.monotonic()
     try:
         while running or queue:
-            while queue and len(running) < 2:
+            while queue and len(running) < num_workers:
                 start(target := queue.pop(0), 0, min(end + 5, time.monotonic() + share * targets[target]))
             for key, _ in chooser.select(timeout=0.5):
                 worker: Worker = key.data
                 while line := key.fileobj.readline():  # type: ignore[union-attr]
                     kind, _, rest = line.rstrip("\n").partition(" ")
                     if kind == "try":
-                        worker.number, worker.since, worker.spent = int(rest), time.monotonic(), worker.seconds()
+                        worker.number, worker.since, worker.spent = int(rest), time.monotonic(), worker.state()[1]
                     elif kind == "done":
                         inputs[worker.target] += 1
                     elif kind == "found":
@@ -143,10 +143,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6)
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)
     started = time.monotonic()
-    inputs, findings = fuzz({name: TARGETS[name].share for name in asked.targets}, minutes=asked.minutes, seed=asked.seed)
+    inputs, findings = fuzz({name: TARGETS[name].share for name in asked.targets}, minutes=asked.minutes, seed=asked.seed, num_workers=asked.workers)
     seconds = round(time.monotonic() - started, 1)
     print(json.dumps({"seconds": seconds, "inputs": dict(inputs), "findings": len(findings), "holds": not findings}))
     return 1 if findings else 0
