@@ -912,7 +912,9 @@ case(
 )
 case("a config.json without model_type", config(model_type=None), "model 'model': its config.json names no model_type")
 case(
-    "a config.json with sizes that are text", config(hidden_size="wide"), "model 'model': hidden_size in config.json must be a whole number above 0, got 'wide'"
+    "a config.json with sizes that are text",
+    config(hidden_size="wide"),
+    "model 'model': hidden_size in config.json must be a whole number from 1 to 16,777,216, got 'wide'",
 )
 case(
     "a config.json without layers",

@@ -29,12 +29,16 @@ class Worker:
 
     def __init__(self, target: str, seed: int, first: int) -> None:
         self.target, self.seed, self.number, self.since = target, seed, first - 1, time.monotonic()
-        self.spent = 0.0
+        self.spent, self.begun = 0.0, b""
         command = [sys.executable, "-m", "tests.fuzz_targets", target, str(seed), str(first)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (outlives this call)
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True, env=os.environ | {"PYTHONHASHSEED": "0"}
-        )
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True, env=os.environ | {"PYTHONHASHSEED": "0"})
+
+    def lines(self) -> list[str]:
+        """Return the lines that it has written since it was last asked."""
+        assert self.process.stdout is not None
+        *lines, self.begun = (self.begun + os.read(self.process.stdout.fileno(), 2**16)).split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
 
     def state(self) -> tuple[str, float]:
         """Return whether it runs (R) or waits, and the seconds of processor time that it has had so far."""
@@ -67,9 +71,7 @@ def fuzz(targets: dict[str, int], *, minutes: float, seed: int, num_workers: int
 
     def start(target: str, first: int, until: float) -> None:
         worker = Worker(target, seed, first)
-        assert worker.process.stdout is not None
-        os.set_blocking(worker.process.stdout.fileno(), False)
-        chooser.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        chooser.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
         running[id(worker)] = worker, until
 
     def leave(worker: Worker) -> None:
@@ -88,8 +90,8 @@ def fuzz(targets: dict[str, int], *, minutes: float, seed: int, num_workers: int
                 start(target := queue.pop(0), 0, min(end + 5, time.monotonic() + share * targets[target]))
             for key, _ in chooser.select(timeout=0.5):
                 worker: Worker = key.data
-                while line := key.fileobj.readline():  # type: ignore[union-attr]
-                    kind, _, rest = line.rstrip("\n").partition(" ")
+                for line in worker.lines():
+                    kind, _, rest = line.partition(" ")
                     if kind == "try":
                         worker.number, worker.since, worker.spent = int(rest), time.monotonic(), worker.state()[1]
                     elif kind == "done":
