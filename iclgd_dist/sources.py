@@ -36,6 +36,7 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 _DIGESTS = "weights.sha256.json"  # beside weights of ours
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "added_tokens.json")
 MAX_LEVELS = 50  # of JSON
+MOST_TOKENS = 2**24
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")  # one of them at least makes a tokenizer
 PROBES = ("Review: a gripping, funny film.\nSentiment: good", "  two  spaces, 1234567 and tabs\t", "na\u00efve \u65e5\u672c\u8a9e \U0001f600")
@@ -106,6 +107,8 @@ def load_tokenizer(identity: ModelIdentity) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         tokenizer(PROBES[0])  # some files can be loaded and not be used
+        if (largest := max(tokenizer.get_vocab().values(), default=0)) >= MOST_TOKENS:  # saving it would take memory for each smaller number
+            raise ValueError(f"the id of a token must be below {MOST_TOKENS:,}, got {largest:,}")
         return tokenizer
     except Exception as error:  # whatever the files make the parsers raise
         raise SweepError(f"model {identity.source!r}: its tokenizer cannot be loaded ({one_line(error)}); get its files again") from error
