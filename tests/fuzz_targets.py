@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from xxhash import xxh3_64
 
@@ -214,12 +215,39 @@ def _plan(folder: Path, model: str) -> Any:
     return make_plan(load_sweep(folder / "x.toml"))
 
 
-def _read_model(folder: Path) -> None:
+def _read_model(folder: Path) -> str | None:
+    import torch
+    from safetensors.torch import load_file
+
     from iclgd_dist.loading import load_model
 
     plan = _plan(folder, ".")
-    if plan.blocks:
-        load_model(plan.blocks[0])
+    if not plan.blocks:
+        return None
+    lm = load_model(plan.blocks[0])
+    held = {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
+    other = [name for name, weight in lm.model.named_parameters() if name not in held or not torch.equal(weight, held[name].to(weight.dtype))]
+    return f"weights that are not in the files: {other[:3]}" if other else None
+
+
+def _pickles() -> dict[str, bytes]:
+    import torch
+
+    with tempfile.TemporaryDirectory() as place:
+        tensors = {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
+        torch.save(tensors, Path(place) / "pytorch_model.bin")
+        torch.save(tensors, Path(place) / "old.bin", _use_new_zipfile_serialization=False)
+        return contents(Path(place))
+
+
+def _damage_pickle(files: dict[str, bytes], choose: random.Random) -> Files:
+    return {"pytorch_model.bin": mutations.some_of(files[choose.choice(sorted(files))], choose), "old.bin": None}
+
+
+def _read_pickle(folder: Path) -> None:
+    from iclgd_dist.pickles import convert_pickles
+
+    convert_pickles(folder)
 
 
 def _read_gguf(folder: Path) -> None:
@@ -235,15 +263,18 @@ def _read_gguf(folder: Path) -> None:
 def _store() -> dict[str, bytes]:
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import torch
 
     from iclgd_dist import captures, measured
+    from iclgd_dist.metrics import Capture
     from iclgd_dist.schema import CELL
     from tests.stores import key, measure, prepared, row
 
     with tempfile.TemporaryDirectory() as place:
         made = prepared(Path(place), row(1), row(2), row(3))
         made.compact()
-        made.commit(row(4))
+        file, sha256 = captures.keep(made, key(4), Capture(torch.ones(2, 3, 4), torch.ones(2, 3, 2, 5), torch.ones(3, 2)))
+        made.commit(row(4, capture_file=file, capture_sha256=sha256))
         made.commit(row(5))
         old = pa.Table.from_pylist([row(6)], schema=CELL)
         pq.write_table(old, made.root / "cells" / f"{key(6)}.parquet", write_page_checksum=True)
@@ -253,7 +284,6 @@ def _store() -> dict[str, bytes]:
         made.save_sweep(digest="0123456789abcdef", resolved={"name": "x", "seeds": [1]}, keys=[key(number) for number in range(1, 7)])
         (made.root / "claims").mkdir(exist_ok=True)
         (made.root / "claims" / ("a" * 32)).write_text(json.dumps({"host": "h", "space": 1, "pid": 1, "time": 1.0, "owner": "r", "lock": "x"}))
-        assert captures
         return contents(made.root)
 
 
@@ -273,6 +303,9 @@ def reseal(name: str, data: bytes) -> bytes:
 
 def _damage_store(files: dict[str, bytes], choose: random.Random) -> Files:
     name = choose.choice(sorted(name for name in files if name != "README.txt"))
+    beside = [other for other in files if Path(other).parent == Path(name).parent]
+    if choose.random() < 0.1:
+        return {name: files[choose.choice(beside)]}
     return {name: (mutations.as_json if name.endswith(".json") or "claims" in name else mutations.some_of)(files[name], choose)}
 
 
@@ -307,9 +340,10 @@ def _answered(call: Callable[[], Any]) -> Any:
 
 
 def _read_store(folder: Path, *, is_hostile: bool = False) -> str | None:
-    from iclgd_dist import locks
+    from iclgd_dist import captures, files, locks, upkeep
+    from iclgd_dist.metrics import Capture
     from iclgd_dist.store import Store, read_results
-    from iclgd_dist.upkeep import debris, forget, verify
+    from iclgd_dist.upkeep import forget, verify
     from tests.stores import key
 
     expected, known = _undamaged(), {key(number) for number in range(1, 7)}
@@ -317,11 +351,14 @@ def _read_store(folder: Path, *, is_hostile: bool = False) -> str | None:
         locks.is_held(claim, owner="other", stale_seconds=1e9)
     read, keys = _answered(lambda: rows_of(folder)), _answered(lambda: Store(folder).keys())
     looked, sweeps = _answered(lambda: verify(Store(folder))), _answered(lambda: Store(folder).sweeps())
-    _answered(lambda: list(debris(Store(folder))))
+    row = next((row for row in read["cells"] if row["capture_sha256"]), None) if isinstance(read, dict) else None
+    kept = row and _answered(lambda: captures.recall(Store(folder), row["key"], row["capture_sha256"]))
     compacted = Path(shutil.copytree(folder, folder.with_name(folder.name + "-compacted")))
     aside = Path(shutil.copytree(folder, folder.with_name(folder.name + "-aside")))
     try:
         _answered(lambda: Store(compacted).compact())
+        with mock.patch.object(upkeep, "DEBRIS_STALE_SECONDS", -1):
+            _answered(lambda: [files.remove(path) for path, _ in upkeep.debris(Store(compacted))])
         later = _answered(lambda: rows_of(compacted))
         quarantined = _answered(lambda: verify(Store(aside), quarantine=True))
         left = _answered(lambda: rows_of(aside))
@@ -333,6 +370,8 @@ def _read_store(folder: Path, *, is_hostile: bool = False) -> str | None:
             return f"rows differ and nothing says so: {[name for name in expected if read[name] != expected[name]]}"
         if isinstance(later, dict) and later != expected:
             return f"rows differ after a compaction and nothing says so: {[name for name in expected if later[name] != expected[name]]}"
+        if isinstance(kept, Capture) and not all(bool((getattr(kept, name) == 1).all()) for name in ("attention_LQD", "scores_LQHT", "label_scores_QC")):
+            return "a capture holds other numbers and nothing says so"
         if isinstance(keys, set) and not keys <= known:
             return "the plan would subtract cells that are not there"
         if isinstance(read, StoreError) and not isinstance(looked, StoreError) and looked.is_whole:
@@ -358,6 +397,7 @@ TARGETS: dict[str, Target] = {
     "index": Target(_shards, one("model.safetensors.index.json", mutations.as_json), _read_model, 1),
     "config": Target(lambda: _model(), one("config.json", mutations.as_json), _read_model, 3),
     "tokenizer": Target(lambda: _model(), one("tokenizer.json tokenizer_config.json", mutations.as_json), _read_model, 3),
+    "pickle": Target(_pickles, _damage_pickle, _read_pickle, 1),
     "gguf": Target(_gguf, one("x.gguf", mutations.of_gguf), _read_gguf, 4),
     "store": Target(_store, _damage_store, _read_store, 4),
     "hostile_store": Target(lambda: good(TARGETS["store"]), _damage_hostile, functools.partial(_read_store, is_hostile=True)),
