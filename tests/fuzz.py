@@ -1,8 +1,8 @@
-"""`python -m tests.fuzz [--minutes 10] [--seed N]`: damaged and hostile files for every reader, for as long as you like.
+"""`python -m tests.fuzz [--minutes 10] [--seed N] [--targets NAME ...]`: damaged and hostile files for every reader, for as long as you like.
 
-A finding is an exception that is not one of the project's own errors, a process that dies, 5 s without an answer, more memory than 2 GiB, or a store that gives
-other rows than before and does not say so. Each try is made in a worker process, so that whatever happens has a name; its input is saved under results/fuzz.
-The same seed makes the same tries. The last line is one JSON object.
+A finding is an exception that is not one of the project's own errors, a process that dies, 5 s without an answer, more memory than 2 GiB, or a store or a model
+that gives other numbers than before and does not say so. Each try is made in a worker process, so that whatever happens has a name; its input is saved under
+results/fuzz. The same seed makes the same tries. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 SAVED = Path("results") / "fuzz"
@@ -24,21 +27,33 @@ HANG_SECONDS = 5.0  # of processor time; or it sleeps for as long as WAIT_SECOND
 WAIT_SECONDS = 30.0
 
 
+@dataclass(frozen=True)
+class Finding:
+    target: str
+    what: str
+    files: Path
+
+
 class Worker:
     """A process that makes tries of one target, and tells of each before and after."""
 
-    def __init__(self, target: str, seed: int, first: int) -> None:
-        self.target, self.seed, self.number, self.since = target, seed, first - 1, time.monotonic()
-        self.spent, self.begun = 0.0, b""
-        command = [sys.executable, "-m", "tests.fuzz_targets", target, str(seed), str(first)]
+    def __init__(self, module: str, target: str, seed: int, first: int, seconds: float) -> None:
+        self.target, self.number, self.seconds, self.until = target, first - 1, seconds, float("inf")
+        self.since, self.spent, self.begun = 0.0, 0.0, b""
+        command = [sys.executable, "-m", module, target, str(seed), str(first)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (outlives this call)
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True, env=os.environ | {"PYTHONHASHSEED": "0"})
+        assert self.process.stdout is not None
+        self.output = self.process.stdout.fileno()
 
     def lines(self) -> list[str]:
         """Return the lines that it has written since it was last asked."""
-        assert self.process.stdout is not None
-        *lines, self.begun = (self.begun + os.read(self.process.stdout.fileno(), 2**16)).split(b"\n")
+        *lines, self.begun = (self.begun + os.read(self.output, 2**16)).split(b"\n")
         return [line.decode(errors="replace") for line in lines]
+
+    def begin(self, number: int) -> None:
+        self.number, self.since, self.spent = number, time.monotonic(), self.state()[1]
+        self.until = min(self.until, self.since + self.seconds)  # what is imported before the first try does not count
 
     def state(self) -> tuple[str, float]:
         """Return whether it runs (R) or waits, and the seconds of processor time that it has had so far."""
@@ -48,94 +63,102 @@ class Worker:
             return "R", 0.0
         return fields[0], sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
-    def hangs(self) -> bool:
+    def trouble(self) -> str:
+        """Return why no more is to be expected from it; an empty text while it works."""
+        if (code := self.process.poll()) is not None:
+            return f"the process died with code {code}"
         waited, (state, seconds) = time.monotonic() - self.since, self.state()
-        return self.number >= 0 and waited > HANG_SECONDS and (seconds - self.spent > HANG_SECONDS or (waited > WAIT_SECONDS and state != "R"))
+        is_hung = seconds - self.spent > HANG_SECONDS or (waited > WAIT_SECONDS and state != "R")
+        return f"no answer after {HANG_SECONDS:.0f} s" if self.since and waited > HANG_SECONDS and is_hung else ""
 
     def end(self) -> str:
+        """Return the last of what it said."""
         self.process.kill()
         self.process.wait()
         self.log.seek(0)
         return self.log.read()[-2000:]
 
 
-def fuzz(targets: dict[str, int], *, minutes: float, seed: int, num_workers: int = 2, say: bool = True) -> tuple[Counter[str], list[dict[str, str]]]:
-    """Try one target after the other, each for its share of the time, by some workers at once. Returns how many inputs each had, and what was found."""
-    inputs: Counter[str] = Counter()
-    findings: list[dict[str, str]] = []
-    queue = list(targets)
-    end = time.monotonic() + minutes * 60
-    share = minutes * 60 * num_workers / sum(targets.values())
-    running: dict[int, tuple[Worker, float]] = {}
-    chooser = selectors.DefaultSelector()
+def fuzz(
+    module: str,
+    targets: list[str],
+    *,
+    minutes: float,
+    seed: int,
+    tries: int | None = None,
+    num_workers: int = 2,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Counter[str], list[Finding]]:
+    """Try one target of a module after the other, for its share of the time and at most so many times. Returns how many inputs each had, and each finding once."""
+    shares = {name: import_module(module).TARGETS[name].share for name in targets}
+    inputs, findings, running, waiting = Counter[str](), dict[tuple[str, str], Finding](), list[Worker](), list(targets)
+    end, chooser = time.monotonic() + minutes * 60, selectors.DefaultSelector()
 
-    def start(target: str, first: int, until: float) -> None:
-        worker = Worker(target, seed, first)
-        chooser.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
-        running[id(worker)] = worker, until
-
-    def leave(worker: Worker) -> None:
-        chooser.unregister(worker.process.stdout)  # type: ignore[arg-type]
-        del running[id(worker)]
+    def start(target: str, first: int, seconds: float) -> None:
+        running.append(worker := Worker(module, target, seed, first, seconds))
+        chooser.register(worker.output, selectors.EVENT_READ, worker)
 
     def found(worker: Worker, what: str) -> None:
-        findings.append({"target": worker.target, "number": str(worker.number), "what": what, "input": save(worker.target, seed, worker.number)})
-        if say:
-            print(f"FOUND {worker.target} {worker.number}: {what} -> {findings[-1]['input']}", flush=True)
+        place = worker.target, what.rpartition(" at ")[2]
+        if place not in findings:
+            findings[place] = Finding(worker.target, what, save(module, worker.target, seed, worker.number))
+            say(f"FOUND {worker.target} {worker.number}: {what} -> {findings[place].files}")
 
-    last_said = time.monotonic()
+    def hear(worker: Worker) -> None:
+        for line in worker.lines():
+            kind, _, rest = line.partition(" ")
+            if kind == "try":
+                worker.begin(int(rest))
+            elif kind == "done":
+                inputs[worker.target] += 1
+            elif kind == "found":
+                found(worker, rest)
+
+    said = time.monotonic()
     try:
-        while running or queue:
-            while queue and len(running) < num_workers:
-                start(target := queue.pop(0), 0, min(end + 5, time.monotonic() + share * targets[target]))
+        while running or waiting:
+            while waiting and len(running) < num_workers:
+                left, of_all = end - time.monotonic(), sum(map(shares.__getitem__, waiting))
+                start(target := waiting.pop(0), 0, max(1.0, left * min(1.0, num_workers * shares[target] / of_all)))
             for key, _ in chooser.select(timeout=0.5):
-                worker: Worker = key.data
-                for line in worker.lines():
-                    kind, _, rest = line.partition(" ")
-                    if kind == "try":
-                        worker.number, worker.since, worker.spent = int(rest), time.monotonic(), worker.state()[1]
-                    elif kind == "done":
-                        inputs[worker.target] += 1
-                    elif kind == "found":
-                        found(worker, rest)
-            for worker, until in list(running.values()):
-                code = worker.process.poll()
-                is_hung = code is None and worker.hangs()
-                if code is not None or is_hung:
-                    leave(worker)
-                    said = worker.end()
-                    if worker.number < 0:
-                        raise RuntimeError(f"{worker.target} does not start: {said}")
-                    found(worker, f"no answer after {HANG_SECONDS:.0f} s" if is_hung else f"the process died with code {code}: {said[-200:]!r}")
-                    inputs[worker.target] += 1
-                    if time.monotonic() < until:
-                        start(worker.target, worker.number + 1, until)
-                elif time.monotonic() > until:
-                    leave(worker)
-                    worker.end()
-            if say and time.monotonic() - last_said > 15:
-                last_said = time.monotonic()
-                print(", ".join(f"{target} {count:,}" for target, count in inputs.items()), f"inputs, {len(findings)} findings", flush=True)
+                hear(key.data)
+            for worker in list(running):
+                trouble, is_over = worker.trouble(), time.monotonic() > worker.until or worker.number >= (tries or sys.maxsize)
+                if not (trouble or is_over):
+                    continue
+                chooser.unregister(worker.output)
+                running.remove(worker)
+                last = worker.end()
+                hear(worker)
+                if not trouble or worker.number >= (tries or sys.maxsize):
+                    continue
+                if not worker.since:
+                    raise RuntimeError(f"{worker.target} does not start: {last}")
+                found(worker, f"{trouble}: {last.splitlines()[-1:]}")
+                inputs[worker.target] += 1
+                if not is_over and worker.number + 1 < (tries or sys.maxsize):
+                    start(worker.target, worker.number + 1, worker.until - time.monotonic())
+            if time.monotonic() - said > 15:
+                said = time.monotonic()
+                say(", ".join(f"{target} {count:,}" for target, count in inputs.items()) + f" inputs, {len(findings)} findings")
     finally:
-        for worker, _ in running.values():
+        for worker in running:
             worker.end()
-    return inputs, findings
+    return inputs, list(findings.values())
 
 
-def save(target: str, seed: int, number: int) -> str:
+def save(module: str, target: str, seed: int, number: int) -> Path:
     """Write the files of a try that differ from the undamaged ones, and return where."""
-    from tests.fuzz_targets import TARGETS
-
     folder = SAVED / f"{target}-{seed}-{number}"
     shutil.rmtree(folder, ignore_errors=True)
-    for name, content in TARGETS[target].case(seed, number).items():
+    for name, content in import_module(module).TARGETS[target].case(seed, number).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if content is None:
             path.with_name(path.name + ".gone").touch()
         else:
             path.write_bytes(content)
-    return str(folder)
+    return folder
 
 
 def main() -> int:
@@ -149,9 +172,16 @@ def main() -> int:
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)
     started = time.monotonic()
-    inputs, findings = fuzz({name: TARGETS[name].share for name in asked.targets}, minutes=asked.minutes, seed=asked.seed, num_workers=asked.workers)
+    inputs, findings = fuzz(
+        "tests.fuzz_targets",
+        asked.targets,
+        minutes=asked.minutes,
+        seed=asked.seed,
+        num_workers=asked.workers,
+        say=lambda text: print(text, flush=True),
+    )
     seconds = round(time.monotonic() - started, 1)
-    print(json.dumps({"seconds": seconds, "inputs": dict(inputs), "findings": len(findings), "holds": not findings}))
+    print(json.dumps({"seconds": seconds, "seed": asked.seed, "inputs": dict(inputs), "findings": len(findings), "holds": not findings}))
     return 1 if findings else 0
 
 
