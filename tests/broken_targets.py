@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iclgd_dist.config import SweepError
-from tests.fuzz_targets import Target, work
+from tests.fuzzing import Target, work
 
 
 def _broken(read: Any) -> Target:

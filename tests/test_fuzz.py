@@ -15,7 +15,9 @@ from iclgd_dist import cells
 from iclgd_dist.files import Location
 from iclgd_dist.store import Store
 from tests import broken_targets, fuzz
-from tests.fuzz_targets import OURS, TARGETS, good, reseal, rows_of
+from tests.fuzz_stores import reseal, rows_of
+from tests.fuzz_targets import TARGETS
+from tests.fuzzing import OURS, good
 
 SEED = 7
 TRIES = {"sweep": 30, "delimited": 30, "jsonl": 30, "parquet": 30, "pickle": 20}
