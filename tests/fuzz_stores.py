@@ -19,6 +19,8 @@ from iclgd_dist.store_errors import StoreError
 from tests import mutations
 from tests.fuzzing import OURS, Files, Target, contents, good
 
+ODD_TEXTS = [None, "", "x", "[]", "{}", "null", "1", '{"a": 1}', '{"preset": 1}', "<script>", "\0", "\U0001f600", "a" * 3000, "{text}", "%s", "$x$", "[" * 2000]
+
 
 def _store() -> dict[str, bytes]:
     import pyarrow as pa
@@ -91,6 +93,10 @@ def _undamaged() -> dict[str, list[dict[str, Any]]]:
         return rows_of(Path(place))
 
 
+def _sweeps() -> list[dict[str, Any]]:
+    return [json.loads(data) | {"sha256": 0} for name, data in good(STORE).items() if name.startswith("sweeps/")]
+
+
 def _answered(call: Callable[[], Any]) -> Any:
     """Return what a call returns, or the error of ours that it raises."""
     try:
@@ -141,12 +147,77 @@ def _read_store(folder: Path, *, is_hostile: bool = False) -> str | None:
                 return f"what is left after --quarantine cannot be read: {left}"
             if any(row not in expected[name] for name, rows in left.items() for row in rows):
                 return "rows after --quarantine are not those from before"
-        del sweeps
+        if isinstance(sweeps, list) and [sweep | {"sha256": 0} for sweep in sweeps] != _sweeps():
+            return "a sweep is another and nothing says so"
     finally:
         shutil.rmtree(compacted)
         shutil.rmtree(aside)
     return None
 
 
+# --- The page
+
+
+@functools.cache
+def _rows() -> list[dict[str, Any]]:
+    from tests.test_analysis import make_rows
+
+    return make_rows(rates={"vanilla": (1e-3, 1e-2), "layer_causal": (1e-3,)})
+
+
+def _of_rows() -> dict[str, bytes]:
+    from iclgd_dist.config import load_sweep
+    from iclgd_dist.store import Store
+    from tests.test_analysis import make_store
+    from tests.test_config import GOOD
+
+    with tempfile.TemporaryDirectory() as place:
+        root = make_store(Path(place) / "store", _rows())
+        (Path(place) / "x.toml").write_text(GOOD)
+        Store(root).save_sweep(digest="0123456789abcdef", resolved=load_sweep(Path(place) / "x.toml").resolved(), keys=[row["key"] for row in _rows()])
+        return contents(root)
+
+
+def odd(kind: Any, choose: random.Random) -> Any:
+    """Return a value of an Arrow type that no cell of ours has."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return {field.name: odd(field.type, choose) for field in kind}
+    if pa.types.is_list(kind):
+        return choose.choice([None, [], [odd(kind.value_type, choose)] * choose.choice([1, 40])])
+    if pa.types.is_string(kind):
+        return choose.choice(ODD_TEXTS)
+    if pa.types.is_floating(kind):
+        return choose.choice([None, 0.0, -1.0, 1e308, -1e308, 5e-324])
+    if pa.types.is_boolean(kind):
+        return choose.choice([None, False, True])
+    return choose.choice([None, 0, -1, 2**31, 2**53, 2**62, -(2**62)])  # a number, or a time
+
+
+def _damage_rows(files: dict[str, bytes], choose: random.Random) -> Files:
+    """Change a column of one row or of all, or what a sweep says of itself; checksums are right."""
+    from iclgd_dist import cells, manifests
+    from iclgd_dist.schema import CELL
+
+    if choose.random() < 0.3:
+        name = choose.choice([name for name in files if name.startswith("sweeps/")])
+        content = json.loads(files[name])
+        content |= {"resolved": mutations.alter(content["resolved"], choose)}
+        del content["sha256"]
+        content = json.loads(json.dumps(content))
+        return {name: json.dumps(content | {"sha256": manifests.checksum(content)}).encode()}
+    rows = choose.sample(_rows(), choose.choice([1, 1, len(_rows())]))
+    column = choose.choice([column for column in CELL if column.name != "key"])
+    return {f"cells/{row['key']}.arrows": cells.encode(row | {column.name: odd(column.type, choose)}) for row in rows}
+
+
+def _read_page(folder: Path) -> None:
+    from iclgd_analysis.report import write_report
+
+    write_report(folder)
+
+
+PAGE = Target(_of_rows, _damage_rows, _read_page)
 STORE = Target(_store, _damage_store, _read_store, 4)
 HOSTILE = Target(lambda: good(STORE), _damage_hostile, functools.partial(_read_store, is_hostile=True))

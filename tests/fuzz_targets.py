@@ -14,7 +14,7 @@ from typing import Any
 
 from iclgd_dist.config import load_sweep
 from tests import mutations
-from tests.fuzz_stores import HOSTILE, STORE
+from tests.fuzz_stores import HOSTILE, PAGE, STORE
 from tests.fuzzing import Files, Target, contents, one, work
 
 ROOT = Path(__file__).parent.parent
@@ -205,6 +205,7 @@ TARGETS: dict[str, Target] = {
     "gguf": Target(_gguf, one("x.gguf", mutations.of_gguf), _read_gguf, 4),
     "store": STORE,
     "hostile_store": HOSTILE,
+    "page": PAGE,
 }
 
 

@@ -20,7 +20,7 @@ from tests.fuzz_targets import TARGETS
 from tests.fuzzing import OURS, good
 
 SEED = 7
-TRIES = {"sweep": 30, "delimited": 30, "jsonl": 30, "parquet": 30, "pickle": 20}
+TRIES = {"sweep": 30, "delimited": 30, "jsonl": 30, "parquet": 30, "pickle": 20, "page": 2}
 Change = Callable[[bytes], bytes]
 
 
