@@ -3,13 +3,14 @@
 # make check  formatting, lint, types
 # make faults every accident a sweep may have, on a Ray of three nodes: some 25 minutes
 # make soak   accidents at random for 10 minutes
+# make fuzz   damaged and hostile files for every reader, for 10 minutes
 # Each target sets up .venv by itself; it needs Python 3.11 or newer, make and a package index.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 export RAY_AUTH_MODE ?= token
 
-.PHONY: demo test check faults soak setup clean
+.PHONY: demo test check faults soak fuzz setup clean
 
 demo: $(READY)
 	$(BIN)/iclgd run sweeps/demo.toml
@@ -28,6 +29,9 @@ faults: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.faults.soak
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz
 
 setup: $(READY)
 

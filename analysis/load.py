@@ -24,6 +24,7 @@ from iclgd_dist.store import Results, Store, read_results
 
 from .intervals import Estimate, estimate, geometric_mean
 from .setting import MATCHED_RATIO, Setting, resolved, spelled
+from .written import check
 
 PRECISION = ["storage_dtype", "compute_dtype", "tf32", "deterministic"]
 BASE = ["model_hash", *PRECISION, "init", "init_scheme", "init_seed", "task", "protocol", "num_queries", "query_seed"]
@@ -167,8 +168,10 @@ def of_most_queries(settings: Iterable[Setting]) -> list[Setting]:
 
 def load(*stores: str | Path) -> Frames:
     """Read stores, several as one: a cell that two of them hold counts once. Errors: StoreError, as `iclgd_dist.store` raises it."""
-    parts = [read_results(store) for store in stores]
-    return frames(_together(parts) if len(parts) > 1 else parts[0], [sweep for store in stores for sweep in Store(store).sweeps()])
+    parts, sweeps = [read_results(store) for store in stores], [Store(store).sweeps() for store in stores]
+    for part, of_part, store in zip(parts, sweeps, stores, strict=True):
+        check(part, of_part, store)
+    return frames(_together(parts) if len(parts) > 1 else parts[0], [sweep for of_part in sweeps for sweep in of_part])
 
 
 def _together(parts: Sequence[Results]) -> Results:

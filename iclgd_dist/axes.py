@@ -6,7 +6,8 @@ Knows types, ranges and messages. Knows nothing of tasks, models or files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, field_validator
@@ -58,10 +59,27 @@ def _pairs(value: Any) -> Any:
 
 
 def _all_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
-        number = next(n for n, value in enumerate(values) if value in values[:n])
-        raise At(f"must be distinct, got {json.dumps(values[number])} more than once", number)
+    seen: set[Any] = set()
+    for number, value in enumerate(values):
+        if value in seen:
+            raise At(f"must be distinct, got {json.dumps(value)} more than once", number)
+        seen.add(value)
     return values
+
+
+def twice(grid: list[Any]) -> list[str]:
+    """Return what is in a list of a sweep file more than once, as text."""
+    counts = Counter(repr(value) if isinstance(value, list | dict) else value for value in grid)
+    return [str(value) for value, count in counts.items() if count > 1]
+
+
+def taken(named: Iterable[Any], builtin: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield number and name of what has the name of something built in, or of something before it."""
+    names = set(builtin)
+    for number, each in enumerate(named):
+        if each.name in names:
+            yield number, each.name
+        names.add(each.name)
 
 
 def by_method(value: Any) -> Any:

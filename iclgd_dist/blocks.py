@@ -13,6 +13,7 @@ from iclgd_dist.config import ModelSpec, Resources
 from iclgd_dist.cost import Cost, Pass, cost_of
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.extensions import MethodSpec, MetricSpec
+from iclgd_dist.families import size
 from iclgd_dist.protocol import Protocol
 from iclgd_dist.sources import ModelIdentity
 from iclgd_dist.tasks import Draw
@@ -208,5 +209,5 @@ def _lane(cell: Cell) -> tuple[str, float]:
 
 
 def max_positions(config: dict[str, Any]) -> int | None:
-    """Return how many positions a model takes; None where its configuration sets no limit (ALiBi)."""
-    return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len") if config.get(name)), None)
+    """Return how many positions a model takes; None where its configuration sets no limit (ALiBi). Errors: SweepError for what is no number of them."""
+    return size(config, "max_position_embeddings", "n_positions", "max_seq_len", most=2**53) or None

@@ -14,21 +14,41 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StrictInt, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
-from iclgd_dist.axes import Analysis, At, Capture, Controls, Count, Name, Rates, Runs, Seed, Seeds, SweepError, TaskAxes, by_method, listed, refuse
+from iclgd_dist.axes import (
+    Analysis,
+    At,
+    Capture,
+    Controls,
+    Count,
+    Name,
+    Rates,
+    Runs,
+    Seed,
+    Seeds,
+    SweepError,
+    TaskAxes,
+    by_method,
+    listed,
+    refuse,
+    taken,
+    twice,
+)
+from iclgd_dist.complaints import OURS, Problem, misplaced, problems_of, unknown_key
 from iclgd_dist.extensions import BUILTIN, METHODS, MethodSpec, MetricSpec
 from iclgd_dist.model_spec import ModelSpec
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Frozen, Protocol
 from iclgd_dist.resources import Resources
 from iclgd_dist.search_spec import Search
 from iclgd_dist.task_spec import OwnTask
-from iclgd_dist.toml_text import line_of, not_toml, unknown
+from iclgd_dist.toml_text import is_deep, line_of, not_toml, statements, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
+MAX_PROBLEMS = 100  # told of one file
 
 
 class Sweep(Frozen):
@@ -76,22 +96,17 @@ class Sweep(Frozen):
     @field_validator("task")
     @classmethod
     def _names_of_their_own(cls, own_tasks: tuple[OwnTask, ...]) -> tuple[OwnTask, ...]:
-        refuse(
-            At(f"{own.name!r} is the name of another task; choose one of its own", number, "name")
-            for number, own in enumerate(own_tasks)
-            if own.name in (*EMBEDDED_TASKS, *HUB_TASKS, *(earlier.name for earlier in own_tasks[:number]))
-        )
+        builtin = (*EMBEDDED_TASKS, *HUB_TASKS)
+        refuse(At(f"{name!r} is the name of another task; choose one of its own", number, "name") for number, name in taken(own_tasks, builtin))
         return own_tasks
 
     @field_validator("method", "metric")
     @classmethod
     def _code_is_there(cls, added: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
         found, problems = [], []
-        taken = [*METHODS, "zero_shot", "icl", "in-context"] if info.field_name == "method" else [*_columns()] if added else []
+        builtin = (*METHODS, "zero_shot", "icl", "in-context") if info.field_name == "method" else _columns() if added else ()
+        problems += [At(f"{name!r} is the name of something else; choose one of its own", number, "name") for number, name in taken(added, builtin)]
         for number, each in enumerate(added):
-            if each.name in taken:
-                problems.append(At(f"{each.name!r} is the name of something else; choose one of its own", number, "name"))
-            taken.append(each.name)
             try:
                 found.append(each.with_text(info.data["folder"]))
             except ValueError as error:
@@ -105,7 +120,7 @@ class Sweep(Frozen):
         what = "method" if info.field_name == "methods" else "task"
         if what in info.data:  # a faulty [[task]] or [[method]] may be the one that is meant
             builtin = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS)
-            known = (*builtin, *(own.name for own in info.data[what]))
+            known = dict.fromkeys((*builtin, *(own.name for own in info.data[what])))
             refuse(At(unknown(what, name, known), number) for number, name in enumerate(names) if name not in known)
         return tuple(dict.fromkeys(names))
 
@@ -139,7 +154,7 @@ class Sweep(Frozen):
     def _for_each_method(cls, value: Any, info: ValidationInfo) -> Any:
         known = _methods(info)
         strangers = [name for name in value if name not in known] if isinstance(value, dict) and "method" in info.data else []
-        refuse(At(f"learning_rates: {unknown('method', name, known)}{_misplaced(name)}", name) for name in strangers)
+        refuse(At(f"learning_rates: {unknown('method', name, known)}{misplaced(name, cls)}", name) for name in strangers)
         return by_method(value)
 
     @field_validator("learning_rates")
@@ -247,28 +262,30 @@ def load_sweep(path: str | Path) -> Sweep:
     """
     path = Path(path)
     text = _read(path)
+    if is_deep(text):
+        raise SweepError(f"{path}: is nested too deeply: a key has more than 100 parts")
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError is one, and so is what Python says of a number of thousands of digits
         raise SweepError(not_toml(path, text, str(error))) from None
     except RecursionError:
         raise SweepError(f"{path}: is nested too deeply") from None
-    problems: list[tuple[tuple[Any, ...], str]] = [((name,), _unknown_key((name,))) for name in _OURS if name in values]
+    found: list[Problem] = [((name,), unknown_key((name,), Sweep)) for name in OURS if name in values]
     added = [(name, number, each) for name in ("method", "metric") if isinstance(values.get(name), list) for number, each in enumerate(values[name])]
-    problems += [((name, number, "text"), _unknown_key((name, number, "text"))) for name, number, each in added if isinstance(each, dict) and "text" in each]
+    found += [((name, number, "text"), unknown_key((name, number, "text"), Sweep)) for name, number, each in added if isinstance(each, dict) and "text" in each]
     if "runs" not in values and "seeds" not in values:
-        problems.append(((), "seeds is required, got nothing"))
+        found.append(((), "seeds is required, got nothing"))
     if "runs" in values and (others := [name for name in ("seeds", "orders") if name in values]):
-        problems.append((("runs",), f"runs must stand alone: it takes the place of seeds and orders, got {' and '.join(others)} too"))
+        found.append((("runs",), f"runs must stand alone: it takes the place of seeds and orders, got {' and '.join(others)} too"))
     try:
         sweep = Sweep.model_validate(values | {"folder": path.resolve().parent, "warnings": _warnings(values)})
     except ValidationError as error:
-        # What holds a bad item also lacks it: pydantic then says that the list is too short.
-        details = [detail for detail in error.errors() if not (detail["type"] == "too_short" and detail["input"])]
-        problems += [problem for detail in details for problem in _problems(detail)]
-    if problems:
-        placed = sorted({(line_of(text, keys), message) for keys, message in problems})
-        raise SweepError("\n".join(f"{path}:{line}: {message}" for line, message in placed))
+        found += problems_of(error.errors(), Sweep)
+    if found:
+        lines = list(statements(text))
+        placed = sorted({(line_of(lines, keys), message) for keys, message in found[:MAX_PROBLEMS]})
+        more = [f"{path}: and {len(found) - MAX_PROBLEMS:,} problems more"] if len(found) > MAX_PROBLEMS else []
+        raise SweepError("\n".join([*(f"{path}:{line}: {message}" for line, message in placed), *more]))
     return sweep
 
 
@@ -300,7 +317,7 @@ def _warnings(values: dict[str, Any]) -> tuple[str, ...]:
     grids |= {f"learning_rates.{method}": grid for method, grid in rates.items()} if isinstance(rates, dict) else {"learning_rates": rates}
     controls = values.get("controls")
     grids["controls.train_on"] = controls.get("train_on") if isinstance(controls, dict) else None
-    repeated = {name: list(dict.fromkeys(str(v) for v in grid if grid.count(v) > 1)) for name, grid in grids.items() if isinstance(grid, list)}
+    repeated = {name: twice(grid) for name, grid in grids.items() if isinstance(grid, list)}
     said = [f"{name}: {', '.join(twice)} is there more than once and counts once" for name, twice in repeated.items() if twice]
     methods = values.get("methods", ("vanilla", "layer_causal"))
     if isinstance(methods, list | tuple):
@@ -332,68 +349,3 @@ def _not_positive(lists: dict[str, tuple[float, ...]], info: ValidationInfo, nam
                 of_method = named if method == "*" else f"{named}.{method}"
                 way_out = "; [controls] zero_learning_rate = true allows 0 as a control" if rate == 0 else ""
                 yield At(f"{of_method} must be greater than 0, got {rate:g}{way_out}", *keys, method, number)
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "models": ModelSpec,
-    "task": OwnTask,
-    "protocols": Protocol,
-    "per_task": TaskAxes,
-    "method": MethodSpec,
-    "metric": MetricSpec,
-}
-_SECTIONS |= {name: type(field.default) for name, field in Sweep.model_fields.items() if isinstance(field.default, Frozen)}
-_OURS = ("folder", "warnings", "text")  # fields that no file sets
-_KEYS = tuple(name for name in Sweep.model_fields if name not in _OURS)
-
-
-def _unknown_key(keys: tuple[Any, ...]) -> str:
-    if len(keys) == 1:
-        return unknown("key", keys[0], _KEYS)
-    header = f"[[{keys[0]}]]" if isinstance(keys[1], int) else f"[{'.'.join(keys[:-1])}]"
-    return unknown("key", keys[-1], [name for name in _SECTIONS[keys[0]].model_fields if name not in _OURS], where=f" in {header}") + _misplaced(keys[-1])
-
-
-def _misplaced(name: str) -> str:
-    return f" ({name} of the sweep itself must stand above the first [section])" if name in _KEYS else ""
-
-
-def _problems(detail: Any) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Yield where each problem of a field is that pydantic found, and a sentence that says what was required and what was got."""
-    keys = tuple(detail["loc"])
-    name = ".".join(str(key) for key in keys if not isinstance(key, int) and key != "*")
-    if detail["type"] != "value_error":
-        yield _problem(detail, keys, name)
-        return
-    for error in getattr(detail["ctx"]["error"], "problems", [detail["ctx"]["error"]]):
-        message = str(error)
-        yield (*keys, *getattr(error, "keys", ())), message if message.startswith(("unknown", name)) else f"{name} {message}"
-
-
-def _problem(detail: Any, keys: tuple[Any, ...], name: str) -> tuple[tuple[Any, ...], str]:
-    kind, given = detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        return keys, _unknown_key(keys)
-    if kind == "missing":
-        return keys[:-1], f"{name} is required, got nothing"
-    if kind == "too_short":
-        return keys, f"{name}: at least 1 is required, got none"
-    is_item = isinstance(keys[-1], int)
-    required = {
-        "int_type": "whole numbers" if is_item else "a whole number",
-        "float_type": "numbers" if is_item else "a number",
-        "finite_number": "finite",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "dict_type": f"a table, [{name}]",
-        "model_type": f"tables, [[{name}]]" if is_item else f"a table, [{name}]",
-        "literal_error": given.get("expected"),
-        "greater_than": f"greater than {given.get('gt')}",
-        "greater_than_equal": f"at least {given.get('ge')}",
-        "less_than": f"less than {given.get('lt')}",
-        "string_too_short": "text that is not empty",
-        "string_pattern_mismatch": "at most 80 letters, digits, '_', '-' and '.', the first a letter or digit",
-    }.get(kind, detail["msg"])
-    got = detail["input"]
-    shown = "a table" if isinstance(got, dict) else str(got).lower() if isinstance(got, bool) else repr(got)[:80]
-    return keys, f"{name} must be {required}, got {shown}"

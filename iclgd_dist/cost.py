@@ -11,11 +11,12 @@ from typing import Any
 
 from iclgd_dist.config import SweepError
 from iclgd_dist.encoding import Encoded
-from iclgd_dist.families import FAMILIES, num_key_heads
+from iclgd_dist.families import FAMILIES, num_key_heads, size
 from iclgd_dist.schema import NUM_KENDALL_QUERIES, NUM_NOISE_QUERIES
 
 MOST_WORDS, MOST_LOGITS = 16_384, 2**28  # that exist at once: losses.WORDS and losses.LOGITS, of a GPU
 _STORED = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+MOST_LAYERS = 1_000  # a skeleton of more takes long to build, and no model has as many
 FRAMEWORK_GIB = 0.7  # torch, transformers and Ray in one process, before any model (measured)
 
 
@@ -45,34 +46,25 @@ class _Sizes:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> _Sizes:
-        def first(*names: str, default: int = 0) -> int:
-            return next((_whole(name, config[name]) for name in names if config.get(name)), default)
-
-        width = first("hidden_size", "n_embd", "d_model")
-        heads = first("num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads", default=1)
-        head_width = first("head_dim", default=width // heads)
+        width = size(config, "hidden_size", "n_embd", "d_model")
+        heads = size(config, "num_attention_heads", "n_head", "n_heads", "attention_heads", "num_heads", default=1)
+        head_width = size(config, "head_dim", default=width // heads)
         kv = num_key_heads(config, heads) * head_width
-        inner = first("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * width)
+        inner = size(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * width)
         family = FAMILIES.get(config.get("model_type", ""))
         num_matrices = 3 if family is not None and family.is_gated else 2
         attention = 2 * width * heads * head_width + 2 * width * kv
-        layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        layers = size(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers", most=MOST_LAYERS)
         mlp, own, shared = num_matrices * width * inner, width * heads * head_width, width * kv  # matrices of q or o, of k or v
         trained = {"attn_k": shared, "attn_v": shared, "attn_kv": 2 * shared, "attn_q": own, "attn_o": own, "mlp": mlp, "all_linear": attention + mlp}
-        return _Sizes(layers, width, heads, inner, first("vocab_size"), attention + mlp, trained)
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
-        raise SweepError(f"{name} in config.json must be a whole number above 0, got {value!r:.80}")
-    return int(value)
+        return _Sizes(layers, width, heads, inner, size(config, "vocab_size"), attention + mlp, trained)
 
 
 def layers_and_width(config: Mapping[str, Any]) -> tuple[int, int]:
     """Errors: SweepError where a model's configuration does not say them."""
     sizes = _Sizes.of(config)
-    for what, size in (("layers (num_hidden_layers)", sizes.layers), ("channels (hidden_size)", sizes.width)):
-        if not size:
+    for what, number in (("layers (num_hidden_layers)", sizes.layers), ("channels (hidden_size)", sizes.width)):
+        if not number:
             raise SweepError(f"its config.json must say its number of {what}, it does not")
     return sizes.layers, sizes.width
 

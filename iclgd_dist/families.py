@@ -200,4 +200,15 @@ def num_key_heads(config: Mapping[str, Any], num_heads: int) -> int:
     """Return how many key heads a configuration has; groups of query heads share them."""
     if config.get("model_type") == "falcon" and not config.get("new_decoder_architecture"):
         return 1 if config.get("multi_query", True) else num_heads
-    return int(config.get("num_key_value_heads") or config.get("num_kv_heads") or num_heads)
+    return size(config, "num_key_value_heads", "num_kv_heads", default=num_heads)
+
+
+def size(config: Mapping[str, Any], *names: str, default: int = 0, most: int = 2**24) -> int:
+    """Return the size that a configuration has under the first of these names that it sets. Errors: SweepError for what is no size."""
+    for name in names:
+        if value := config.get(name):
+            is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if isinstance(value, bool) or not is_whole or not 1 <= value <= most:
+                raise SweepError(f"{name} in config.json must be a whole number from 1 to {most:,}, got {value!r:.80}")
+            return int(value)
+    return default

@@ -5,6 +5,9 @@ from __future__ import annotations
 from iclgd_dist import model as models
 from iclgd_dist import sources
 from iclgd_dist.blocks import Block
+from iclgd_dist.config import SweepError
+from iclgd_dist.hub import one_line
+from iclgd_dist.machine import is_out_of_memory
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.prepared import prepared
 
@@ -20,4 +23,9 @@ def load_model(block: Block) -> LanguageModel:
         directory = prepared(directory, block.model.content_hash, storage_dtype=storage_dtype, compute_dtype=block.spec.compute_dtype)
         storage_dtype = block.spec.compute_dtype
     tokenizer = sources.load_tokenizer(block.model)
-    return models.load(directory, block.spec, block.resources, storage_dtype=storage_dtype, name=block.model.name, tokenizer=tokenizer)
+    try:
+        return models.load(directory, block.spec, block.resources, storage_dtype=storage_dtype, name=block.model.name, tokenizer=tokenizer)
+    except Exception as error:  # whatever the files make transformers raise
+        if isinstance(error, SweepError) or is_out_of_memory(error):
+            raise
+        raise SweepError(f"model {block.model.source!r}: its weights cannot be loaded ({one_line(error)}); config.json must be that of its weights") from error

@@ -120,7 +120,7 @@ def _holder(path: Location) -> dict[str, Any]:
     """Return what the holder says of itself; nothing where its note is torn."""
     try:
         said = json.loads(files.read(path))
-    except (StoreError, ValueError):
+    except (StoreError, ValueError, RecursionError):
         said = None
     return said if isinstance(said, dict) else {}
 

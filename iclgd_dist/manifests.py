@@ -47,11 +47,13 @@ def read(path: Location, number: int) -> Manifest:
             content = json.loads(files.read(path))
             if content["version"] > VERSION:
                 raise StoreError("is of a newer version", path, way_out=UPDATE)
-            if content["version"] == VERSION and content.pop("sha256") != _checksum(content):
+            if content["version"] == VERSION and content.pop("sha256") != checksum(content):
                 raise ValueError("its checksum is not that of its content")
             parts = tuple(Part(file=part["file"], sha256=part["sha256"], commits=dict(part["commits"])) for part in content["parts"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a manifest: {error!r}") from error
+        if not all(isinstance(said, str) for part in parts for said in (part.file, part.sha256, *part.commits, *part.commits.values())):
+            raise ValueError("not a manifest: names and hashes must be text")
         if strange := [part.file for part in parts if not PART_NAME.fullmatch(part.file)]:
             raise ValueError(f"names the file {strange[0]!r}, which is not a part")
         manifest = Manifest(number, parts)
@@ -63,8 +65,9 @@ def read(path: Location, number: int) -> Manifest:
 def following(folder: Location, number: int, parts: Sequence[Part]) -> tuple[Location, bytes]:
     """Return name and content of the manifest that follows manifest `number`."""
     content: dict[str, Any] = {"version": VERSION, "parts": [vars(part) for part in parts]}
-    return folder / f"manifest-{number + 1:08d}.json", json.dumps(content | {"sha256": _checksum(content)}).encode()
+    return folder / f"manifest-{number + 1:08d}.json", json.dumps(content | {"sha256": checksum(content)}).encode()
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def checksum(content: dict[str, Any]) -> str:
+    """Return what a record says of itself: the sha256 of its content without this."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

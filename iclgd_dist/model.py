@@ -260,7 +260,7 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     """Load a model directory through accelerate: on one device, sharded over the GPUs of a node, or offloaded to CPU or disk.
 
     Weights are rounded to `storage_dtype` and computed in `spec.compute_dtype`; offloaded ones rest in the former. Those of an untrained model are drawn anew.
-    Errors: SweepError for an unsupported architecture.
+    Errors: SweepError for an unsupported architecture, or weights that are missing.
     """
     _set_precision(spec)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -282,8 +282,9 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
     # A process that is killed leaves it behind: it is made only where something may be offloaded.
     is_whole = place["device_map"] == {"": "cpu"}
     folder = None if is_whole else tempfile.TemporaryDirectory(prefix="iclgd-offload-", dir=os.environ.get("ICLGD_OFFLOAD_DIR"))
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
+        output_loading_info=True,
         dtype=storage,
         attn_implementation=attention,
         use_safetensors=True,
@@ -292,6 +293,9 @@ def load(directory: Path, spec: ModelSpec, resources: Resources, *, storage_dtyp
         offload_folder=folder and folder.name,
         **place,
     )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+        raise SweepError(f"model {name!r}: its files hold no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}")
     redraw(model, family, spec, next(_offloaded(model), None))
     _hook_whole_layers(model, family)
     low = _tables(model, family) if "disk" in (getattr(model, "hf_device_map", None) or {}).values() else ()

@@ -167,6 +167,7 @@ def _problems_of(sweep: Sweep, model: ModelIdentity) -> Iterator[str]:
     try:
         family, (num_layers, width) = family_of(model.model_type), layers_and_width(model.config)
         stored_dtype(model.config)
+        max_positions(model.config)
     except SweepError as error:
         yield f"model {model.source!r}: {error}"
         return

@@ -35,6 +35,8 @@ CONVERSION_VERSION = 1  # raise it when a GGUF would be converted to other numbe
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DIGESTS = "weights.sha256.json"  # beside weights of ours
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "added_tokens.json")
+MAX_LEVELS = 50  # of JSON
+MOST_TOKENS = 2**24
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")  # one of them at least makes a tokenizer
 PROBES = ("Review: a gripping, funny film.\nSentiment: good", "  two  spaces, 1234567 and tabs\t", "na\u00efve \u65e5\u672c\u8a9e \U0001f600")
@@ -68,7 +70,7 @@ def identify(spec: ModelSpec, *, folder: Path = Path()) -> ModelIdentity:
 
     Errors: SweepError naming the model and the way out; SourceUnreachable when the hub does not answer.
     """
-    source, path = spec.source, folder / Path(spec.source).expanduser()
+    source, path = spec.source, folder / os.path.expanduser(spec.source)
     if source.startswith("pkg://") or os.path.isdir(path) or source.endswith(".gguf"):
         if spec.revision is not None:
             raise SweepError(f"model {source!r}: revision {spec.revision!r} is for hub models; local files have none, remove it")
@@ -103,7 +105,11 @@ def load_tokenizer(identity: ModelIdentity) -> Any:
 
     directory = tokenizer_folder(identity)
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer(PROBES[0])  # some files can be loaded and not be used
+        if (largest := max(tokenizer.get_vocab().values(), default=0)) >= MOST_TOKENS:  # saving it would take memory for each smaller number
+            raise ValueError(f"the id of a token must be below {MOST_TOKENS:,}, got {largest:,}")
+        return tokenizer
     except Exception as error:  # whatever the files make the parsers raise
         raise SweepError(f"model {identity.source!r}: its tokenizer cannot be loaded ({one_line(error)}); get its files again") from error
 
@@ -171,12 +177,18 @@ def _require_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a file holds. Errors: SweepError for one that is no regular file or no JSON."""
+    """Return what a file holds. Errors: SweepError for one that is no regular file, no JSON, or nested so deeply that libraries give up."""
     _require_file(path)
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise SweepError(f"{path}: is not JSON: {one_line(error)}") from None
+    level = [found]
+    for _ in range(MAX_LEVELS):
+        level = [inner for each in level if isinstance(each, dict | list) for inner in (each.values() if isinstance(each, dict) else each)]
+    if level:
+        raise SweepError(f"{path}: is nested too deeply: more than {MAX_LEVELS} levels")
+    return found
 
 
 def sha256_of(path: Path) -> str:

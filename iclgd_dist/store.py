@@ -43,7 +43,7 @@ DEBRIS_STALE_SECONDS = 86_400  # what killed processes left is deleted when it i
 
 CELL_NAME = re.compile(r"([0-9a-f]{64})\.(?:arrows|parquet)")
 _SUFFIXES = (cells.SUFFIX, cells.OLDER_SUFFIX)
-_OLDER_NAME = 32  # characters of an attempt's name in stores of older versions: random ones, instead of the hash of its content
+_HASH = re.compile("[0-9a-f]{40}")  # name of an attempt: hash of its content; in stores of older versions 32 random digits
 _OTHER_CONTENT = "is damaged: its content is not that of its name"
 _ATTEMPT = pa.schema([(name, kind) for name, kind, _ in ATTEMPT])
 _README = """Results of in-context learning versus gradient descent, one row per finished grid point; written by iclgd, not to be edited by hand.
@@ -145,7 +145,7 @@ class Store:
         path = self._sweeps / f"{digest}-{_plan_hash(keys)}.json"
         if not files.exists(path):
             saved = {"digest": digest, "kind": kind, "resolved": resolved, "keys": keys, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
-            publish(path, json.dumps(saved, allow_nan=False).encode())
+            publish(path, json.dumps(saved | {"sha256": manifests.checksum(saved)}, allow_nan=False).encode())
         return path
 
     def sweeps(self) -> list[dict[str, Any]]:
@@ -210,9 +210,7 @@ class Store:
             for path in (folder / name for name in records_in(folder)):
                 with contextlib.suppress(Vanished):
                     try:
-                        check(path, record := read_json(path))
-                        if folder == self._sweeps and _plan_hash(record["keys"]) not in path.name:
-                            raise StoreError(_OTHER_CONTENT, path)
+                        check(path, read_json(path))
                     except StoreError as error:
                         errors.append(error)
         return errors
@@ -309,9 +307,12 @@ class Store:
 def read_json(path: Location) -> dict[str, Any]:
     """Return a record of an attempt or of a sweep. Errors: StoreError when it is damaged."""
     with naming(path, "read"):
-        found = json.loads(files.read(path))
+        found = json.loads(data := files.read(path))
     if not isinstance(found, dict):
         raise StoreError("is damaged: must be a JSON object", path)
+    name, said = path.name.partition(".")[0], found.pop("sha256", None)
+    if (_HASH.fullmatch(name) and _name_of(data) != name) or (said is not None and said != manifests.checksum(found)):
+        raise StoreError(_OTHER_CONTENT, path)
     return found
 
 
@@ -321,9 +322,6 @@ def records_in(folder: Location) -> list[str]:
 
 
 def _check_attempt(path: Location, row: dict[str, Any]) -> None:
-    name = path.name.partition(".")[0]
-    if len(name) > _OLDER_NAME and _name_of(files.read(path)) != name:
-        raise StoreError(_OTHER_CONTENT, path)
     if newer := sorted(row.keys() - set(_ATTEMPT.names)):
         raise StoreError(f"holds columns this version does not know: {', '.join(newer)}", path, way_out=cells.UPDATE)
     with naming(path, "read"):
@@ -334,6 +332,8 @@ def _check_sweep(path: Location, sweep: dict[str, Any]) -> None:
     keys = sweep.get("keys")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise StoreError("is damaged: it has no list of keys", path)
+    if _plan_hash(keys) not in path.name:
+        raise StoreError(_OTHER_CONTENT, path)
 
 
 def _plan_hash(keys: list[str]) -> str:
@@ -341,7 +341,7 @@ def _plan_hash(keys: list[str]) -> str:
 
 
 def _name_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[: _OLDER_NAME + 8]
+    return hashlib.sha256(data).hexdigest()[:40]
 
 
 def short_hash(data: bytes) -> str:

@@ -52,7 +52,7 @@ def naming(path: object, verb: str) -> Iterator[None]:
         yield
     except (StoreError, MemoryError):
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         code = error.errno if isinstance(error, OSError) else None
         if verb == "read" and code in (errno.ENOENT, errno.ESTALE):
             raise Vanished(str(path)) from error

@@ -125,13 +125,13 @@ def _load_hub(name: str, mirror: str | None) -> Task:
 def _stamp(task: str, path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
+        if not path.is_file():
+            raise SweepError(f"task {task!r}: {path}: must be a regular file, or a link to one")
     except FileNotFoundError:
         others = [other.stem for other in path.parent.iterdir() if other.suffix == path.suffix] if path.parent.is_dir() else []
         raise SweepError(f"task {task!r}: {path}: no such file{meant(path.stem, others, ending=path.suffix)}") from None
-    except OSError as error:
-        raise SweepError(f"task {task!r}: {path}: cannot be read: {error.strerror}") from None
-    if not path.is_file():
-        raise SweepError(f"task {task!r}: {path}: must be a regular file, or a link to one")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise SweepError(f"task {task!r}: {path!s:.400}: cannot be read: {error.strerror}") from None
     return status.st_mtime_ns, status.st_size
 
 

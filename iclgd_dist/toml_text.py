@@ -9,6 +9,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+MAX_PARSED_CHARACTERS = 3_000_000  # to find a line: a second or so
+_DEEP_KEY = re.compile(r"""(?:\.[ \t]*+(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+){100}""")
+Statement = tuple[int, tuple[Any, ...], str]  # first line, keys that it sets, text
+
+
+def is_deep(text: str) -> bool:
+    """Say whether a dotted key has more than 100 parts: TOML's parser takes their number squared."""
+    return _DEEP_KEY.search(text) is not None
+
 
 def meant(got: str, known: Iterable[str], *, ending: str = "") -> str:
     """Return a question for the nearest name that is known, with an ending that all have; an empty text where none is near."""
@@ -31,10 +40,10 @@ def not_toml(path: Path, text: str, said: str) -> str:
     return ":".join(filter(None, (str(path), line, column))) + f": is not TOML: {what}"
 
 
-def line_of(text: str, keys: tuple[Any, ...]) -> int:
+def line_of(statements: Iterable[Statement], keys: tuple[Any, ...]) -> int:
     """Return the line that sets what `keys` lead to, or as much of it as is there; TOML's parser does not tell."""
     keys, best, found = tuple(key for key in keys if key != "*"), 1, 0
-    for line, path, statement in _statements(text):
+    for line, path, statement in statements:
         shared = next((n for n, (a, b) in enumerate(zip(path, keys, strict=False)) if a != b), min(len(path), len(keys)))
         if shared > found:
             best, found = line, shared
@@ -43,15 +52,16 @@ def line_of(text: str, keys: tuple[Any, ...]) -> int:
     return best
 
 
-def _statements(text: str) -> Iterator[tuple[int, tuple[Any, ...], str]]:
-    """Yield (line, keys, text) of each header and each key that is set; the keys of [[table]] end in its number."""
+def statements(text: str) -> Iterator[Statement]:
+    """Yield each header and each key that is set; the keys of [[table]] end in its number. Ends early where parsing line by line would take long."""
     table: tuple[Any, ...] = ()
     counts: dict[tuple[Any, ...], int] = {}
-    first, lines = 1, text.split("\n")
+    first, lines, num_parsed = 1, text.split("\n"), 0
     for last in range(1, len(lines) + 1):
-        if last - first > 1_000:  # parsing line by line would take long
-            return
         statement = "\n".join(lines[first - 1 : last])
+        num_parsed += len(statement)
+        if num_parsed > MAX_PARSED_CHARACTERS:
+            return
         try:
             value = tomllib.loads(statement)
         except tomllib.TOMLDecodeError:
@@ -72,7 +82,7 @@ def _statements(text: str) -> Iterator[tuple[int, tuple[Any, ...], str]]:
 def _lines_before(statement: str, item: int) -> int:
     """Return how many lines of `key = [...]` come before the one that holds an item of the list."""
     lines = statement.split("\n")
-    for number in range(len(lines) - 1):
+    for number in range(min(len(lines) - 1, MAX_PARSED_CHARACTERS // len(statement))):
         try:
             value = tomllib.loads("\n".join(lines[: number + 1]) + "\n]")
             while isinstance(value, dict):
@@ -81,4 +91,4 @@ def _lines_before(statement: str, item: int) -> int:
             continue
         if len(value) > item:
             return number
-    return len(lines) - 1
+    return len(lines) - 1 if len(lines) * len(statement) <= MAX_PARSED_CHARACTERS else 0

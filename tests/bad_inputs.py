@@ -664,7 +664,7 @@ def from_file(name: str) -> Damage:
 
 case("a data file that is missing", from_file("friut.csv"), "task 'fruit': friut.csv: no such file; did you mean 'fruit.csv'?")
 case("a data file in a folder that is missing", from_file("data/fruit.csv"), "task 'fruit': data/fruit.csv: no such file")
-case("a data file with too long a name", from_file("x" * 300 + ".csv"), "task 'fruit': ....csv: cannot be read: File name too long")
+case("a data file with too long a name", from_file("x" * 300 + ".csv"), "task 'fruit': ...: cannot be read: File name too long")
 case(
     "a data file that is a directory",
     both(from_file("d.csv"), lambda folder: (folder / "d.csv").mkdir()),
@@ -912,7 +912,9 @@ case(
 )
 case("a config.json without model_type", config(model_type=None), "model 'model': its config.json names no model_type")
 case(
-    "a config.json with sizes that are text", config(hidden_size="wide"), "model 'model': hidden_size in config.json must be a whole number above 0, got 'wide'"
+    "a config.json with sizes that are text",
+    config(hidden_size="wide"),
+    "model 'model': hidden_size in config.json must be a whole number from 1 to 16,777,216, got 'wide'",
 )
 case(
     "a config.json without layers",

@@ -44,7 +44,7 @@ FLOORS = {
     0.15: ("objects",),
     0.1: ("config",),
     0.06: ("extensions", "model_spec", "task_spec", "resources", "search_spec"),
-    0.05: ("axes", "progress"),
+    0.05: ("axes", "progress", "complaints"),
     0: ("protocol", "schema", "toml_text", "store_errors", "nowhere", "background"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -200,6 +200,8 @@ def test_a_best_at_the_end_of_its_range_is_marked(swept: Callable[..., Sweep]) -
         ('scheduler = "asha"', "'vanilla' is none, and its steps are almost free"),
         ('scheduler = "hyperband"', "must be 'none' or 'asha'"),
         ("reduction_factor = 1", "must be at least 2"),
+        ("sample = 8", "unknown key 'sample' in [search]; did you mean 'samples'"),
+        ("rungs = [{ num_querys = 8, num_queries = 8 }]", "unknown key 'num_querys' in [[search.rungs]]; did you mean 'num_queries'"),
     ],
 )
 def test_a_mistake_in_the_section_is_told_with_its_line(swept: Callable[..., Sweep], more: str, said: str) -> None:
