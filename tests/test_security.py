@@ -51,7 +51,7 @@ from tests.test_bad_inputs import run
 ROOT = Path(__file__).parent.parent
 ICLGD = [sys.executable, "-m", "iclgd_dist.cli"]
 SECRETS = {"HF_TOKEN": "hf_canaryOfTheHub0123456789", "AWS_SECRET_ACCESS_KEY": "canaryOfTheBucket0123456789", "WANDB_API_KEY": "canaryOfTheTracker0123456789"}
-REFUSED_SECONDS = 2.0
+REFUSED_SECONDS, WAITED_SECONDS = 2.0, 40
 
 
 def holding(secrets: list[str], *folders: Path) -> list[Path]:
@@ -155,19 +155,21 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def _stopped_in_time() -> Iterator[None]:
-    """End what waits for ever: what opens a FIFO."""
+def _stopped_in_time(tmp_path: Path) -> Iterator[None]:
+    """End what waits for ever: first whoever opened a FIFO is given its end, since a library in C may not heed a signal before."""
 
     def late(number: int, frame: Any) -> NoReturn:
         raise TimeoutError("waits, for a FIFO perhaps")
 
-    handlers = {
-        number: signal.signal(number, late if number == signal.SIGALRM else signal.getsignal(number))
-        for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)
-    }
-    signal.alarm(20)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(WAITED_SECONDS)
+    feed = f"sleep {WAITED_SECONDS + 1}; find {tmp_path} -type p -exec timeout 1 sh -c ': > \"$1\"' - {{}} ';'"
+    feeder = subprocess.Popen(["bash", "-c", feed], start_new_session=True)
     yield
     signal.alarm(0)
+    os.killpg(feeder.pid, signal.SIGKILL)
+    feeder.wait()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
