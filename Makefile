@@ -1,6 +1,7 @@
 # make demo   a real model on real text, from nothing to results/demo/report.html
 # make test   all tests
 # make check  formatting, lint, types
+# make audit  exact versions, hashes, licences, and known vulnerabilities where a network answers
 # make faults every accident a sweep may have, on a Ray of three nodes: some 25 minutes
 # make soak   accidents at random for 10 minutes
 # Each target sets up .venv by itself; it needs Python 3.11 or newer, make and a package index.
@@ -9,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export RAY_AUTH_MODE ?= token
 
-.PHONY: demo test check faults soak setup clean
+.PHONY: demo test check audit faults soak setup clean
 
 demo: $(READY)
 	$(BIN)/iclgd run sweeps/demo.toml
@@ -22,6 +23,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: $(READY)
+	$(BIN)/python -m tests.audit
 
 faults: $(READY)
 	$(BIN)/python -m tests.faults
