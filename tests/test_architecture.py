@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
+    9: ("__main__",),
     8: ("cli",),
     7.5: ("run_commands", "store_commands", "job_commands"),
     7: ("runner", "cluster"),

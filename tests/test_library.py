@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,24 @@ def test_where_an_extra_is_missing_it_is_named_in_one_line(sweep_file: Path, ext
     done = iclgd(sweep_file.parent, *command, without=package)
     assert done.returncode in (2, 74) and f"pip install 'iclgd-dist[{extra}]'" in done.stderr and done.stderr.count("\n") == 1, done.stdout + done.stderr
     assert not (sweep_file.parent / "results").exists()
+
+
+def test_the_command_line_is_a_module_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "iclgd_dist", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "iclgd plan" in done.stdout, done.stderr
+
+
+def test_code_that_travelled_without_being_installed_has_an_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iclgd_dist import provenance
+
+    def version(name: str) -> str:
+        if name == "iclgd-dist":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(provenance, "version", version)
+    said = json.loads(provenance._versions.__wrapped__())
+    assert (said["iclgd-dist"], said["torch"]) == ("unknown", "1")
 
 
 @pytest.mark.slow
