@@ -74,7 +74,7 @@ def tiny_model() -> LanguageModel:
         torch.manual_seed(0)
         shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = LlamaConfig(vocab_size=97, initializer_range=0.2, **shape)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=attention_of(family_of("llama")))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=attention_of(family_of("llama")), trust_remote_code=False)
     model.eval().requires_grad_(False)
     return LanguageModel(model, family_of("llama"), "tiny", None, torch.float64)
 

@@ -102,7 +102,10 @@ def report(
 
     Example: iclgd report results/demo
     """
-    root = str(existing(store).root)
+    results = existing(store)
+    root = str(results.root)
+    if not results.keys():
+        raise SweepError(f"{root}: holds no cells yet; `iclgd status {root}` says what was tried, and `iclgd run SWEEP` computes them")
     from iclgd_analysis import load, write_report  # slow, and of no use without a store
     from iclgd_analysis.table import show
 

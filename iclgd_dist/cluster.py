@@ -20,7 +20,7 @@ from typing import Any
 
 from iclgd_dist.config import Sweep, SweepError
 from iclgd_dist.files import ObjectPath
-from iclgd_dist.session import require_answer, require_token
+from iclgd_dist.session import require_answer, require_token, said_by_ray
 from iclgd_dist.store import Store
 from iclgd_dist.terminal import AS_JOB
 
@@ -66,7 +66,7 @@ class Cluster:
         try:
             return call()
         except self._errors as error:
-            raise SweepError(f"{self.address}: {' '.join(str(error).split())[:400]}") from error
+            raise SweepError(f"{self.address}: {said_by_ray(error)}") from error
 
     def job(self, job_id: str) -> Job | None:
         return next((job for job in self.jobs() if job.id == job_id), None)

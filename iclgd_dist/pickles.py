@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from iclgd_dist.config import SweepError
@@ -87,7 +87,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|global:?) (\S+)", str(error))
         what = f"it names {named[1]}" if named else "it is damaged, or no pickle of tensors"
         raise SweepError(f"{path}: must hold tensors and nothing else, {what}; nothing of it was run: ask for safetensors where it comes from") from None

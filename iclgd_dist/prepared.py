@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from iclgd_dist.sources import cache_folder, make_once
+from iclgd_dist.sources import cache_folder, make_once, weight_files
 
 
 def prepared(directory: Path, content_hash: str, *, storage_dtype: str, compute_dtype: str) -> Path:
@@ -30,7 +30,7 @@ def prepared(directory: Path, content_hash: str, *, storage_dtype: str, compute_
 
 def _dtypes(directory: Path) -> set[torch.dtype]:
     found = set()
-    for path in directory.glob("*.safetensors"):
+    for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             found |= {file.get_slice(name)[:0].dtype if file.get_slice(name).get_shape() else file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     return found
@@ -40,7 +40,7 @@ def _convert(directory: Path, new: Path, storage: torch.dtype, compute: torch.dt
     for path in directory.iterdir():
         if path.suffix == ".json" and path.is_file():
             shutil.copyfile(path, new / path.name)
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         made = {name: tensor.to(storage).to(compute) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -7,7 +7,7 @@ import platform
 import resource
 import subprocess
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,14 @@ def provenance(lm: LanguageModel) -> dict[str, Any]:
 @cache
 def _versions() -> str:
     names = ("iclgd-dist", "torch", "transformers", "accelerate", "ray", "pyarrow")
-    return json.dumps({name: version(name) for name in names} | {"python": platform.python_version()}, sort_keys=True)
+    return json.dumps({name: _version(name) for name in names} | {"python": platform.python_version()}, sort_keys=True)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # this project, where its code travelled with a job or lies in the PYTHONPATH
+        return "unknown"
 
 
 @cache

@@ -144,13 +144,13 @@ def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budge
     if planned.blocks:
         code = run_sweep(loaded, planned, results, address=address, console=console, budget=budget, is_open=is_open, track=track)
     else:
-        console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True, markup=False)
+        console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True)
     if code == DONE and loaded.controls.random_delta:
         code = _random_deltas(loaded, results, address=address, budget=budget, is_open=is_open)
     if code == FAILED:
-        console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True, markup=False)
+        console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True)
     elif code == DONE:
-        console.print(f"next: iclgd report {results.root}", soft_wrap=True, markup=False)
+        console.print(f"next: iclgd report {results.root}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -334,9 +334,9 @@ def _plan(sweep: Sweep, store: Store, *, tolerate_unreachable: bool = False) -> 
 def _show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
     for line, kind, style in (*((w, "warning: ", "yellow") for w in planned.warnings), *((n, "note: ", "cyan") for n in planned.notes)):
         console.print(Text.assemble((kind, style), line), soft_wrap=True)
-    console.print(f"{sweep.name}: {planned.num_cells:,} cells in {planned.num_blocks_planned:,} blocks; store {store.root}", soft_wrap=True, markup=False)
+    console.print(f"{sweep.name}: {planned.num_cells:,} cells in {planned.num_blocks_planned:,} blocks; store {store.root}", soft_wrap=True)
     for problem in planned.unreachable:
-        console.print(f"not reachable: tokens, FLOPs and finished cells unknown ({problem})", markup=False, soft_wrap=True)
+        console.print(f"not reachable: tokens, FLOPs and finished cells unknown ({problem})", soft_wrap=True)
     if not planned.blocks:
         return
     cost = _costs_of(planned)

@@ -96,6 +96,13 @@ def require_token(*, is_open: bool) -> None:
         )
 
 
+def said_by_ray(error: BaseException) -> str:
+    """Return an error of Ray's in one line; in our words where no token was found."""
+    if "no authentication token was found" in str(error):
+        return "no token was found; export RAY_AUTH_TOKEN_PATH as on its nodes (`cluster/local.sh up` prints it). Without --address, Ray starts on this machine"
+    return " ".join(str(error).split())[:400]
+
+
 @contextlib.contextmanager
 def connected(address: str | None, *, is_open: bool = False) -> Iterator[str]:
     """Connect to a cluster, or start Ray on this machine for loopback only; yields host:port of the head. Handlers of signals stay as they are.
@@ -125,7 +132,7 @@ def connected(address: str | None, *, is_open: bool = False) -> Iterator[str]:
             ours(signal.SIGTERM, None)
         raise
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        raise SweepError(f"no Ray cluster answers at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from error
+        raise SweepError(f"no Ray cluster answers at {address or 'this machine'}: {said_by_ray(error)}") from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray has put its own in their place
             signal.signal(number, handler)

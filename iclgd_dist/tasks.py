@@ -129,7 +129,8 @@ def _stamp(task: str, path: Path) -> tuple[int, int]:
             raise SweepError(f"task {task!r}: {path}: must be a regular file, or a link to one")
     except FileNotFoundError:
         others = [other.stem for other in path.parent.iterdir() if other.suffix == path.suffix] if path.parent.is_dir() else []
-        raise SweepError(f"task {task!r}: {path}: no such file{meant(path.stem, others, ending=path.suffix)}") from None
+        near = meant(path.stem, others, ending=path.suffix) if path.parent.is_dir() else "; relative names start from the folder of the sweep file"
+        raise SweepError(f"task {task!r}: {path}: no such file{near}") from None
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise SweepError(f"task {task!r}: {path!s:.400}: cannot be read: {error.strerror}") from None
     return status.st_mtime_ns, status.st_size

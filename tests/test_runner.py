@@ -1,4 +1,4 @@
-"""Real Ray on this machine: loopback only, killed drivers, signals. One small sweep on a tiny model, driven through the command line."""
+"""Real Ray on this machine: killed drivers, signals. One small sweep on a tiny model, driven through the command line."""
 
 from __future__ import annotations
 
@@ -54,17 +54,10 @@ def test_a_driver_killed_in_the_middle_loses_nothing_and_nothing_is_computed_twi
     planned = make_plan(load_sweep(long_sweep))
     process = start(long_sweep)
     wait_for(lambda: len(committed(store)) >= 12, process)
-    listening = {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for child in [psutil.Process(process.pid), *descendants(process)]
-        for connection in child.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
     # Ray's two per-node agents notice a minute later; what computes, schedules or listens for work must end with the driver.
     children = [child for child in descendants(process) if "Agent" not in child.name()]
     process.kill()
     process.wait()
-    assert listening == {"127.0.0.1"}
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive, f"left behind: {alive}"
     before = committed(store)

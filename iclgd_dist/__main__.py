@@ -1,0 +1,5 @@
+"""python -m iclgd_dist: the command line, where its script is not in the PATH."""
+
+from iclgd_dist.cli import main
+
+main()
