@@ -282,7 +282,10 @@ def _convert_header(file: str, folder: str) -> None:
             tokenizer = (kind if issubclass(kind, TokenizersBackend) else TokenizersBackend).from_pretrained(**place)
             config.save_pretrained(target)
             tokenizer.save_pretrained(target)
-            metadata, _ = read_gguf_metadata(str(path))
+            metadata, names = read_gguf_metadata(str(path))
+            blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
+            if len(blocks) < config.num_hidden_layers:  # those that it lacks would be built, and drawn at random
+                raise ValueError(f"its header gives it {config.num_hidden_layers} layers, its tensors are of {len(blocks)}")
             again = AutoTokenizer.from_pretrained(str(target), trust_remote_code=False, local_files_only=True)
             if any(again(text)["input_ids"] != tokenizer(text)["input_ids"] for text in PROBES):
                 raise ValueError("its tokenizer changes when it is saved")
@@ -306,10 +309,15 @@ def _convert_weights(identity: ModelIdentity, target: Path) -> None:
         with _alone(path) as place:
             config = AutoConfig.from_pretrained(str(header), trust_remote_code=False, local_files_only=True)
             options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "trust_remote_code": False}
-            model = AutoModelForCausalLM.from_pretrained(**place, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**place, **options, output_loading_info=True)
+            model, found = loaded
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"it holds no weights for {', '.join(missing[:3])}")
             shutil.copytree(header, target, dirs_exist_ok=True)
             model.save_pretrained(target)
-    except (ValueError, KeyError, RuntimeError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the file makes transformers raise
         raise SweepError(f"{path}: cannot be converted: {one_line(error)}") from error
 
 
