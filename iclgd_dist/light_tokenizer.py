@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from iclgd_dist.apart import apart
-from iclgd_dist.sources import PROBES, ModelIdentity, cache_folder, load_tokenizer, make_once, tokenizer_folder
+from iclgd_dist.model_files import cache_folder, make_once
+from iclgd_dist.sources import PROBES, ModelIdentity, load_tokenizer, tokenizer_folder
 
 VERSION = 1  # raise it when something else is saved
 _TOKENIZER, _IDS = "tokenizer.json", "ids.json"

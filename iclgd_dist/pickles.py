@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from iclgd_dist.config import SweepError
 from iclgd_dist.hub import one_line
-from iclgd_dist.sources import INDEX, PICKLES, SINGLE, read_json, sha256_of
+from iclgd_dist.model_files import INDEX, PICKLES, SINGLE, read_json, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         named = re.search(r"(?:GLOBAL|global:?) (\S+)", str(error))
         what = f"it names {named[1]}" if named else "it is damaged, or no pickle of tensors"
         raise SweepError(f"{path}: must hold tensors and nothing else, {what}; nothing of it was run: ask for safetensors where it comes from") from None
+    except MemoryError:
+        raise SweepError(f"{path}: cannot be read: it asks for more memory than there is; it is damaged, or too large for this machine") from None
     except Exception as error:  # whatever a damaged file makes torch raise
         raise SweepError(f"{path}: cannot be read: {one_line(error)}") from None
     if not isinstance(found, dict) or not found:

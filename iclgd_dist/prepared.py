@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from iclgd_dist.sources import cache_folder, make_once, weight_files
+from iclgd_dist.model_files import cache_folder, make_once, weight_files
 
 
 def prepared(directory: Path, content_hash: str, *, storage_dtype: str, compute_dtype: str) -> Path:

@@ -55,6 +55,9 @@ class Worker:
         self.number, self.since, self.spent = number, time.monotonic(), self.state()[1]
         self.until = min(self.until, self.since + self.seconds)  # what is imported before the first try does not count
 
+    def left(self) -> float:
+        return self.until - time.monotonic() if self.since else self.seconds
+
     def state(self) -> tuple[str, float]:
         """Return whether it runs (R) or waits, and the seconds of processor time that it has had so far."""
         try:
@@ -118,8 +121,10 @@ def fuzz(
     try:
         while running or waiting:
             while waiting and len(running) < num_workers:
-                left, of_all = end - time.monotonic(), sum(map(shares.__getitem__, waiting))
-                start(target := waiting.pop(0), 0, max(1.0, left * min(1.0, num_workers * shares[target] / of_all)))
+                left = end - time.monotonic()
+                free = num_workers * left - sum(worker.left() for worker in running)
+                start(target := waiting[0], 0, max(1.0, min(left, free * shares[target] / sum(map(shares.__getitem__, waiting)))))
+                del waiting[0]
             for key, _ in chooser.select(timeout=0.5):
                 hear(key.data)
             for worker in list(running):

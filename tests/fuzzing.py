@@ -57,7 +57,10 @@ class Target:
 
 
 def has_memory_error(error: BaseException | None) -> bool:
-    return error is not None and (isinstance(error, MemoryError) or has_memory_error(error.__cause__ or error.__context__))
+    """Say whether memory ran out below an error of ours, which does not say so itself (`from None`)."""
+    if error is None or isinstance(error, MemoryError):
+        return error is not None
+    return has_memory_error(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
 
 
 @functools.cache

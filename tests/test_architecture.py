@@ -41,7 +41,7 @@ FLOORS = {
     1.5: ("cost", "captures", "untrained", "prepared", "pickles"),
     1.2: ("encoding", "contexts", "light_tokenizer"),  # draws as token ids, draws of controls
     1: ("metrics", "ranking", "shared_attention", "head", "tasks", "families", "sources", "store", "machine"),
-    0.6: ("measured", "manifests"),
+    0.6: ("measured", "manifests", "model_files"),
     0.5: ("embedded", "cells", "own_code", "apart", "hub", "weights"),  # what tasks reads, what the store encodes
     0.3: ("locks",),
     0.2: ("files",),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from iclgd_dist import cells
+from iclgd_dist import cells, manifests
 from iclgd_dist.files import Location
+from iclgd_dist.schema import CELL
 from iclgd_dist.store import Store
 from tests import broken_targets, fuzz
 from tests.fuzz_stores import reseal, rows_of
@@ -47,6 +48,14 @@ def line(text: str) -> Change:
     return lambda data: text.encode() + b"\n" + data
 
 
+def swapped(old: bytes, new: bytes) -> Change:
+    def change(data: bytes) -> bytes:
+        assert data.count(old) == 1
+        return data.replace(old, new)
+
+    return change
+
+
 def nested(times: int) -> Any:
     return json.loads("[" * times + "]" * times)
 
@@ -67,6 +76,25 @@ def without(tensor: str) -> Change:
         tensors = load(data)
         del tensors[tensor]
         return save(tensors, metadata={"format": "pt"})
+
+    return change
+
+
+def with_cell(**new: Any) -> Change:
+    def change(data: bytes) -> bytes:
+        (table,) = cells.decode(data, Path("x.arrows"))
+        (row,) = table.to_pylist()
+        return cells.encode({name: value for name, value in row.items() if name in CELL.names} | new)
+
+    return change
+
+
+def with_resolved(**new: Any) -> Change:
+    def change(data: bytes) -> bytes:
+        content = json.loads(data)
+        del content["sha256"]
+        content["resolved"] |= new
+        return json.dumps(content | {"sha256": manifests.checksum(content)}).encode()
 
     return change
 
@@ -108,6 +136,12 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
     "a weight that is missing": ("safetensors", "model.safetensors", without("lm_head.weight"), "its files hold no weights for lm_head.weight"),
     "a length that is text": ("tokenizer", "tokenizer_config.json", with_values(model_max_length="x"), "its tokenizer cannot be loaded"),
     "token 2**31": ("tokenizer", "tokenizer.json", token(2**31), "the id of a token must be below 16,777,216, got 2,147,483,648"),
+    "a GGUF that does not say how many layers": ("gguf", "x.gguf", swapped(b"block_count", b"block_count".upper()), "gives it 32 layers, its tensors are of 2"),
+    "a GGUF with no key heads": ("gguf", "x.gguf", swapped(b"head_count_kv\4\0\0\0\2", b"head_count_kv\4\0\0\0\0"), "cannot be converted: ZeroDivisionError"),
+    "a protocol that is a list": ("page", "cells/*", with_cell(protocol="[]"), "protocol of a cell"),
+    "an option that is no JSON": ("page", "cells/*", with_cell(method_options="{text}"), "method_options of a cell"),
+    "a cell without a task": ("page", "cells/*", with_cell(task=None), "cells without task"),
+    "a sweep of protocols that are numbers": ("page", "sweeps/0123456789abcdef-*", with_resolved(protocols=[1]), "a sweep.protocols.0"),
     "a claim of 100,000 brackets": ("store", "claims/*", lambda data: b"[" * 100_000, ""),
     "a manifest of 100,000 brackets": ("store", "compacted/manifest-*", lambda data: b"[" * 100_000, "is damaged"),
     "a manifest with a hash that is a number": ("store", "compacted/manifest-*", unnamed, "names and hashes must be text"),
@@ -120,7 +154,7 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
 def test_what_was_found_stays_mended(case: str, tmp_path: Path) -> None:
     target, pattern, change, message = FOUND[case]
     files = good(TARGETS[target])
-    (name,) = matching(files, pattern)
+    name = matching(files, pattern)[0]
     assert TARGETS[target].attempt({name: change(files[name])}, tmp_path / "x") is None
     try:
         if target == "store":

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from iclgd_dist.config import ModelSpec, SweepError
+from iclgd_dist.model_files import INDEX, SINGLE
 from iclgd_dist.pickles import convert_pickles
-from iclgd_dist.sources import INDEX, SINGLE, identify
+from iclgd_dist.sources import identify
 
 
 @pytest.fixture(autouse=True)

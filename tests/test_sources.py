@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from iclgd_dist import sources
+from iclgd_dist import model_files, sources
 from iclgd_dist.config import ModelSpec, SweepError
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -484,11 +484,11 @@ def test_what_a_killed_conversion_left_is_thrown_away(tmp_path: Path) -> None:
 
     target = tmp_path / "model"
     with pytest.raises(KeyboardInterrupt):
-        sources.make_once(target, fail)
+        model_files.make_once(target, fail)
     assert not target.exists()
-    sources.make_once(target, lambda new: (new / "whole").touch())
+    model_files.make_once(target, lambda new: (new / "whole").touch())
     assert [path.name for path in target.iterdir()] == ["whole"]
-    sources.make_once(target, fail)  # it is there: nothing is made
+    model_files.make_once(target, fail)  # it is there: nothing is made
 
 
 def test_a_gguf_whose_tokenizer_changes_when_it_is_saved_is_refused(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -731,4 +731,4 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert sources.cache_dir() == Path(expected)
+    assert model_files.cache_dir() == Path(expected)
