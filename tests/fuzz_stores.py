@@ -218,6 +218,6 @@ def _read_page(folder: Path) -> None:
     write_report(folder)
 
 
-PAGE = Target(_of_rows, _damage_rows, _read_page)
+PAGE = Target(_of_rows, _damage_rows, _read_page, 4)
 STORE = Target(_store, _damage_store, _read_store, 4)
 HOSTILE = Target(lambda: good(STORE), _damage_hostile, functools.partial(_read_store, is_hostile=True))
