@@ -30,8 +30,9 @@ def provenance(lm: LanguageModel) -> dict[str, Any]:
 
 @cache
 def _versions() -> str:
-    names = ("iclgd-dist", "torch", "transformers", "accelerate", "ray", "pyarrow")
-    return json.dumps({name: _version(name) for name in names} | {"python": platform.python_version()}, sort_keys=True)
+    names = ("iclgd-dist", "transformers", "accelerate", "ray", "pyarrow")
+    found = {name: _version(name) for name in names} | {"torch": str(torch.__version__), "python": platform.python_version()}  # torch's own says which build
+    return json.dumps(found, sort_keys=True)
 
 
 def _version(name: str) -> str:

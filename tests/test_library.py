@@ -90,7 +90,7 @@ def test_code_that_travelled_without_being_installed_has_an_unknown_version(monk
 
     monkeypatch.setattr(provenance, "version", version)
     said = json.loads(provenance._versions.__wrapped__())
-    assert (said["iclgd-dist"], said["torch"]) == ("unknown", "1")
+    assert (said["iclgd-dist"], said["ray"]) == ("unknown", "1")
 
 
 @pytest.mark.slow
