@@ -66,6 +66,9 @@ def check(results: Results, sweeps: Sequence[Mapping[str, Any]], where: object) 
         for column in columns:
             if rows[column].null_count:
                 raise StoreError(f"is damaged: cells without {column}", where)
+    years = pc.min_max(pc.year(cells["created_at"])).as_py().values()
+    if any(year is not None and not 1 <= year <= 9999 for year in years):
+        raise StoreError("is damaged: cells of a year beyond 9999 or before 1", where)
     for column, shape in (("protocol", _Protocol), ("method_options", dict[str, Any]), ("versions", dict[str, Any])):
         for text in pc.unique(cells[column].drop_null()).to_pylist():
             _validate(shape, text, f"{column} of a cell", where)

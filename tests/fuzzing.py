@@ -51,7 +51,9 @@ class Target:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             place = traceback.extract_tb(error.__traceback__)[-1]
-            ours = next((frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if "iclgd_dist" in frame.filename), place)
+            ours = next(
+                (frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if {"iclgd_dist", "analysis"} & set(Path(frame.filename).parts)), place
+            )
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             return f"{said} at {Path(ours.filename).name}:{ours.lineno} from {Path(place.filename).name}:{place.lineno}"
 

@@ -140,6 +140,7 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
     "a GGUF with no key heads": ("gguf", "x.gguf", swapped(b"head_count_kv\4\0\0\0\2", b"head_count_kv\4\0\0\0\0"), "cannot be converted: ZeroDivisionError"),
     "a protocol that is a list": ("page", "cells/*", with_cell(protocol="[]"), "protocol of a cell"),
     "an option that is no JSON": ("page", "cells/*", with_cell(method_options="{text}"), "method_options of a cell"),
+    "a cell of the year 20,237": ("page", "cells/*", with_cell(created_at=2**59), "cells of a year beyond 9999"),
     "a cell without a task": ("page", "cells/*", with_cell(task=None), "cells without task"),
     "a sweep of protocols that are numbers": ("page", "sweeps/0123456789abcdef-*", with_resolved(protocols=[1]), "a sweep.protocols.0"),
     "a claim of 100,000 brackets": ("store", "claims/*", lambda data: b"[" * 100_000, ""),
