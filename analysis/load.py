@@ -64,7 +64,8 @@ class Frames:
     def settings(self) -> list[Setting]:
         """Return one Setting per model, weights, task, k, protocol, queries and train_on, in the order of their titles."""
         found = []
-        ratio = float(next((sweep["analysis"]["matched_ratio"] for sweep in reversed(self.sweeps) if "analysis" in sweep), MATCHED_RATIO))
+        ratios = [sweep["analysis"]["matched_ratio"] for sweep in self.sweeps if "matched_ratio" in sweep.get("analysis", {})]
+        ratio = float(ratios[-1]) if ratios else MATCHED_RATIO
         drawn = self.cells[self.cells["kind"] == "icl"]
         pairs = pd.concat([drawn[SETTING], self.finetuned[SETTING]]).drop_duplicates()
         for _, row in pairs.iterrows():

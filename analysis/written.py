@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow.compute as pc
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
 from iclgd_dist.store import Results, StoreError
 
@@ -41,7 +41,7 @@ class _Analysis(BaseModel):
 
 
 class _Sweep(BaseModel):
-    """What the analysis reads of a resolved sweep; an older one may lack any of it."""
+    """What the analysis reads of a resolved sweep; what older ones lack has a default."""
 
     name: str = ""
     tasks: list[str] = []
@@ -56,6 +56,13 @@ class _Sweep(BaseModel):
     protocol: dict[str, Any] = {}
     protocols: list[dict[str, Any]] = []
     analysis: _Analysis = _Analysis()
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> _Sweep:
+        required = {"name", "models", "num_queries", "query_seed", "num_demonstrations", *(() if self.runs else ("seeds", "orders"))}
+        if self.tasks and (lacking := required - self.model_fields_set):
+            raise ValueError(f"lacks {', '.join(sorted(lacking))}")
+        return self
 
 
 def check(results: Results, sweeps: Sequence[Mapping[str, Any]], where: object) -> None:

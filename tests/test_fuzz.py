@@ -142,6 +142,8 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
     "an option that is no JSON": ("page", "cells/*", with_cell(method_options="{text}"), "method_options of a cell"),
     "a cell of the year 20,237": ("page", "cells/*", with_cell(created_at=2**59), "cells of a year beyond 9999"),
     "a cell without a task": ("page", "cells/*", with_cell(task=None), "cells without task"),
+    "a sweep without a ratio": ("page", "sweeps/0123456789abcdef-*", with_resolved(analysis={}), ""),
+    "a sweep of no orders": ("page", "sweeps/0123456789abcdef-*", with_resolved(orders=None), "a sweep.orders"),
     "a sweep of protocols that are numbers": ("page", "sweeps/0123456789abcdef-*", with_resolved(protocols=[1]), "a sweep.protocols.0"),
     "a claim of 100,000 brackets": ("store", "claims/*", lambda data: b"[" * 100_000, ""),
     "a manifest of 100,000 brackets": ("store", "compacted/manifest-*", lambda data: b"[" * 100_000, "is damaged"),
