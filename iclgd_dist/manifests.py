@@ -45,9 +45,12 @@ def read(path: Location, number: int) -> Manifest:
     with naming(path, "read"):
         try:
             content = json.loads(files.read(path))
-            if content["version"] > VERSION:
+            version, said = content["version"], content.pop("sha256", None)
+            if version > VERSION:
                 raise StoreError("is of a newer version", path, way_out=UPDATE)
-            if content["version"] == VERSION and content.pop("sha256") != checksum(content):
+            if version not in range(1, VERSION + 1):
+                raise ValueError(f"its version must be one of 1 to {VERSION}, got {version!r:.80}")
+            if (said is not None or version == VERSION) and said != checksum(content):
                 raise ValueError("its checksum is not that of its content")
             parts = tuple(Part(file=part["file"], sha256=part["sha256"], commits=dict(part["commits"])) for part in content["parts"])
         except (KeyError, TypeError) as error:

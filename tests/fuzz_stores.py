@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ def _store() -> dict[str, bytes]:
     from iclgd_dist.schema import CELL
     from tests.stores import key, measure, prepared, row
 
-    with tempfile.TemporaryDirectory() as place:
+    numbers = itertools.count(1)
+    # The names of parts are random, and a seed's tries must not be.
+    with tempfile.TemporaryDirectory() as place, mock.patch("uuid.uuid4", lambda: uuid.UUID(int=next(numbers))):
         made = prepared(Path(place), row(1), row(2), row(3))
         made.compact()
         file, sha256 = captures.keep(made, key(4), Capture(torch.ones(2, 3, 4), torch.ones(2, 3, 2, 5), torch.ones(3, 2)))

@@ -16,7 +16,7 @@ from iclgd_dist.files import Location
 from iclgd_dist.schema import CELL
 from iclgd_dist.store import Store
 from tests import broken_targets, fuzz
-from tests.fuzz_stores import reseal, rows_of
+from tests.fuzz_stores import STORE, reseal, rows_of
 from tests.fuzz_targets import TARGETS
 from tests.fuzzing import OURS, good
 
@@ -147,6 +147,8 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
     "a sweep of protocols that are numbers": ("page", "sweeps/0123456789abcdef-*", with_resolved(protocols=[1]), "a sweep.protocols.0"),
     "a claim of 100,000 brackets": ("store", "claims/*", lambda data: b"[" * 100_000, ""),
     "a manifest of 100,000 brackets": ("store", "compacted/manifest-*", lambda data: b"[" * 100_000, "is damaged"),
+    "a manifest of version -1.5": ("store", "compacted/manifest-*", with_values(version=-1.5), "its version must be one of 1 to 3, got -1.5"),
+    "a manifest of version 2 with the checksum of 3": ("store", "compacted/manifest-*", with_values(version=2), "its checksum is not that of its content"),
     "a manifest with a hash that is a number": ("store", "compacted/manifest-*", unnamed, "names and hashes must be text"),
     "an attempt with another outcome": ("store", "attempts/*", with_values(outcome="oom"), "its content is not that of its name"),
     "a sweep with another name": ("store", "sweeps/*", with_values(kind="search"), "its content is not that of its name"),
@@ -222,3 +224,4 @@ def test_a_reader_that_gives_other_weights_is_found(tmp_path: Path, monkeypatch:
 def test_the_same_seed_makes_the_same_tries() -> None:
     cases = [TARGETS["delimited"].case(seed, 3) for seed in (1, 1, 2)]
     assert cases[0] == cases[1] != cases[2]
+    assert set(STORE.good()) == set(STORE.good())
