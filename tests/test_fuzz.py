@@ -151,6 +151,7 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
     "a manifest of version 2 with the checksum of 3": ("store", "compacted/manifest-*", with_values(version=2), "its checksum is not that of its content"),
     "a manifest with a hash that is a number": ("store", "compacted/manifest-*", unnamed, "names and hashes must be text"),
     "an attempt with another outcome": ("store", "attempts/*", with_values(outcome="oom"), "its content is not that of its name"),
+    "a sweep without the name of its checksum": ("store", "sweeps/*", swapped(b"sha256", b"sha257"), "holds columns this version does not know: 'sha257'"),
     "a sweep with another name": ("store", "sweeps/*", with_values(kind="search"), "its content is not that of its name"),
 }
 
