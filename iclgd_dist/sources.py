@@ -214,6 +214,10 @@ def _convert_weights(identity: ModelIdentity, target: Path) -> None:
     try:
         with _alone(path) as place:
             config = AutoConfig.from_pretrained(str(header), trust_remote_code=False, local_files_only=True)
+            with torch.device("meta"):
+                num_weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
+            if num_weights > 8 * path.stat().st_size:  # of other shapes than those that are there, which would be drawn before that is noticed
+                raise ValueError(f"its header describes {num_weights:,} weights, more than it has bits")
             options = {"config": config, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "output_loading_info": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(**place, **options, trust_remote_code=False)
             model, found = loaded

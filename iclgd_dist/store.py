@@ -45,6 +45,7 @@ CELL_NAME = re.compile(r"([0-9a-f]{64})\.(?:arrows|parquet)")
 _SUFFIXES = (cells.SUFFIX, cells.OLDER_SUFFIX)
 _HASH = re.compile("[0-9a-f]{40}")  # name of an attempt: hash of its content; in stores of older versions 32 random digits
 _OTHER_CONTENT = "is damaged: its content is not that of its name"
+_SWEEP = {"digest", "kind", "resolved", "keys", "created_at"}
 _ATTEMPT = pa.schema([(name, kind) for name, kind, _ in ATTEMPT])
 _README = """Results of in-context learning versus gradient descent, one row per finished grid point; written by iclgd, not to be edited by hand.
 Read it with: from iclgd_dist.store import read_results; results = read_results("this directory"); results.cells.to_pandas()
@@ -322,18 +323,23 @@ def records_in(folder: Location) -> list[str]:
 
 
 def _check_attempt(path: Location, row: dict[str, Any]) -> None:
-    if newer := sorted(row.keys() - set(_ATTEMPT.names)):
-        raise StoreError(f"holds columns this version does not know: {', '.join(newer)}", path, way_out=cells.UPDATE)
+    _refuse_unknown(path, row.keys() - set(_ATTEMPT.names))
     with naming(path, "read"):
         cells.table_of([row], _ATTEMPT)
 
 
 def _check_sweep(path: Location, sweep: dict[str, Any]) -> None:
+    _refuse_unknown(path, sweep.keys() - _SWEEP)
     keys = sweep.get("keys")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise StoreError("is damaged: it has no list of keys", path)
     if _plan_hash(keys) not in path.name:
         raise StoreError(_OTHER_CONTENT, path)
+
+
+def _refuse_unknown(path: Location, names: set[str]) -> None:
+    if names:
+        raise StoreError(f"holds columns this version does not know: {', '.join(map(repr, sorted(names)))}", path, way_out=cells.UPDATE)
 
 
 def _plan_hash(keys: list[str]) -> str:

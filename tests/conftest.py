@@ -46,6 +46,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of good inputs, which each bad one is made from; the cache of models lies beside it."""
+    from tests.bad_inputs import save_good
+
+    folder = tmp_path_factory.mktemp("inputs") / "good"
+    folder.mkdir()
+    save_good(folder)
+    return folder
+
+
 @pytest.fixture
 def sweep_file(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a sweep file on the tiny model and a file of fruit, in a folder of its own; the model cache lies there too."""

@@ -24,7 +24,7 @@ from pathlib import Path
 
 SAVED = Path("results") / "fuzz"
 HANG_SECONDS = 5.0  # of processor time; or it sleeps for as long as WAIT_SECONDS, which a busy machine does not explain
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Worker:
             return f"the process died with code {code}"
         waited, (state, seconds) = time.monotonic() - self.since, self.state()
         is_hung = seconds - self.spent > HANG_SECONDS or (waited > WAIT_SECONDS and state != "R")
-        return f"no answer after {HANG_SECONDS:.0f} s" if self.since and waited > HANG_SECONDS and is_hung else ""
+        return f"no answer after {waited:.0f} s, {seconds - self.spent:.0f} s of the processor's" if self.since and waited > HANG_SECONDS and is_hung else ""
 
     def end(self) -> str:
         """Return the last of what it said."""

@@ -14,15 +14,7 @@ import pytest
 
 from iclgd_dist import cli, run_commands
 from tests import bad_inputs
-from tests.bad_inputs import CASES, SECONDS, Case, Outcome, listing, prepared, save_good
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs") / "good"
-    folder.mkdir()
-    save_good(folder)
-    return folder
+from tests.bad_inputs import CASES, SECONDS, Case, Outcome, listing, prepared
 
 
 @pytest.fixture

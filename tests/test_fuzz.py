@@ -137,6 +137,12 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
     "a length that is text": ("tokenizer", "tokenizer_config.json", with_values(model_max_length="x"), "its tokenizer cannot be loaded"),
     "token 2**31": ("tokenizer", "tokenizer.json", token(2**31), "the id of a token must be below 16,777,216, got 2,147,483,648"),
     "a GGUF that does not say how many layers": ("gguf", "x.gguf", swapped(b"block_count", b"block_count".upper()), "gives it 32 layers, its tensors are of 2"),
+    "a GGUF that does not say its width": (
+        "gguf",
+        "x.gguf",
+        swapped(b"llama.embedding_length", b"llama.embedding_LENGTH"),
+        "its header describes 104,402,944 weights, more than it has bits",
+    ),
     "a GGUF with no key heads": ("gguf", "x.gguf", swapped(b"head_count_kv\4\0\0\0\2", b"head_count_kv\4\0\0\0\0"), "cannot be converted: ZeroDivisionError"),
     "a protocol that is a list": ("page", "cells/*", with_cell(protocol="[]"), "protocol of a cell"),
     "an option that is no JSON": ("page", "cells/*", with_cell(method_options="{text}"), "method_options of a cell"),
@@ -151,6 +157,7 @@ FOUND: dict[str, tuple[str, str, Change, str]] = {
     "a manifest of version 2 with the checksum of 3": ("store", "compacted/manifest-*", with_values(version=2), "its checksum is not that of its content"),
     "a manifest with a hash that is a number": ("store", "compacted/manifest-*", unnamed, "names and hashes must be text"),
     "an attempt with another outcome": ("store", "attempts/*", with_values(outcome="oom"), "its content is not that of its name"),
+    "a sweep without the name of its checksum": ("store", "sweeps/*", swapped(b"sha256", b"sha257"), "holds columns this version does not know: 'sha257'"),
     "a sweep with another name": ("store", "sweeps/*", with_values(kind="search"), "its content is not that of its name"),
 }
 

@@ -44,7 +44,7 @@ from iclgd_dist.prepared import prepared
 from iclgd_dist.schema import ATTEMPT
 from iclgd_dist.store import Store, read_results
 from tests import bad_inputs
-from tests.bad_inputs import CASES, Case, save_good
+from tests.bad_inputs import CASES, Case
 from tests.test_analysis import make_rows, make_store
 from tests.test_bad_inputs import run
 
@@ -146,14 +146,6 @@ HOSTILE_WORDS = ("FIFO", "code in it", "code of its own", "outside", "full path"
 HOSTILE = [case for case in CASES if case.code == 2 and any(word in case.name for word in HOSTILE_WORDS)]
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "good"
-    folder.mkdir()
-    save_good(folder)
-    return folder
-
-
 @pytest.fixture
 def _stopped_in_time(tmp_path: Path) -> Iterator[None]:
     """End what waits for ever: first whoever opened a FIFO is given its end, since a library in C may not heed a signal before."""
@@ -204,6 +196,7 @@ class Mine(PreTrainedTokenizerFast): ...
 def test_beside_good_weights_nothing_is_run_and_nothing_is_opened(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code and pickles lie there, and a FIFO under every name that a library may look for; transformers knows the architecture by itself."""
     monkeypatch.setenv("ICLGD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # where the pickle would leave its marker
     directory, marker = tmp_path / "model", tmp_path / "marker"
     shutil.copytree(tiny_model, directory)
     (directory / "mine.py").write_text(MARKS.format(marker=str(marker)))
@@ -224,7 +217,7 @@ def test_beside_good_weights_nothing_is_run_and_nothing_is_opened(tiny_model: Pa
         made = prepared(sources.fetch(identity), identity.content_hash, storage_dtype=dtype, compute_dtype="float32")
         model = models.load(made, spec, Resources(), storage_dtype=dtype).model
         assert type(model).__module__.startswith("transformers.models.llama")
-    assert not marker.exists() and not (tmp_path / "marker").exists()
+    assert not marker.exists()
     sys.path.insert(0, str(directory))
     try:
         import mine  # noqa: F401  it would have left its marker

@@ -233,18 +233,23 @@ def test_a_file_that_cannot_be_opened_hides_no_other_fault(made: Store) -> None:
     assert code == 74 and key(8) in said and key(4) in said
 
 
-@pytest.mark.parametrize("is_older", [False, True])
-def test_a_damaged_sweep_is_named_by_whoever_reads_it(made: Store, is_older: bool) -> None:
-    """Its hash tells of any change; records of older versions have none, and are told by their keys."""
+@pytest.mark.parametrize(
+    ("hashed", "old", "new", "what"),
+    [
+        (True, '"kind"', '"kinder"', "its content is not that of its name"),
+        (True, key(3), key(9), "its content is not that of its name"),
+        (False, key(3), key(9), "its content is not that of its name"),  # records of older versions have no hash: the keys are in their names
+        (False, '"keys"', '"keyz"', "does not know: 'keyz'"),
+        (False, '"keys": [', '"keys": 1, "resolved": [', "no list of keys"),
+    ],
+)
+def test_a_damaged_sweep_is_named_by_whoever_reads_it(made: Store, hashed: bool, old: str, new: str, what: str) -> None:
     (path,) = (made.root / "sweeps").iterdir()
     said = json.loads(path.read_text())
-    if is_older:
-        del said["sha256"]
-        said["keyz"] = said.pop("keys")
-    else:
-        said["kind"] = "search"
-    path.write_text(json.dumps(said))
-    with pytest.raises(StoreError, match="no list of keys" if is_older else "its content is not that of its name") as caught:
+    text = path.read_text() if hashed else json.dumps({name: value for name, value in said.items() if name != "sha256"})
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(StoreError, match=what) as caught:
         made.sweeps()
     assert caught.value.filename == str(path)
     assert [error.filename for error in verify(made).damaged] == [str(path)]
