@@ -33,7 +33,7 @@ SETTING = [*(name for name in BASE if name != "init_seed"), "num_demonstrations"
 ACCURACIES = ("accuracy", "balanced_accuracy")
 BASELINE = ["key", *ACCURACIES, "nll_label", "collapsed", "status"]  # what a finetuned cell carries of its baselines
 _SCORE_CHANGES = ("sim_am_delta", "sim_am_delta_prefix", "alpha")  # layer 0 holds at most a shift of position
-_MEASURES = ("controls", "pairs", "metrics")
+_MEASURES = ("controls", "pairs", "metrics", "extras")
 _NOWHERE = np.array([], dtype=int)
 
 
@@ -52,6 +52,7 @@ class Frames:
     controls: pd.DataFrame
     pairs: pd.DataFrame
     metrics: pd.DataFrame
+    extras: pd.DataFrame
     attempts: pd.DataFrame
     num_cells: int  # of any kind and origin, superseded ones too
     num_planned: int = 0  # distinct keys of all sweep files
@@ -227,6 +228,7 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = (), *, with_searc
         controls=_coded(results.controls),
         pairs=_coded(results.pairs),
         metrics=_coded(results.metrics),
+        extras=_coded(results.extras),
         attempts=results.attempts.to_pandas(),
         num_cells=len(cells),
         num_planned=len(planned),

@@ -134,6 +134,17 @@ class Controls(Frozen):
         return "other_task" in (*self.contexts, *self.train_on)
 
 
+class Measures(Frozen):
+    """What is measured beside the two papers' figures. Not part of a cell's key: `iclgd measure` fills in what committed cells lack."""
+
+    calibration: StrictBool = False  # prompts without content, for contextual calibration; the other figures of calibration are always there
+    outputs: StrictBool = False  # next-token distributions compared with ICL's, over the whole vocabulary
+    spectra: StrictBool = False  # ranks of updates and of the changes they make, and the directions that these share with ICL's
+    geometry: StrictBool = False  # clusters and intrinsic dimension of the attention outputs
+    supervised_icl: StrictBool = False  # finetuned weights with the demonstrations in the prompt too; as much work as every cell's captures again
+    orders: StrictBool = False  # each finetuned cell against ICL in the seed's other orders; needs [capture] keep
+
+
 class Capture(Frozen):
     """What is kept beside the figures: captures, to evaluate metrics later, and the texts, for whoever reads the page. Not part of a cell's key."""
 

@@ -32,6 +32,8 @@ def queries_of(lm: LanguageModel, block: Block, encoded: Encoded, **options: Any
         "tokens_per_batch": block.resources.tokens_per_batch,
         "at_label": block.protocol.record_position == "label",
         "parks": block.resources.hidden_states == "host",
+        "blanks": encoded.blanks,
+        "keeps_output": block.measured.outputs,
     }
     return QueryPass(lm, encoded.queries, encoded.label_ids, **defaults | options)
 
@@ -60,7 +62,9 @@ class Baselines:
         self.items: dict[tuple[int, ...], Items] = {}
         self.random_ranks: dict[tuple[int, ...], Mapping[str, torch.Tensor]] = {}
         self.zero_shot = queries_of(lm, block, encoded)
-        self.again = queries_of(lm, block, encoded, tokens_per_batch=1, numbers=range(min(NUM_NOISE_QUERIES, len(encoded.queries))))
+        self.again = queries_of(
+            lm, block, encoded, tokens_per_batch=1, numbers=range(min(NUM_NOISE_QUERIES, len(encoded.queries))), blanks=(), keeps_output=False
+        )
         shown = {(train_on, step): context for train_on, step in trained if (context := encoded.context_of(step, train_on)) is not None}
         wanted = [(encoded.context_ids, encoded.context_items), *shown.values(), *((ids, ()) for ids in encoded.control_contexts.values())]
         for ids, items in sorted(wanted, key=lambda each: (-len(each[0]), -len(each[1]))):  # the longest first: others may be its beginning

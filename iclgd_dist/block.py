@@ -179,7 +179,8 @@ class _Ride:
 
     def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded, name: str, train_on: str) -> None:
         self.lm, self.block, self.encoded, self.method = lm, block, encoded, make_method(block.method(name))
-        self.trajectory = Trajectory(name, train_on, block.learning_rates(name, train_on), block.steps(name, train_on))
+        rates, steps = block.learning_rates(name, train_on), block.steps(name, train_on)
+        self.trajectory = Trajectory(name, train_on, rates, steps, keeps_ranks=block.measured.spectra)
         self.name = name if train_on == "true" else f"{name} on {train_on}"
         self.training = encoded.training_for(train_on)
         self.sequences = [

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from iclgd_dist.axes import Controls
+from iclgd_dist.axes import Controls, Measures
 from iclgd_dist.config import ModelSpec, Resources
 from iclgd_dist.cost import Cost, Pass, cost_of
 from iclgd_dist.encoding import Encoded
@@ -61,6 +61,7 @@ class Block:
     storage_dtype: str
     protocol: Protocol
     controls: Controls
+    measured: Measures
     resources: Resources
     methods: tuple[MethodSpec, ...]
     metrics: tuple[MetricSpec, ...]

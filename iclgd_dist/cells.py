@@ -24,9 +24,9 @@ from iclgd_dist.schema import CELL, MEASURE
 
 GROUP_CELLS = 1_000  # cells per batch: what is held in memory while a part is written
 SUFFIX, OLDER_SUFFIX = ".arrows", ".parquet"
-KINDS = {"control": "controls", "pair": "pairs", "metric": "metrics"}  # of measures
+KINDS = {"control": "controls", "pair": "pairs", "metric": "metrics", "extra": "extras"}  # of measures
 UPDATE = "update iclgd to the version that wrote it, or a later one"
-_COMPARED = {"control": ("cell", "control"), "pair": ("cell_a", "cell_b"), "metric": ("cell", "version")}
+_COMPARED = {"control": ("cell", "control"), "pair": ("cell_a", "cell_b"), "metric": ("cell", "version"), "extra": ("cell", "group")}
 _MEASURED = [name for name, _, _ in MEASURE if name != "kind"]
 _MEASURES = pa.list_(pa.struct([(name, kind) for name, kind, _ in MEASURE if name != "kind"]))
 # A cell as it lies in a file: the columns of CELL, the measures of each kind in a column of their own, so that no reader has to tell them apart.

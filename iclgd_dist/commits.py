@@ -21,6 +21,7 @@ from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.encoding import Encoded
+from iclgd_dist.extras import Extras
 from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures, score_directions
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
@@ -50,7 +51,8 @@ class Committer:
     """Commits the cells of one block. A finetuned capture is held as long as another method's cell of the same point is to come."""
 
     def __init__(self, lm: LanguageModel, block: Block, store: Store, encoded: Encoded) -> None:
-        self.block, self.store = block, store
+        self.lm, self.block, self.store = lm, block, store
+        self._extras: Extras | None = None
         sink = "".join(lm.tokenizer.convert_ids_to_tokens(list(encoded.sink_ids)))
         protocol = json.dumps(block.protocol.model_dump() | {"sink_token": sink}, sort_keys=True)
         self.shared = provenance(lm) | {"model_revision": block.model.revision, "protocol": protocol}
@@ -66,6 +68,11 @@ class Committer:
         self.done: set[str] = set()  # keys of the cells that are committed, or measured
         self.since = time.perf_counter()
 
+    def extras(self, baseline: Baseline) -> Extras:
+        if self._extras is None:
+            self._extras = Extras(self.lm, baseline, self.block.measured)
+        return self._extras
+
     def measures(self, rows: Sequence[Row]) -> None:
         """Commit measures of cells that are there; each row holds the key of its cell."""
         measured.commit(self.store.root, list(rows), reach=stores.fault_point)
@@ -76,11 +83,12 @@ class Committer:
         for cell in self.block.cells:
             if cell.kind == "zero_shot":
                 texts = {"prompts": [query.prompt for query in draw.queries]}
-                rows.append((cell, zero_shot_row(baseline) | self._texts(texts) | self._kept(cell, baseline.zero_shot)))
+                measures = {"measures": self.extras(baseline).of_zero_shot()}
+                rows.append((cell, zero_shot_row(baseline) | measures | self._texts(texts) | self._kept(cell, baseline.zero_shot)))
             elif cell.kind == "icl":
                 shown = draw.demonstrations[: self.num_context_demonstrations]
                 texts = {"demonstrations": [f"{each.prompt} {draw.label_words[each.label]}" for each in shown]}
-                measures = {"measures": context_measures(baseline, baselines.controls)}
+                measures = {"measures": context_measures(baseline, baselines.controls) + self.extras(baseline).of_icl()}
                 rows.append((cell, icl_row(baseline) | measures | self._texts(texts) | self._kept(cell, baseline.in_context.capture)))
         return self._commit(rows, num_lanes=1)
 
@@ -113,10 +121,11 @@ class Committer:
         if lanes and not self.block.is_measuring:
             seeded = [Lane(capture, trajectory.record(lane, step), int(cell.key[:15], 16)) for lane, cell, capture in lanes]
             made = finetuned_rows(baseline, seeded, prefix=baselines.prefix(trajectory.train_on, step))
-        for (_, cell, capture), of_controls, row in zip(lanes, controls, made, strict=True):
+        extras = self.extras(baseline).of_finetuned(captured, [trajectory.ranks_of(lane, step) for lane, _, _ in lanes])
+        for (_, cell, capture), of_controls, of_extras, row in zip(lanes, controls, extras, made, strict=True):
             of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
             self.problems += problems
-            measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics
+            measures = of_controls + self._pairs(baseline, cell, capture) + of_metrics + of_extras
             rows.append((cell, row | {"measures": measures} | self._kept(cell, capture)))
         if self.block.is_tracked:
             variant = "" if trajectory.train_on == "true" else f"_on_{trajectory.train_on}"

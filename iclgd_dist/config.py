@@ -22,6 +22,7 @@ from iclgd_dist.axes import (
     Capture,
     Controls,
     Count,
+    Measures,
     Name,
     Rates,
     Runs,
@@ -71,6 +72,7 @@ class Sweep(Frozen):
     query_seed: Seed = 1
     steps: Annotated[tuple[Count, ...], Field(min_length=1)]
     controls: Controls = Controls()
+    measures: Measures = Measures()
     search: Search | None = None  # where `iclgd tune` looks for learning rates
     learning_rates: Rates = Field(default_factory=dict, validate_default=True)  # one list in the file holds for every method; may lack what [search] has
     per_task: dict[str, TaskAxes] = Field(default_factory=dict)  # [per_task.sst2] holds for that task alone
@@ -248,7 +250,7 @@ class Sweep(Frozen):
         """Return 16 hex digits that name what is swept: the same for the same cells, whatever the file looks like and whatever runs it."""
         used = {*self.tasks, *(self.control_task_of(name) for name in self.tasks if self.controls.need_other_task)}
         values = self.resolved() | {"resources": None, "capture": None, "task": [own.model_dump() for own in self.task if own.name in used]}
-        del values["search"]
+        del values["search"], values["measures"]
         values |= {axis: sorted(values[axis], key=json.dumps) for axis in ("models", "task", "tasks", "methods")}
         values |= dict.fromkeys(("seeds", "orders", "learning_rates", "per_task"))
         values |= {"runs": {task: sorted(self.runs_of(task)) for task in self.tasks}, "rates": {task: self.rates_of(task) for task in self.tasks}}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from iclgd_dist.config import SweepError
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.sites import WEIGHTS, Site, sites
+from iclgd_dist.spectra import effective_rank, squared_singular_values, stable_rank
 
 ALL_PARTS = WEIGHTS["all_linear"]
 
@@ -45,6 +46,10 @@ class Delta:
     def squared_norm_N(self) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64).square() for tensor in self.tensors()]).sum(0)
 
+    def squared_singular_values(self) -> Tensor:
+        """Return those of the weight (N, S), descending."""
+        return squared_singular_values(self.weight_NIO)
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -66,6 +71,10 @@ class LowRank:
         # |AB|^2 = tr(A'A BB'): the product itself is as large as the weight.
         down, up = self.down_NIR.double(), self.up_NRO.double()
         return ((down.mT @ down) * (up @ up.mT)).sum((1, 2)).clamp(min=0)
+
+    def squared_singular_values(self) -> Tensor:
+        """Return those of the product (N, R), descending."""
+        return squared_singular_values(torch.linalg.qr(self.down_NIR.double())[1] @ torch.linalg.qr(self.up_NRO.mT.double())[1].mT)
 
 
 Deltas = Mapping[str, Delta | LowRank]
@@ -137,3 +146,13 @@ def norms(lm: LanguageModel, index: int, deltas: Deltas) -> dict[str, Tensor]:
         if site.name in deltas:
             squares[site.part.partition(".")[0]].append(deltas[site.name].squared_norm_N())
     return {part: torch.stack(of_part).sum(0).sqrt() for part, of_part in squares.items()}
+
+
+def ranks(lm: LanguageModel, index: int, deltas: Deltas) -> dict[str, Tensor]:
+    """Return stable and effective rank (N,) of what was added to each trained projection of a layer, without its bias."""
+    found: dict[str, Tensor] = {}
+    for site in sites(lm, index, ALL_PARTS).values():
+        if site.name in deltas:
+            squares_NS = deltas[site.name].squared_singular_values()
+            found |= {f"stable_rank_{site.part}": stable_rank(squares_NS), f"effective_rank_{site.part}": effective_rank(squares_NS)}
+    return found

@@ -49,6 +49,7 @@ class Encoded:
     same_order: bool  # context and training show the same demonstrations in the same order
     control_contexts: Mapping[str, Ids] = field(default_factory=dict)  # name -> whole context, sink included
     trainings: Mapping[str, Training] = field(default_factory=dict)  # train_on -> what finetuning sees then
+    blanks: tuple[Ids, ...] = ()  # prompts without content
 
     @property
     def num_context_demonstrations(self) -> int:
@@ -100,7 +101,9 @@ def encode(draw: Draw, tokenizer: Any, *, protocol: Protocol, max_positions: int
     examples: dict[tuple[str, ...], list[Example | Query]] = {draw.label_words: [*draw.demonstrations, *draw.queries]}
     for variation in variations:
         examples.setdefault(variation.label_words, []).extend(variation.demonstrations)
-    read = {words: _read(tokenizer, protocol, draw.task, dict.fromkeys(e.prompt for e in found), words) for words, found in examples.items()}
+    texts = {words: [example.prompt for example in found] for words, found in examples.items()}
+    texts[draw.label_words] += draw.blanks
+    read = {words: _read(tokenizer, protocol, draw.task, dict.fromkeys(prompts), words) for words, prompts in texts.items()}
 
     def parts(demonstrations: Sequence[Example], words: tuple[str, ...]) -> list[tuple[Ids, Ids]]:
         prompts, labels = read[words]
@@ -113,8 +116,8 @@ def encode(draw: Draw, tokenizer: Any, *, protocol: Protocol, max_positions: int
         return Training(tuple(prefix_ids + prompt + label for prompt, label in found), first_loss, len(prefix_ids), num_fitting)
 
     prompts, label_ids = read[draw.label_words]
-    queries = tuple(prompts[query.prompt] for query in draw.queries)
-    room = _Room(protocol, max_positions, prefix_ids, separator_ids, max(map(len, queries), default=0) + max(map(len, label_ids)))
+    queries, blanks = tuple(prompts[query.prompt] for query in draw.queries), tuple(prompts[prompt] for prompt in draw.blanks)
+    room = _Room(protocol, max_positions, prefix_ids, separator_ids, max(map(len, queries + blanks), default=0) + max(map(len, label_ids)))
     named = f"task {draw.task!r}"
     shown = room.shown([prompt + label for prompt, label in parts(draw.demonstrations, draw.label_words)], named)
     training = training_on(draw.training)
@@ -131,7 +134,7 @@ def encode(draw: Draw, tokenizer: Any, *, protocol: Protocol, max_positions: int
         if each.name == "shuffled_words":
             _check_length(draw, sum(map(len, trained)), sum(len(p) + len(label) for p, label in parts(each.demonstrations, each.label_words)))
     same_order = draw.training == draw.demonstrations and len(shown) == len(trained)
-    return Encoded(sink_ids, separator_ids, prefix_ids, tuple(shown), queries, label_ids, training, same_order, contexts, trainings)
+    return Encoded(sink_ids, separator_ids, prefix_ids, tuple(shown), queries, label_ids, training, same_order, contexts, trainings, blanks)
 
 
 def _check_length(draw: Draw, num_true: int, num_shuffled: int) -> None:

@@ -18,6 +18,7 @@ from iclgd_dist import store as stores
 from iclgd_dist.blocks import Block, Cell, RandomTarget
 from iclgd_dist.comparison import make_baseline
 from iclgd_dist.encoding import Encoded
+from iclgd_dist.extras import groups_of
 from iclgd_dist.families import family_of
 from iclgd_dist.measures import MetricError, metric_measures
 from iclgd_dist.metrics import Capture, NoiseFloor
@@ -39,7 +40,7 @@ class Missing:
         self.done = {cell["key"] for cell in cells if cell["status"] == "done"}
         self.kept = {cell["key"]: cell["capture_sha256"] for cell in cells if cell["capture_sha256"] is not None}
         self.known: set[tuple[str, str, str]] = set()  # (key of the cell, kind, name)
-        for kind, table in (("control", results.controls), ("pair", results.pairs), ("metric", results.metrics)):
+        for kind, table in (("control", results.controls), ("pair", results.pairs), ("metric", results.metrics), ("extra", results.extras)):
             named = pa.table([table[0].cast(pa.string()), table[1]], names=["key", "name"]).group_by(["key", "name"]).aggregate([])
             self.known |= {(key, kind, name) for key, name in zip(named["key"].to_pylist(), named["name"].to_pylist(), strict=True)}
 
@@ -50,6 +51,9 @@ class Missing:
         """
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned" and cell.key in self.done]
         wanted = {cell: {("metric", spec.version) for spec in block.metrics} for cell in finetuned}
+        for cell in block.cells:
+            if cell.key in self.done and (groups := groups_of(cell.kind, block.measured)):
+                wanted.setdefault(cell, set()).update(("extra", group) for group in groups)
         contexts = set(encoded.control_contexts)
         if "shifted" in block.controls.contexts and has_absolute_positions(block.model.model_type):
             contexts.add("shifted")

@@ -30,6 +30,8 @@ class Capture:
     # Raw attention of the first queries to the demonstrations' tokens, summed over heads: ICL's to its context; finetuning's through the query projections
     # of the training tokens. None where nothing was recorded.
     ranked_LQT: Tensor | None = None
+    output_QD: Tensor | None = None  # what the output head reads at the prompt's last position; None unless next-token distributions are compared
+    blank_scores_KC: Tensor | None = None  # label scores after prompts without content; None unless these were asked for
 
     def clone(self) -> Capture:
         return Capture(**{name: value.clone() for name, value in vars(self).items() if value is not None})

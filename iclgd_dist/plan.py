@@ -22,7 +22,7 @@ from iclgd_dist.encoding import Encoded, encode, fits_context
 from iclgd_dist.families import family_of
 from iclgd_dist.light_tokenizer import light_tokenizer
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable, identify
-from iclgd_dist.tasks import Draw, Task, draw_bare, draw_demonstrations, load_task, query_order, with_demonstrations
+from iclgd_dist.tasks import Draw, Task, blank_prompts, draw_bare, draw_demonstrations, load_task, query_order, with_demonstrations
 
 KEY_SCHEMA = 1
 MAX_CELLS = 10_000_000  # more would take hours to write down
@@ -267,6 +267,7 @@ class _Encoder:
             self.bare[name] = draw_bare(task, num_queries=num_queries, query_seed=sweep.query_seed, fits=fits, protocol=sweep.protocol)
         found = with_demonstrations(self.bare[name], task, num_demonstrations=k, seed=seed, order=order, protocol=sweep.protocol)
         controls, other = sweep.controls, self._other(name)
+        found = replace(found, blanks=blank_prompts(found.template) if sweep.measures.calibration else ())
         return with_controls(found, task, contexts=controls.contexts, train_on=controls.train_on, other=other, seed=seed, protocol=sweep.protocol)
 
     def encode(self, draw: Draw) -> Encoded:
@@ -318,6 +319,7 @@ def _blocks(
             storage_dtype=storage,
             protocol=sweep.protocol,
             controls=sweep.controls,
+            measured=sweep.measures,
             resources=sweep.resources,
             methods=tuple(sweep.method_spec(method) for method in sweep.methods),
             metrics=sweep.metric,

@@ -8,7 +8,7 @@ Knows replays, hooks and shapes. Knows nothing of training or files.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from operator import attrgetter
@@ -50,7 +50,9 @@ class _Row:
         return sorted({*range(self.num_prompt - 1, max(len(self.ids), self.num_prompt)), *([] if self.recorded is None else [self.recorded])})
 
 
-def _rows(query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]], numbers: Sequence[int], *, at_label: bool) -> list[_Row]:
+def _rows(
+    query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]], numbers: Sequence[int], recorded: Collection[int], *, at_label: bool
+) -> list[_Row]:
     short = tuple(n for n, ids in enumerate(label_ids) if len(ids) == 1)
     long = [n for n, ids in enumerate(label_ids) if len(ids) > 1]
     rows = []
@@ -60,7 +62,8 @@ def _rows(query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]]
         first = 0 if at_label else next(iter(long), None)
         added = () if first is None else tuple(label_ids[first]) if at_label else tuple(label_ids[first][:-1])
         scored = tuple(dict.fromkeys(short if first is None else (*short, first)))
-        rows.append(_Row(number, prompt + added, len(prompt), scored, len(prompt) - 1 + (len(added) if at_label else 0)))
+        place = len(prompt) - 1 + (len(added) if at_label else 0)
+        rows.append(_Row(number, prompt + added, len(prompt), scored, place if number in recorded else None))
         rows += [_Row(number, prompt + tuple(label_ids[n][:-1]), len(prompt), (n,), None) for n in long if n != first]
     return rows
 
@@ -124,7 +127,8 @@ class QueryPass:
 
     With `context` the queries follow a shared prefix whose replay must climb each layer first; without, each row starts with the ids `lead`.
     `at_label` records at the last token of the first label, appended to the prompt, instead of at the prompt's last token. `shift` moves the positions of
-    what follows `lead`, for models with absolute ones. `parks`: between layers the states wait in the machine's memory, not on the device.
+    what follows `lead`, for models with absolute ones. `parks`: between layers the states wait in the machine's memory, not on the device. `blanks` are
+    prompts whose labels are scored and of which nothing is recorded; `keeps_output` records what the output head reads at each prompt's last token.
     """
 
     def __init__(
@@ -141,31 +145,36 @@ class QueryPass:
         at_label: bool = False,
         shift: int = 0,
         parks: bool = False,
+        blanks: Sequence[Sequence[int]] = (),
+        keeps_output: bool = False,
     ) -> None:
-        self.lm, self.label_ids, self.num_lanes, self.context, self.parks = lm, label_ids, num_lanes, context, parks
+        self.lm, self.label_ids, self.num_lanes, self.context, self.parks, self.keeps_output = lm, label_ids, num_lanes, context, parks, keeps_output
         tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(lm.input_device.type, TOKENS_PER_BATCH["cuda"])
-        numbers = list(range(len(query_ids))) if numbers is None else list(numbers)
+        recorded = list(range(len(query_ids))) if numbers is None else list(numbers)
+        self.num_tokens = max(len(query_ids[number]) for number in recorded) + (len(label_ids[0]) if at_label else 0)
+        numbers, self.num_recorded = [*recorded, *range(len(query_ids), len(query_ids) + len(blanks))], len(recorded)
+        query_ids = [*query_ids, *blanks]
         self.slot = {number: slot for slot, number in enumerate(numbers)}
         lead = () if context else tuple(lead)
         by_length = sorted(numbers, key=lambda number: len(query_ids[number]))
         self.batches = []
         for some in _packed(by_length, query_ids, label_ids, num_lanes, len(lead), tokens_per_batch):
-            rows = _rows(query_ids, label_ids, some, at_label=at_label)
+            rows = _rows(query_ids, label_ids, some, set(recorded), at_label=at_label)
             ids_RT = torch.zeros(len(rows), len(lead) + max(len(row.ids) for row in rows), dtype=torch.long)
             for n, row in enumerate(rows):
                 ids_RT[n, : len(lead) + len(row.ids)] = torch.tensor([*lead, *row.ids])
             positions_T = torch.arange(ids_RT.shape[1]) + shift * (torch.arange(ids_RT.shape[1]) >= len(lead)) if shift else None
             cache = context.prefix.cache(context.length) if context else None
             self.batches.append(_MicroBatch(Replay(lm, ids_RT.repeat(num_lanes, 1), cache=cache, positions_T=positions_T), rows, num_lanes, len(lead)))
-        self.num_tokens = max(len(query_ids[number]) for number in numbers) + (len(label_ids[0]) if at_label else 0)
         self._clear()
 
     def _clear(self) -> None:
-        num_lanes, num_queries, dtype = self.num_lanes, len(self.slot), self.lm.delta_dtype
+        num_lanes, num_queries, dtype = self.num_lanes, self.num_recorded, self.lm.delta_dtype
         self.attention_NLQD = self.lm.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.width, dtype=dtype)
         self.scores_NLQHT = self.lm.zeros(num_lanes, self.lm.num_layers, num_queries, self.lm.num_heads, self.num_tokens, dtype=dtype)
         self.arrivals = _Arrivals()
-        self.label_scores_NQC = torch.zeros(num_lanes, num_queries, len(self.label_ids), dtype=torch.float64)
+        self.label_scores_NQC = torch.zeros(num_lanes, len(self.slot), len(self.label_ids), dtype=torch.float64)  # those of blanks come last
+        self.output_NQD: Tensor | None = None
         self.ranked_LNQT: dict[int, Tensor] = {}  # layer -> raw attention of the first queries to the demonstrations' tokens
 
     def again(self) -> QueryPass:
@@ -196,6 +205,9 @@ class QueryPass:
 
     @contextlib.contextmanager
     def _recording(self, batch: _MicroBatch, index: int, trained_NTW: Tensor | None) -> Iterator[None]:
+        if not batch.recorded:
+            yield
+            return
         module = attrgetter(self.lm.family.output)(self.lm.layers[index])
         slots = [self.slot[query] for query in batch.queries]
 
@@ -242,7 +254,7 @@ class QueryPass:
 
     def _keep_ranked(self, index: int, slots: list[int], map_NQT: Tensor) -> None:
         if index not in self.ranked_LNQT:
-            num_queries = min(NUM_KENDALL_QUERIES, len(self.slot))
+            num_queries = min(NUM_KENDALL_QUERIES, self.num_recorded)
             self.ranked_LNQT[index] = self.lm.zeros(self.num_lanes, num_queries, map_NQT.shape[-1], dtype=self.lm.delta_dtype)
         kept = self.ranked_LNQT[index]
         among = [column for column, slot in enumerate(slots) if slot < kept.shape[1]]
@@ -265,8 +277,10 @@ class QueryPass:
             Capture(
                 self.attention_NLQD[n],
                 self.scores_NLQHT[n],
-                self.label_scores_NQC[n],
+                self.label_scores_NQC[n, : self.num_recorded],
                 torch.stack([layer[n] for layer in ranked_LNQT]) if ranked_LNQT else None,
+                None if self.output_NQD is None else self.output_NQD[n],
+                self.label_scores_NQC[n, self.num_recorded :] if len(self.slot) > self.num_recorded else None,
             )
             for n in range(self.num_lanes)
         ]
@@ -274,6 +288,7 @@ class QueryPass:
     def _score_labels(self) -> None:
         """Add each label's mean log-probability; the output head reads only the states that predict a label's token, of all micro-batches at once."""
         states, read, tokens, places, weights = list[Tensor](), 0, list[tuple[int, int]](), list[int](), list[float]()
+        last: dict[int, int] = {}  # slot of a recorded query -> the state at its prompt's last token
         for batch in self.batches:
             reads: dict[tuple[int, int], int] = {}  # (row, position) -> which of a lane's states
             for n, row in enumerate(batch.rows):
@@ -284,10 +299,14 @@ class QueryPass:
                         tokens.append((at, token))
                         places.append(self.slot[row.query] * len(self.label_ids) + label)
                         weights.append(1 / len(ids))
+                if row.recorded is not None:
+                    last[self.slot[row.query]] = reads[n, batch.lead + row.num_prompt - 1]
             read += len(reads)
             row_X, position_X = torch.tensor(list(reads)).T.to(batch.replay.hidden_BTD.device)
             states.append(batch.replay.hidden_BTD.unflatten(0, (self.num_lanes, -1))[:, row_X, position_X].to(self.lm.input_device))
         normed_XD = self.lm.normed(torch.cat(states, dim=1).flatten(0, 1))
+        if self.keeps_output:
+            self.output_NQD = normed_XD.view(self.num_lanes, read, -1)[:, [last[slot] for slot in range(self.num_recorded)]].cpu()
         at_Y, word_Y = torch.tensor(tokens).T
         at_NY = at_Y + read * torch.arange(self.num_lanes)[:, None]
         chance_NY = log_chances(self.lm, normed_XD, at_NY.flatten(), word_Y.repeat(self.num_lanes)).cpu().view(self.num_lanes, -1)

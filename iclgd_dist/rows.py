@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iclgd_dist import metrics
+from iclgd_dist import calibration, metrics
 from iclgd_dist.comparison import Baseline, InContext, compared
 from iclgd_dist.metrics import Answers, Capture
 from iclgd_dist.schema import ACCURACY, EXAMPLE, FOLD, FOLDS, LAYER, NESTED, OUTCOME, POOLED, SIMILARITIES
@@ -200,6 +200,7 @@ def _accuracy(baseline: Baseline, answers: Answers, mask_Q: Tensor) -> Row:
         "collapsed": metrics.collapsed(predicted, gold) if len(gold) else None,
         "num_ties": int(answers.is_tie_Q[mask_Q].sum()),
     }
+    row |= calibration.figures(answers.label_scores_QC[mask_Q], gold)
     recovery = metrics.rec2ftp(zero_shot == gold, icl == gold, predicted == gold)
     if answers is baseline.zero_shot_answers:
         row["num_zs_wrong"] = recovery["num_zs_wrong"]

@@ -100,6 +100,7 @@ IDENTITY: list[Column] = [
     ("sweep", text, "name of the sweep that first computed the cell"),
 ]
 
+CALIBRATED = ("balanced_accuracy", "nll_label", "ece", "brier")  # figures of answers whose labels' bias is divided out first
 # Of one set of queries: all of them in the row, fold A and fold B in `folds`.
 ACCURACY: list[Column] = [
     ("n", i64, "queries in the fold"),
@@ -121,6 +122,11 @@ ACCURACY: list[Column] = [
     ("agreement_icl", f64, "share of queries predicted as ICL does [0..1]"),
     ("kappa_icl", f64, "Cohen's kappa with ICL's predictions; NULL if either is constant"),
     ("kl_label_icl", f64, "mean KL(ICL, FT) over label probabilities [nats]"),
+    ("ece", f64, "expected calibration error of the labels' probabilities, 10 bins of equal width (Guo et al. 2017) [0..1]"),
+    ("ece_mass", f64, "the same with 10 bins of equal number [0..1]"),
+    ("brier", f64, "mean squared distance of the labels' probabilities to the gold label's vertex [0..2]"),
+    ("entropy", f64, "mean entropy of the labels' probabilities [nats]"),
+    *((f"{name}_batch", f64, f"{name} once each label's mean probability over these queries is divided out (arXiv 2309.17249)") for name in CALIBRATED),
 ]
 
 LAYER: list[Column] = [
@@ -208,22 +214,52 @@ def _struct(columns: list[Column]) -> pa.DataType:
 
 
 FOLD: list[Column] = [("fold", text, "A or B"), *ACCURACY]
-# Figures that compare a cell with something else, or that a sweep file adds. Readers see them as three tables: `controls`, `pairs`, `metrics`.
+# Figures that compare a cell with something else, or that a sweep file adds. Readers see them as tables: `controls`, `pairs`, `metrics`, `extras`.
 MEASURE: list[Column] = [
-    ("kind", text, "control, pair or metric"),
-    ("name", text, "the control (other_task with its task: other_task:trec); the key of the other cell of a pair; version of a metric"),
+    ("kind", text, "control, pair, metric or extra"),
+    ("name", text, "the control (other_task with its task: other_task:trec); the key of the other cell of a pair; version of a metric; group of an extra"),
     ("metric", text, "what was measured"),
     ("layer", i64, "0 = the first decoder layer; NULL where the figure is of the whole model"),
     ("fold", text, "A, B or all"),
-    ("n", i64, "queries for which the figure is defined"),
-    ("mean", f64, "mean over them"),
+    ("n", i64, "queries for which the figure is defined; NULL for a figure of weights"),
+    ("mean", f64, "mean over them, or the one figure that they have together"),
     ("sd", f64, "standard deviation over them; NULL for fewer than 2"),
 ]
+# Of kind `extra`: group (`name`) -> metric -> meaning. Source of each in the docstrings of calibration, outputs, spectra and geometry.
+EXTRAS = {
+    "calibration": {
+        f"{name}": f"{name} once the labels' mean probabilities after prompts without content are divided out; zero_shot and icl too" for name in CALIBRATED
+    },
+    "outputs": {
+        "top10_overlap": "share of ICL's 10 most likely next tokens among finetuning's [0..1]",
+        "top10_cosine": "cosine of the two probabilities over the tokens that both have among their 10 [0..1]",
+        "kl_output": "KL(ICL, FT) of the next-token distributions [nats]",
+        "tv_output": "total variation of the next-token distributions [0..1]",
+    },
+    "weights": {
+        "stable_rank_<part>": "sum / largest of the squared singular values of what training added to a projection of the layer; `<part>`: q, k, v, o, mlp.<module>",
+        "effective_rank_<part>": "exp of the entropy of the shares of the singular values",
+    },
+    "change": {
+        "stable_rank": "of the change of the attention output over the queries, not centred; NULL where it is at most 10 x the noise floor; icl too",
+        "effective_rank": "the same, exp of the entropy of the shares of the singular values; icl too",
+        "participation_ratio": "the same, (sum of eigenvalues)^2 / sum of their squares; icl too",
+        "icl_share_in_ft": "share of ICL's change inside the 8 directions in which finetuning's is largest [0..1]",
+        "ft_share_in_icl": "share of finetuning's change inside the 8 directions in which ICL's is largest [0..1]",
+        "principal_cosine": "mean cosine of the principal angles between the two subspaces [0..1]",
+        "cka": "linear centred kernel alignment of the two changes [0..1]",
+    },
+    "geometry": {
+        "learnability": "share of queries whose k-means cluster (10) most of their 5 nearest neighbours have, of the attention output; all kinds [0..1]",
+        "intrinsic_dimension": "TwoNN, of the attention output; all kinds",
+    },
+    "supervised_icl": {f"{name}": f"{name} of the finetuned model with the demonstrations in the prompt" for name in CALIBRATED},
+}
 NESTED: list[Column] = [
     ("folds", pa.list_(_struct(FOLD)), "accuracy and its kin of fold A and of fold B"),
     ("layers", pa.list_(_struct(LAYER)), "figures per layer and fold"),
     ("examples", pa.list_(_struct(EXAMPLE)), "figures per query, in the order drawn"),
-    ("measures", pa.list_(_struct(MEASURE)), "controls, pairs and metrics of one's own"),
+    ("measures", pa.list_(_struct(MEASURE)), "controls, pairs, metrics of one's own, and extras"),
 ]
 CELL = pa.schema([pa.field(name, kind, metadata={"meaning": meaning}) for name, kind, meaning in [*IDENTITY, *OUTCOME, *PROVENANCE, *NESTED]])
 

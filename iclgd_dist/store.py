@@ -66,7 +66,7 @@ def publish(path: Location, data: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Results:
-    """What a store holds, as Arrow tables. All but `cells` and `attempts` begin with the cell's key (`controls` and `metrics`: cell; `pairs`: cell_a, cell_b)."""
+    """What a store holds, as Arrow tables. All but `cells` and `attempts` begin with the cell's key (measures: `cell`; `pairs`: cell_a, cell_b)."""
 
     cells: pa.Table
     folds: pa.Table
@@ -75,6 +75,7 @@ class Results:
     controls: pa.Table
     pairs: pa.Table
     metrics: pa.Table
+    extras: pa.Table
     attempts: pa.Table
 
 

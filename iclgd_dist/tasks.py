@@ -25,6 +25,7 @@ from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Protocol
 from iclgd_dist.toml_text import meant, unknown
 
 CLEAN = Protocol()
+CONTENT_FREE = ("N/A", "[MASK]", "")  # texts that say nothing (Zhao et al. 2021, arXiv 2102.09690)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Draw:
     reordered: tuple[Example, ...] = ()  # the demonstrations as finetuning sees them, where its order is another
     contexts: tuple[Variation, ...] = ()
     trainings: tuple[Variation, ...] = ()
+    blanks: tuple[str, ...] = ()  # prompts without content
 
     @property
     def training(self) -> tuple[Example, ...]:
@@ -163,6 +165,11 @@ def _own_records(own: OwnTask, path: Path) -> list[Record]:
 def render(template: str, fields: Mapping[str, str]) -> str:
     """Return the prompt: each {field} replaced once, so that braces in the data stay as they are; no whitespace around it."""
     return FIELD.sub(lambda match: fields[match[1]], template).strip()
+
+
+def blank_prompts(template: str) -> tuple[str, ...]:
+    """Return the prompts of texts that say nothing."""
+    return tuple(dict.fromkeys(FIELD.sub(text, template).strip() for text in CONTENT_FREE))
 
 
 def digest(text: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from iclgd_dist.deltas import norms
+from iclgd_dist.deltas import norms, ranks
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.rows import TrainingRecord
 from iclgd_dist.updates import Probe, first_bad_step
@@ -33,18 +33,30 @@ class Trajectory:
     norm_LSN: list[Tensor] = field(default_factory=list)
     delta_norms: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)  # step -> per layer: part -> norms (N,); empty where nothing learns
     bad_capture: dict[int, int] = field(default_factory=dict)  # lane -> first probed step whose capture was not finite
+    keeps_ranks: bool = False
+    ranks: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)  # step -> per layer: figure -> its value (N,); where they are kept
 
     def add_model(self, lm: LanguageModel, probe: Probe) -> None:
         """Take in a probe of the whole model: it holds everything up to its step."""
         self.loss_SN, self.norm_SNL = probe.loss_SN.cpu(), probe.gradient_norm_SNL.cpu()
-        self.delta_norms[probe.step] = [norms(lm, index, probe.deltas) for index in range(lm.num_layers)]
+        for index in range(lm.num_layers):
+            self._measure(lm, index, probe)
 
     def add_layer(self, lm: LanguageModel, index: int, probe: Probe) -> None:
         """Take in a probe of one layer; the last one of a layer holds all its steps."""
-        self.delta_norms.setdefault(probe.step, []).append(norms(lm, index, probe.deltas))
+        self._measure(lm, index, probe)
         if probe.step == self.steps[-1]:
             self.loss_LSN.append(probe.loss_SN)
             self.norm_LSN.append(probe.gradient_norm_SNL[:, :, 0])
+
+    def _measure(self, lm: LanguageModel, index: int, probe: Probe) -> None:
+        self.delta_norms.setdefault(probe.step, []).append(norms(lm, index, probe.deltas))
+        if self.keeps_ranks:
+            self.ranks.setdefault(probe.step, []).append(ranks(lm, index, probe.deltas))
+
+    def ranks_of(self, lane: int, step: int) -> list[dict[str, float]]:
+        """Return per layer the figures of the weights that a lane's training added; nothing where they are not kept."""
+        return [{name: float(values_N[lane]) for name, values_N in of_layer.items()} for of_layer in self.ranks.get(step, [])]
 
     def settle(self) -> None:
         """Fetch from the devices what was noted layer by layer, once all layers are trained."""

@@ -24,6 +24,11 @@ KINDS = {"zero_shot": "zero-shot", "icl": "in-context", "finetuned": "finetuned"
 MORE = """
 [controls]
 contexts = ["separator"]
+[measures]
+calibration = true
+outputs = true
+spectra = true
+geometry = true
 [[metric]]
 name = "moved"
 code = "mine.py:moved"
@@ -34,7 +39,7 @@ weights = "all_linear"
 """
 HEAD = """# The store's tables
 
-`read_results(STORE)` returns eight Arrow tables: `cells`, one row per cell, and seven with several rows per cell, to be joined on the cell's key (their first
+`read_results(STORE)` returns nine Arrow tables: `cells`, one row per cell, and eight with several rows per cell, to be joined on the cell's key (their first
 column). They are what is stored; nothing is computed while reading.
 
 - NULL means undefined or not applicable, never zero, and no column holds NaN. Where no text says more, a column is NULL in rows of the kinds that the last
@@ -87,8 +92,11 @@ def document(results: Results) -> str:
     text = (
         "Their first two columns name what is compared: `controls` has `cell` and `control` (`other_task` with its task: `other_task:trec`), `pairs` the keys "
     )
-    text += "`cell_a` and `cell_b`, `metrics` `cell` and `version`. A figure is there once, or not at all."
-    section("controls, pairs, metrics", text, columns)
+    text += "`cell_a` and `cell_b`, `metrics` `cell` and `version`, `extras` `cell` and `group`. A figure is there once, or not at all."
+    section("controls, pairs, metrics, extras", text, columns)
+    lines = ["| group | metric | meaning |", "|---|---|---|"]
+    lines += [f"| `{group}` | `{metric}` | {meaning} |" for group, metrics in schema.EXTRAS.items() for metric, meaning in metrics.items()]
+    parts.append("The extras, where `[measures]` asks for them:\n\n" + "\n".join(lines) + "\n")
     section("attempts", "One row per execution of a block, whatever came of it. Never a result.", schema.ATTEMPT)
     return "\n".join(parts)
 
