@@ -29,6 +29,7 @@ from iclgd_dist.packing import Parts, budget_gib, num_neighbours
 from iclgd_dist.probes import QueryPass
 from iclgd_dist.random_deltas import random_measures
 from iclgd_dist.store import Store
+from iclgd_dist.supervised import Supervised
 from iclgd_dist.trajectory import Trajectory
 from iclgd_dist.updates import BottomUp, LaneInputs, Probe, TrainingSequence, is_bottom_up, make_method
 
@@ -141,7 +142,7 @@ def _commit_passes(ride: _Ride, baselines: Baselines, baseline: Baseline, commit
     ride.trajectory.settle()
     progress.num_training_steps += ride.trajectory.steps[-1] * ride.num_lanes
     for step in list(ride.passes):
-        progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, step, ride.passes.pop(step).captures())
+        progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, step, ride.passes.pop(step).captures(), ride.supervised_at(step))
         yield from _committed(progress, commit, ride, step)
 
 
@@ -156,11 +157,12 @@ def _train_and_commit(
         progress.num_training_steps += ride.trajectory.steps_since_last(probe.step) * ride.num_lanes
         yield progress.at(f"{ride.name}, step {probe.step} trained", share.of(ride) / (2 * len(steps)))
         query_pass = ride.waiting.again()
+        ride.supervise(probe.step)
         for index in range(lm.num_layers):
             with lm.resident(index) as layer:
-                query_pass.climb(layer, index, probe.deltas, trained_NTW=ride.items(index, probe))
+                ride.capture(layer, index, probe, query_pass)
             yield progress.at(f"{ride.name}, step {probe.step}, layer {index + 1}/{lm.num_layers}", share.of(ride) / (2 * len(steps) * lm.num_layers))
-        progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures())
+        progress.num_cells += commit.finetuned(baselines, baseline, ride.trajectory, probe.step, query_pass.captures(), ride.supervised_at(probe.step))
         yield from _committed(progress, commit, ride, probe.step)
         del probe, query_pass  # before the next step trains
 
@@ -190,6 +192,7 @@ class _Ride:
         self.num_lanes = len(self.trajectory.learning_rates)
         self.is_bottom_up = is_bottom_up(self.method)
         self.passes: dict[int, QueryPass] = {}
+        self.supervised: dict[int, Supervised] = {}  # by step: finetuned weights with the demonstrations in the prompt
 
     @cached_property
     def waiting(self) -> QueryPass:
@@ -210,6 +213,8 @@ class _Ride:
         """Make ready to climb layer by layer."""
         self.inputs = LaneInputs(self.lm, self.sequences[: self.trajectory.steps[-1]], self.num_lanes)
         self.passes = {step: self.waiting.again() for step in self.trajectory.steps}
+        for step in self.trajectory.steps:
+            self.supervise(step)
 
     def climb(self, layer: Any, index: int) -> Iterator[int]:
         """Train layer `index` and move the queries of every probed step through it, yielding each step when it is done."""
@@ -217,8 +222,23 @@ class _Ride:
         rates, steps = self.trajectory.learning_rates, self.trajectory.steps
         for probe in self.method.train_layer(self.lm, index, layer, self.inputs, rates, steps=steps, seed=self.block.seed):
             self.trajectory.add_layer(self.lm, index, probe)
-            self.passes[probe.step].climb(layer, index, probe.deltas, trained_NTW=self.items(index, probe))
+            self.capture(layer, index, probe, self.passes[probe.step])
             yield probe.step
+
+    def supervise(self, step: int) -> None:
+        """Let a step's weights read the demonstrations too, where the sweep asks for it."""
+        if self.block.measured.supervised_icl:
+            self.supervised[step] = Supervised(self.lm, self.block, self.encoded, self.num_lanes)
+
+    def capture(self, layer: Any, index: int, probe: Probe, query_pass: QueryPass) -> None:
+        """Move the queries of a probed step up through layer `index`."""
+        query_pass.climb(layer, index, probe.deltas, trained_NTW=self.items(index, probe))
+        if probe.step in self.supervised:
+            self.supervised[probe.step].climb(layer, index, probe.deltas)
+
+    def supervised_at(self, step: int) -> list[Tensor]:
+        """Return the label scores (Q, C) of each lane with the demonstrations in the prompt; nothing where they are not asked for."""
+        return self.supervised.pop(step).label_scores() if step in self.supervised else []
 
 
 class _Shares:

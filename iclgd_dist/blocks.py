@@ -142,8 +142,9 @@ def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block
     for name, train_on in block.trained():
         method = block.method(name)
         passes.append(Pass(train_on, method.is_bottom_up, method.weights, len(block.learning_rates(name, train_on)), block.steps(name, train_on)))
-    dtypes = {"compute_dtype": block.spec.compute_dtype, "storage_dtype": block.storage_dtype}
-    return replace(block, cost=cost_of(encoded, config=block.model.config, passes=passes, is_on_disk=block.resources.device_map == "disk", **dtypes))
+    how: dict[str, Any] = {"compute_dtype": block.spec.compute_dtype, "storage_dtype": block.storage_dtype}
+    how |= {"is_on_disk": block.resources.device_map == "disk", "is_supervised": block.measured.supervised_icl}
+    return replace(block, cost=cost_of(encoded, config=block.model.config, passes=passes, **how))
 
 
 def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:

@@ -21,7 +21,7 @@ from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.encoding import Encoded
-from iclgd_dist.extras import Extras
+from iclgd_dist.extras import Extras, supervised_rows
 from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures, score_directions
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
@@ -92,8 +92,13 @@ class Committer:
                 rows.append((cell, icl_row(baseline) | measures | self._texts(texts) | self._kept(cell, baseline.in_context.capture)))
         return self._commit(rows, num_lanes=1)
 
-    def finetuned(self, baselines: Baselines, baseline: Baseline, trajectory: Trajectory, step: int, states: Sequence[Capture]) -> int:
-        """Commit one step of all lanes; return how many cells were committed. What diverged is a row too."""
+    def finetuned(
+        self, baselines: Baselines, baseline: Baseline, trajectory: Trajectory, step: int, states: Sequence[Capture], supervised: Sequence[Tensor] = ()
+    ) -> int:
+        """Commit one step of all lanes; return how many cells were committed. What diverged is a row too.
+
+        `supervised`: each lane's label scores with the demonstrations in the prompt.
+        """
         lanes: list[tuple[int, Cell, Capture]] = []
         rows: list[tuple[Cell, Row]] = []
         for lane, (rate, capture) in enumerate(zip(trajectory.learning_rates, states, strict=True)):
@@ -122,6 +127,7 @@ class Committer:
             seeded = [Lane(capture, trajectory.record(lane, step), int(cell.key[:15], 16)) for lane, cell, capture in lanes]
             made = finetuned_rows(baseline, seeded, prefix=baselines.prefix(trajectory.train_on, step))
         extras = self.extras(baseline).of_finetuned(captured, [trajectory.ranks_of(lane, step) for lane, _, _ in lanes])
+        extras = [rows + (supervised_rows(supervised[lane], baseline) if supervised else []) for rows, (lane, _, _) in zip(extras, lanes, strict=True)]
         for (_, cell, capture), of_controls, of_extras, row in zip(lanes, controls, extras, made, strict=True):
             of_metrics, problems = metric_measures(baseline, self.block.metrics, capture)
             self.problems += problems

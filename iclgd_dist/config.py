@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -80,7 +81,7 @@ class Sweep(Frozen):
     protocols: tuple[Protocol, ...] = ()  # [[protocols]] instead of [protocol]: every cell under each of them
     analysis: Analysis = Analysis()
     resources: Resources = Resources()
-    capture: Capture = Capture()
+    capture: Annotated[Capture, Field(validate_default=True)] = Capture()
     warnings: tuple[str, ...] = ()  # found while reading; not a key of the file
 
     @field_validator("tasks", "methods", "num_demonstrations", "steps", "models", "task", "method", "metric", mode="before")
@@ -212,6 +213,21 @@ class Sweep(Frozen):
                 "order_rule",
             )
         return protocol
+
+    @field_validator("capture")
+    @classmethod
+    def _keeps_what_is_crossed(cls, capture: Capture, info: ValidationInfo) -> Capture:
+        if "measures" in info.data and info.data["measures"].orders and capture.keep == "none":
+            raise At('capture.keep must be "final_step" or "all" where [measures] orders = true, got "none"', "keep")
+        return capture
+
+    @field_validator("measures")
+    @classmethod
+    def _several_orders(cls, measures: Measures, info: ValidationInfo) -> Measures:
+        seeds = Counter(seed for seed, _ in info.data.get("runs", ()))
+        if measures.orders and {"runs", "orders"} <= info.data.keys() and info.data["orders"] < 2 and max(seeds.values(), default=1) < 2:
+            raise At("measures.orders compares orders of the same seed, got one order for each; raise orders", "orders")
+        return measures
 
     def of_each_protocol(self) -> tuple[Sweep, ...]:
         """Return a sweep of one protocol for each of them."""

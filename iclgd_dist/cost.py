@@ -93,8 +93,18 @@ class Pass:
     steps: Sequence[int]  # probed
 
 
-def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, storage_dtype: str, passes: Sequence[Pass], is_on_disk: bool = False) -> Cost:
-    """Return what a block with these passes costs. `is_on_disk`: layers rest there, and so do captures."""
+def cost_of(
+    encoded: Encoded,
+    *,
+    config: Mapping[str, Any],
+    compute_dtype: str,
+    storage_dtype: str,
+    passes: Sequence[Pass],
+    is_on_disk: bool = False,
+    is_supervised: bool = False,
+) -> Cost:
+    """Return what a block with these passes costs. `is_on_disk`: layers rest there, and so do captures. `is_supervised`: finetuned weights read the
+    demonstrations too."""
     sizes = _Sizes.of(config)
     body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
     head = 2.0 * sizes.width * sizes.vocabulary  # of one position's logits
@@ -120,6 +130,10 @@ def cost_of(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, 
         training += tokens
         reads += 0 if is_bottom_up else 2 * max(steps) + len(steps)  # forward and backward of each step, captures of each probe
         captured += probed * query_tokens
+        if is_supervised:
+            shown = query_tokens + len(encoded.context_ids)
+            flops += probed * (shown * (body + 2 * sizes.layers * trained) + label_rows * head)
+            captured += probed * shown
         layers = 1 if is_bottom_up else sizes.layers
         graph = num_lanes * longest * layers * (10 * sizes.width + 4 * sizes.inner)
         logits = min(num_lanes * max(longest, label_rows) * min(sizes.vocabulary, MOST_WORDS), MOST_LOGITS)

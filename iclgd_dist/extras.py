@@ -139,10 +139,15 @@ def _contextual(baseline: Baseline, capture: Capture) -> list[Row]:
     if not capture.blank_scores_KC.isfinite().all():
         return []
     log_QC = calibration.contextual_calibrated(capture.label_scores_QC, capture.blank_scores_KC)
-    return accuracy_rows("calibration", log_QC, baseline)
+    return _accuracy_rows("calibration", log_QC, baseline)
 
 
-def accuracy_rows(name: str, log_QC: Tensor, baseline: Baseline) -> list[Row]:
+def supervised_rows(label_scores_QC: Tensor, baseline: Baseline) -> list[Row]:
+    """Return what a finetuned model says with the demonstrations in the prompt; nothing where that is not finite."""
+    return _accuracy_rows("supervised_icl", label_scores_QC.log_softmax(1), baseline) if label_scores_QC.isfinite().all() else []
+
+
+def _accuracy_rows(name: str, log_QC: Tensor, baseline: Baseline) -> list[Row]:
     """Return accuracy, loss and calibration of log-probabilities (Q, C), for each fold that has queries."""
     rows = []
     for fold, mask_Q in baseline.fold_masks.items():

@@ -16,7 +16,7 @@ import torch
 from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
 from iclgd_dist.blocks import Block, Cell, RandomTarget
-from iclgd_dist.comparison import make_baseline
+from iclgd_dist.comparison import Baseline, make_baseline
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.extras import groups_of
 from iclgd_dist.families import family_of
@@ -91,7 +91,7 @@ def measure_kept(store: Store, block: Block, missing: Missing, encoded: Encoded)
     zero_shot, in_context = found[keys["zero_shot"]], found[keys["icl"]]
     if zero_shot is None or in_context is None:
         return 0
-    baseline, rows, num_measured = _baseline(block, zero_shot, in_context), list[dict[str, Any]](), 0
+    baseline, rows, num_measured = kept_baseline(block, zero_shot, in_context), list[dict[str, Any]](), 0
     for cell, versions in lacking.items():
         capture = captures.recall(store, cell.key, missing.kept[cell.key]) if versions and cell.key in missing.kept else None
         if capture is not None:
@@ -106,17 +106,21 @@ def measure_kept(store: Store, block: Block, missing: Missing, encoded: Encoded)
     return num_measured
 
 
-def _baseline(block: Block, zero_shot: Capture, in_context: Capture) -> Any:
+def kept_baseline(block: Block, zero_shot: Capture, in_context: Capture, *, noise: NoiseFloor | None = None) -> Baseline:
+    """Return the baseline of kept captures. Without `noise`, no change lies below its floor: metrics of one's own have none."""
     num_layers, _, num_heads, _ = zero_shot.scores_LQHT.shape
     queries = block.draw.queries
     return make_baseline(
         zero_shot=zero_shot,
         in_context=in_context,
-        noise=NoiseFloor(torch.zeros(num_layers), torch.zeros(num_layers, num_heads)),  # own metrics have no floor
+        noise=noise or NoiseFloor(torch.zeros(num_layers), torch.zeros(num_layers, num_heads)),
         gold_Q=[query.label for query in queries],
         folds_Q=[query.fold for query in queries],
         query_ids=[query.id for query in queries],
         label_words=block.draw.label_words,
+        is_first_layer_still=not has_absolute_positions(block.model.model_type),
+        counts_first_layer=block.protocol.first_layer == "count",
+        has_eps=block.protocol.undefined == "eps",
     )
 
 

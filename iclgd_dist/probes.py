@@ -151,7 +151,7 @@ class QueryPass:
         self.lm, self.label_ids, self.num_lanes, self.context, self.parks, self.keeps_output = lm, label_ids, num_lanes, context, parks, keeps_output
         tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(lm.input_device.type, TOKENS_PER_BATCH["cuda"])
         recorded = list(range(len(query_ids))) if numbers is None else list(numbers)
-        self.num_tokens = max(len(query_ids[number]) for number in recorded) + (len(label_ids[0]) if at_label else 0)
+        self.num_tokens = max((len(query_ids[number]) for number in recorded), default=0) + (len(label_ids[0]) if at_label else 0)
         numbers, self.num_recorded = [*recorded, *range(len(query_ids), len(query_ids) + len(blanks))], len(recorded)
         query_ids = [*query_ids, *blanks]
         self.slot = {number: slot for slot, number in enumerate(numbers)}

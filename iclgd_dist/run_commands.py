@@ -147,6 +147,8 @@ def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budge
         console.print(f"0 cells to run: all {len(planned.keys)} are in {results.root}", soft_wrap=True)
     if code == DONE and loaded.controls.random_delta:
         code = _random_deltas(loaded, results, address=address, budget=budget, is_open=is_open)
+    if code == DONE:
+        _cross_orders(loaded, results)
     if code == FAILED:
         console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True)
     elif code == DONE:
@@ -173,6 +175,18 @@ def _random_deltas(sweep: Sweep, store: Store, *, address: str | None, budget: B
         f"random weights of the same effect for {counted(sum(len(block.random_targets) for block in planned.blocks), 'trained cell')}", highlight=False
     )
     return run_sweep(sweep, planned.of_blocks(), store, address=address, console=console, budget=budget, is_open=is_open)
+
+
+def _cross_orders(sweep: Sweep, store: Store) -> None:
+    """Compare every finetuned cell with ICL in the other orders of its seed, where the sweep asks for it and captures are there."""
+    if not sweep.measures.orders:
+        return
+    from iclgd_dist.orders import cross_orders  # torch
+    from iclgd_dist.plan import make_plan
+    from iclgd_dist.store import read_results
+
+    num_cells = cross_orders(store, read_results(store), make_plan(sweep).blocks)
+    console.print(f"{counted(num_cells, 'cell')} compared with ICL in the other orders, from kept captures", highlight=False)
 
 
 def tune(
@@ -297,6 +311,7 @@ def _measure(sweep: str, store: str | None, address: str | None, *, budget: Budg
 
     planned = make_plan(loaded, choose=lacking)
     console.print(f"{counted(num_kept, 'cell')} measured from kept captures", highlight=False)
+    _cross_orders(loaded, results)
     if absent := len(set(planned.keys) - results.keys()):
         console.print(f"{counted(absent, 'cell')} of the sweep not there yet: iclgd run {sweep}", highlight=False, soft_wrap=True)
     if not planned.blocks:

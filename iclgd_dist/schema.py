@@ -253,6 +253,15 @@ EXTRAS = {
         "learnability": "share of queries whose k-means cluster (10) most of their 5 nearest neighbours have, of the attention output; all kinds [0..1]",
         "intrinsic_dimension": "TwoNN, of the attention output; all kinds",
     },
+    "orders": {
+        f"{name}": f"{said} [-1..1]"
+        for metric in ("sim_aou", "sim_am_delta")
+        for name, said in (
+            (f"{metric}_same_order", f"{metric} with ICL in the order trained on, mean over layers of the mean over queries; from kept captures"),
+            (f"{metric}_other_order", f"{metric} with ICL in each other order of the seed, mean over orders"),
+            (f"order_match_{metric}", "the first less the second: above 0 where finetuning in an order is closest to ICL in that order"),
+        )
+    },
     "supervised_icl": {f"{name}": f"{name} of the finetuned model with the demonstrations in the prompt" for name in CALIBRATED},
 }
 NESTED: list[Column] = [

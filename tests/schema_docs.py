@@ -29,6 +29,7 @@ calibration = true
 outputs = true
 spectra = true
 geometry = true
+supervised_icl = true
 [[metric]]
 name = "moved"
 code = "mine.py:moved"

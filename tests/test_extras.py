@@ -28,7 +28,7 @@ from iclgd_dist.store import Results, Store, read_results
 from tests import plain
 from tests.test_block import lm_for
 
-MEASURES = "[measures]\ncalibration = true\noutputs = true\nspectra = true\ngeometry = true\n"
+MEASURES = "[measures]\ncalibration = true\noutputs = true\nspectra = true\ngeometry = true\nsupervised_icl = true\n"
 CAPTURE = '[capture]\nkeep = "all"\n'
 
 
@@ -185,12 +185,22 @@ def test_the_bias_of_the_labels_is_that_after_prompts_without_content(ran: Ran, 
     assert cell["entropy"] == pytest.approx(scipy.stats.entropy(scores, axis=1).mean(), abs=1e-6)
 
 
+@pytest.mark.parametrize(("method", "rate", "step"), FINETUNED)
+def test_supervised_icl_is_the_trained_model_with_the_demonstrations(ran: Ran, method: str, rate: float, step: int) -> None:
+    ours = ran.extras(ran.cell("finetuned", method, rate, step), "supervised_icl")
+    said = scipy.special.softmax(ran.label_scores(ran.trained(method, rate, step)[1], ran.encoded.context_ids, ran.encoded.queries), axis=1)
+    assert ours["balanced_accuracy", None] == pytest.approx(balanced_accuracy_score(ran.gold, said.argmax(1)))
+    assert ours["nll_label", None] == pytest.approx(log_loss(ran.gold, said, labels=[0, 1]), abs=1e-6)
+    plain_icl = scipy.special.softmax(ran.label_scores(ran.base, ran.encoded.context_ids, ran.encoded.queries), axis=1)
+    assert abs(ours["nll_label", None] - log_loss(ran.gold, plain_icl, labels=[0, 1])) > 1e-4
+
+
 def test_every_figure_has_a_meaning_and_every_meaning_a_figure(ran: Ran) -> None:
     found: dict[str, set[str]] = {}
     for row in ran.results.extras.to_pylist():
         found.setdefault(row["group"], set()).add(row["metric"])
     known = {group: {m.replace("<part>", part) for m in metrics for part in "kv"} for group, metrics in EXTRAS.items() if group in found}
-    assert found == known and found.keys() == {"calibration", "outputs", "weights", "change", "geometry"}
+    assert found == known and found.keys() == {"calibration", "outputs", "weights", "change", "geometry", "supervised_icl"}
     diverged = [row["key"] for row in ran.results.cells.to_pylist() if row["status"] != "done"]
     assert not set(diverged) & set(ran.results.extras["cell"].to_pylist())
 
