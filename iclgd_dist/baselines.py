@@ -52,7 +52,7 @@ def packed_items(items: Items) -> Items:
 class Baselines:
     """Zero-shot, zero-shot again one query at a time (the noise floor), and the queries in every context that the block compares with.
 
-    `trained` lists (train_on, step) of all probes: each is compared with the context of exactly the demonstrations trained on.
+    `trained` lists (train_on, number of demonstrations) of all probes: each is compared with the context of exactly the demonstrations trained on.
     """
 
     def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded, trained: Sequence[tuple[str, int]]) -> None:
@@ -65,7 +65,7 @@ class Baselines:
         self.again = queries_of(
             lm, block, encoded, tokens_per_batch=1, numbers=range(min(NUM_NOISE_QUERIES, len(encoded.queries))), blanks=(), keeps_output=False
         )
-        shown = {(train_on, step): context for train_on, step in trained if (context := encoded.context_of(step, train_on)) is not None}
+        shown = {(train_on, num): context for train_on, num in trained if (context := encoded.context_of(num, train_on)) is not None}
         wanted = [(encoded.context_ids, encoded.context_items), *shown.values(), *((ids, ()) for ids in encoded.control_contexts.values())]
         for ids, items in sorted(wanted, key=lambda each: (-len(each[0]), -len(each[1]))):  # the longest first: others may be its beginning
             self._follow(ids, items)
@@ -127,9 +127,9 @@ class Baselines:
         del self.zero_shot, self.again, self.shifted  # hidden states that nobody reads again
         return baseline
 
-    def prefix(self, train_on: str, step: int) -> InContext | None:
+    def prefix(self, train_on: str, num_trained: int) -> InContext | None:
         """Return the queries after exactly the demonstrations trained on; None where these do not fit the context."""
-        ids = self.of_trained.get((train_on, step))
+        ids = self.of_trained.get((train_on, num_trained))
         if ids is None:
             return None
         items = packed_items(self.items[ids])

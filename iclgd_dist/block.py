@@ -22,6 +22,7 @@ from iclgd_dist.commits import Committer
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.deltas import check_names
 from iclgd_dist.encoding import Encoded, encode
+from iclgd_dist.extensions import members
 from iclgd_dist.machine import empty_cache, is_out_of_memory
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel
@@ -76,7 +77,7 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
         encoded = replace(encoded, control_contexts={})
     parts = Parts(block, encoded, budget_gib(lm.input_device, num_neighbours(block)))
     share = _Shares(block)
-    probed = [] if block.random_targets else [(train_on, step) for method, train_on in block.trained() for step in block.steps(method, train_on)]
+    probed = [] if block.random_targets else block.seen()
     baselines: Baselines | None = None
     baseline: Baseline | None = None
     while baseline is None or parts:
@@ -180,7 +181,8 @@ class _Ride:
     """A method on one version of the demonstrations, with the captures of its probed steps."""
 
     def __init__(self, lm: LanguageModel, block: Block, encoded: Encoded, name: str, train_on: str) -> None:
-        self.lm, self.block, self.encoded, self.method = lm, block, encoded, make_method(block.method(name))
+        self.lm, self.block, self.encoded, self.spec = lm, block, encoded, block.method(name)
+        self.method = make_method(self.spec)
         rates, steps = block.learning_rates(name, train_on), block.steps(name, train_on)
         self.trajectory = Trajectory(name, train_on, rates, steps, keeps_ranks=block.measured.spectra)
         self.name = name if train_on == "true" else f"{name} on {train_on}"
@@ -203,15 +205,21 @@ class _Ride:
         """Return the query projections (N, T, W) of the demonstrations' tokens so far, or None where their attention is not compared."""
         if index not in probe.queries or not self.encoded.same_order:
             return None  # where a layer is missing, no attention of the method is ranked
-        recorded = zip(probe.queries[index], self.training.items, strict=False)
-        return torch.cat([query_NTW[:, start:stop] for query_NTW, (start, stop) in recorded], dim=1)
+        found: dict[int, Tensor] = {}  # of each demonstration, as it was trained on last
+        items = self.training.items
+        for update, query_BTW in enumerate(probe.queries[index]):
+            numbers = members(update, len(items), self.spec.batch_size)
+            query_NRTW = query_BTW.unflatten(0, (self.num_lanes, -1))
+            found |= {number: query_NRTW[:, row, slice(*items[number])] for row, number in enumerate(numbers)}
+        return torch.cat([found[number] for number in sorted(found)], dim=1)
 
     def train(self) -> Iterator[Probe]:
         return self.method.train(self.lm, self.sequences, self.trajectory.learning_rates, steps=self.trajectory.steps, seed=self.block.seed)
 
     def board(self) -> None:
         """Make ready to climb layer by layer."""
-        self.inputs = LaneInputs(self.lm, self.sequences[: self.trajectory.steps[-1]], self.num_lanes)
+        size = {"num_updates": self.trajectory.steps[-1], "batch_size": self.spec.batch_size}
+        self.inputs = LaneInputs(self.lm, self.sequences, self.num_lanes, **size)
         self.passes = {step: self.waiting.again() for step in self.trajectory.steps}
         for step in self.trajectory.steps:
             self.supervise(step)

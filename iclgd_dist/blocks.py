@@ -94,6 +94,15 @@ class Block:
     def steps(self, method: str, train_on: str = "true") -> list[int]:
         return sorted({cell.step for cell in self._trained(method, train_on) if cell.step is not None})
 
+    def num_trained(self, method: str, step: int) -> int:
+        """Return how many different demonstrations a method has seen at a step."""
+        return self.method(method).num_trained(step, self.num_demonstrations)
+
+    def seen(self) -> list[tuple[str, int]]:
+        """Return (train_on, number of demonstrations) of all probes: each is compared with the context of exactly those."""
+        probes = ((train_on, self.num_trained(name, step)) for name, train_on in self.trained() for step in self.steps(name, train_on))
+        return list(dict.fromkeys(probes))
+
     def _trained(self, method: str, train_on: str) -> Iterator[Cell]:
         return (cell for cell in self.cells if (cell.method, cell.train_on) == (method, train_on))
 
@@ -141,7 +150,8 @@ def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block
     passes = []
     for name, train_on in block.trained():
         method = block.method(name)
-        passes.append(Pass(train_on, method.is_bottom_up, method.weights, len(block.learning_rates(name, train_on)), block.steps(name, train_on)))
+        rates, steps = block.learning_rates(name, train_on), block.steps(name, train_on)
+        passes.append(Pass(train_on, method.is_bottom_up, method.weights, len(rates), steps, method.batch_size))
     how: dict[str, Any] = {"compute_dtype": block.spec.compute_dtype, "storage_dtype": block.storage_dtype}
     how |= {"is_on_disk": block.resources.device_map == "disk", "is_supervised": block.measured.supervised_icl}
     return replace(block, cost=cost_of(encoded, config=block.model.config, passes=passes, **how))

@@ -125,7 +125,7 @@ class Committer:
         made: list[Row] = [{} for _ in lanes]
         if lanes and not self.block.is_measuring:
             seeded = [Lane(capture, trajectory.record(lane, step), int(cell.key[:15], 16)) for lane, cell, capture in lanes]
-            made = finetuned_rows(baseline, seeded, prefix=baselines.prefix(trajectory.train_on, step))
+            made = finetuned_rows(baseline, seeded, prefix=baselines.prefix(trajectory.train_on, self.block.num_trained(trajectory.method, step)))
         extras = self.extras(baseline).of_finetuned(captured, [trajectory.ranks_of(lane, step) for lane, _, _ in lanes])
         extras = [rows + (supervised_rows(supervised[lane], baseline) if supervised else []) for rows, (lane, _, _) in zip(extras, lanes, strict=True)]
         for (_, cell, capture), of_controls, of_extras, row in zip(lanes, controls, extras, made, strict=True):

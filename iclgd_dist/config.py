@@ -130,9 +130,13 @@ class Sweep(Frozen):
     @field_validator("num_demonstrations", "steps")
     @classmethod
     def _ascending(cls, values: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        k = max(info.data.get("num_demonstrations", values))
-        beyond = f"must lie in 1..{k} ({k} demonstrations / batch 1 x 1 epoch), got"
-        refuse(At(f"{beyond} {value}", number) for number, value in enumerate(values) if value > k)
+        if info.field_name == "steps":
+            k = max(info.data.get("num_demonstrations", values))
+            own = {method.name: method for method in info.data.get("method", ())}
+            specs = [own.get(name) or BUILTIN[name] for name in info.data.get("methods", ()) if name in own or name in BUILTIN] or list(BUILTIN.values())
+            most = max(specs, key=lambda spec: spec.num_updates(k))
+            beyond = f"must lie in 1..{most.num_updates(k)} ({k} demonstrations / batch {most.batch_size} x {most.epochs} epoch{'s' * (most.epochs > 1)}), got"
+            refuse(At(f"{beyond} {value}", number) for number, value in enumerate(values) if value > most.num_updates(k))
         return tuple(sorted(set(values)))
 
     @field_validator("controls")
@@ -254,6 +258,10 @@ class Sweep(Frozen):
 
     def method_spec(self, name: str) -> MethodSpec:
         return next((own for own in self.method if own.name == name), None) or BUILTIN[name]
+
+    def steps_of(self, method: str, num_demonstrations: int) -> list[int]:
+        """Return the steps at which a method is probed: those that its updates reach."""
+        return [step for step in self.steps if step <= self.method_spec(method).num_updates(num_demonstrations)]
 
     def own_task(self, name: str) -> OwnTask | None:
         return next((own for own in self.task if own.name == name), None)

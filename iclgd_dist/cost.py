@@ -11,6 +11,7 @@ from typing import Any
 
 from iclgd_dist.config import SweepError
 from iclgd_dist.encoding import Encoded
+from iclgd_dist.extensions import members
 from iclgd_dist.families import FAMILIES, num_key_heads, size
 from iclgd_dist.schema import NUM_KENDALL_QUERIES, NUM_NOISE_QUERIES
 
@@ -91,6 +92,7 @@ class Pass:
     weights: str
     num_lanes: int
     steps: Sequence[int]  # probed
+    batch_size: int = 1
 
 
 def cost_of(
@@ -113,7 +115,9 @@ def cost_of(
     label_rows = num_queries * max(1, sum(len(ids) > 1 for ids in encoded.label_ids))
     captured = query_tokens * 2 + len(encoded.context_ids)  # zero-shot, in-context, the context itself
     captured += sum(query_tokens + len(ids) for ids in encoded.control_contexts.values())
-    captured += query_tokens * len({(each.train_on, step) for each in passes for step in each.steps if step < len(encoded.demonstrations)})
+    captured += query_tokens * len(
+        {(each.train_on, num) for each in passes for step in each.steps if (num := step * each.batch_size) < len(encoded.demonstrations)}
+    )
     baseline = captured * body + 2 * label_rows * head + min(NUM_NOISE_QUERIES, num_queries) / num_queries * query_tokens * body
     training, flops, reads = 0, baseline, 0
     states = 2.0  # captures that are made at once
@@ -121,8 +125,9 @@ def cost_of(
     live = 0.0  # elements of deltas, gradients, autograd's graph and logits at once
     for each in passes:
         num_lanes, steps, is_bottom_up, trained = each.num_lanes, each.steps, each.is_bottom_up, sizes.trained[each.weights]
-        sequences = encoded.training_for(each.train_on).sequences[: max(steps)]
-        longest, tokens = max(map(len, sequences)), num_lanes * sum(map(len, sequences))
+        sequences = encoded.training_for(each.train_on).sequences
+        updates = [[len(sequences[n]) for n in members(update, len(sequences), each.batch_size)] for update in range(max(steps))]
+        longest, tokens = max(map(sum, updates)), num_lanes * sum(map(sum, updates))
         probed = num_lanes * len(steps)
         # Forward, gradients of the inputs, gradients of the deltas; logits forward and backward at every early exit.
         flops += tokens * (2 * body + 4 * sizes.layers * trained + 2 * (sizes.layers if is_bottom_up else 1) * head)

@@ -74,6 +74,12 @@ class Code(Frozen):
         return hashlib.sha256(said.encode()).hexdigest()
 
 
+def members(update: int, num_demonstrations: int, batch_size: int) -> range:
+    """Return which demonstrations update 0, 1, ... sees, batch by batch and pass by pass."""
+    start = update % -(-num_demonstrations // batch_size) * batch_size
+    return range(start, min(start + batch_size, num_demonstrations))
+
+
 class MethodSpec(Code):
     """A way of finetuning: a built-in one, a variation of it, or code of the user's."""
 
@@ -83,17 +89,19 @@ class MethodSpec(Code):
     optimizer: Literal["sgd", "adam"] = "sgd"  # adam: betas .9 and .999, eps 1e-8, bias-corrected
     rank: Annotated[StrictInt, Field(ge=1)] | None = None  # of the update (LoRA); None = full
     residual: StrictBool = False  # layer_causal_attn: the loss reads attention output + residual stream
+    batch_size: Annotated[StrictInt, Field(ge=1)] = 1  # demonstrations of an update, whose losses are averaged; the last of a pass may be smaller
+    epochs: Annotated[StrictInt, Field(ge=1)] = 1  # passes over the demonstrations, each in the same order
 
     @model_validator(mode="after")
     def _one_kind(self) -> MethodSpec:
-        varied = {"weights", "layers", "optimizer", "rank", "residual"} & self.model_fields_set
+        varied = {"weights", "layers", "optimizer", "rank", "residual", "batch_size", "epochs"} & self.model_fields_set
         if (self.code is None) == (self.base is None):
             raise ValueError("needs either base (a built-in method to vary) or code (a class of one's own)")
         if self.code is not None and varied:
             names = sorted(varied)
             raise At(f"method.{', '.join(names)}: for variations of a built-in method; code takes its own options = {{...}}", names[0])
         if self.code is None and self.options:
-            raise At("method.options are for code; a variation is described by weights, layers, optimizer and rank", "options")
+            raise At("method.options are for code; a variation is described by weights, layers, optimizer, rank, batch_size and epochs", "options")
         if self.base == "layer_causal_attn" and self.weights in ("mlp", "all_linear"):
             raise At(f"method.weights {self.weights!r}: the loss of layer_causal_attn reads the attention output, which no MLP weight changes", "weights")
         if self.residual and self.base != "layer_causal_attn":
@@ -110,6 +118,13 @@ class MethodSpec(Code):
     def is_bottom_up(self) -> bool:
         """Whether its layers need nothing from above; of own code that is not known before it is run."""
         return self.base in ("layer_causal", "layer_causal_attn")
+
+    def num_updates(self, num_demonstrations: int) -> int:
+        return self.epochs * -(-num_demonstrations // self.batch_size)
+
+    def num_trained(self, step: int, num_demonstrations: int) -> int:
+        """Return how many different demonstrations the first `step` updates saw: the first of them."""
+        return min(num_demonstrations, step * self.batch_size)
 
     def described(self) -> dict[str, Any]:
         """Return what the sweep file says beyond the name, defaults left out."""

@@ -57,8 +57,11 @@ def count_cells(sweep: Sweep) -> tuple[int, int]:
     num_cells = num_blocks = 0
     for task in sweep.tasks:
         runs = sweep.num_runs(task)
-        trained = len(sweep.controls.train_on) * sum(len(rates) for rates in sweep.rates_of(task).values())
-        num_cells += 1 + sum(runs * (1 + trained * sum(step <= k for step in sweep.steps)) for k in sweep.num_demonstrations)
+        rates = sweep.rates_of(task)
+        for k in sweep.num_demonstrations:
+            trained = sum(len(values) * len(sweep.steps_of(method, k)) for method, values in rates.items())
+            num_cells += runs * (1 + len(sweep.controls.train_on) * trained)
+        num_cells += 1
         num_blocks += runs * len(sweep.num_demonstrations)
     times = len(sweep.models) * max(1, len(sweep.protocols))
     return times * num_cells, times * num_blocks
@@ -105,8 +108,13 @@ def _planned(
 ) -> tuple[dict[str, None], list[Block]]:
     """Return the keys of all cells under one protocol, and the blocks to run."""
     for k in sweep.num_demonstrations:
-        if too_far := [step for step in sweep.steps if step > k]:
-            said.warnings.append(f"num_demonstrations {k}: steps {', '.join(map(str, too_far))} exceed its {k} updates and are left out")
+        of_updates: dict[int, list[str]] = {}
+        for method in sweep.methods:
+            of_updates.setdefault(sweep.method_spec(method).num_updates(k), []).append(method)
+        for updates, methods in of_updates.items():
+            if too_far := [step for step in sweep.steps if step > updates]:
+                whose = (f"its {updates} updates", "") if len(of_updates) == 1 else (f"the {updates} updates of {', '.join(methods)}", " there")
+                said.warnings.append(f"num_demonstrations {k}: steps {', '.join(map(str, too_far))} exceed {whose[0]} and are left out{whose[1]}")
     keys: dict[str, None] = {}
     blocks: list[Block] = []
     orders: dict[tuple[int, str], list[int]] = {}
@@ -350,7 +358,7 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
         **{f"protocol.{name}": value for name, value in sweep.protocol.switches().items()},
         **({"init": spec.init, "init_scheme": spec.init_scheme, "init_seed": spec.init_seed} if spec.init != "trained" else {}),
     }
-    keeps, last_step = sweep.capture.keep, max((step for step in sweep.steps if step <= k), default=None)
+    keeps = sweep.capture.keep
     shown = base | {"demonstrations": [[d.id, d.prompt, d.label] for d in drawn.demonstrations], "seed": seed, "order": order}
     baselines = {"zero_shot": base, "icl": shown}
     cells = [Cell(key_of(values | {"kind": kind}), kind, is_kept=keeps != "none") for kind, values in baselines.items()]
@@ -361,9 +369,10 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
         texts = [[d.id, d.prompt, each.label_words[d.label]] for d in each.demonstrations]
         variants[each.name] = {"train_on": each.name, "training": texts}
     for train_on, (method, rates) in product(sweep.controls.train_on, sweep.rates_of(drawn.task).items()):
-        for rate, step in product(rates, [step for step in sweep.steps if step <= k]):
+        steps = sweep.steps_of(method, k)
+        for rate, step in product(rates, steps):
             point = sweep.method_spec(method).key() | {"learning_rate": float(rate).hex(), "step": step}
-            is_kept = keeps == "all" or (keeps == "final_step" and step == last_step)
+            is_kept = keeps == "all" or (keeps == "final_step" and step == steps[-1])
             cells.append(Cell(key_of(trained | variants[train_on] | point), "finetuned", method, rate, step, train_on, is_kept))
     return tuple(cells)
 

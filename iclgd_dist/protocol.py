@@ -44,7 +44,7 @@ class Protocol(Frozen):
     loss_tokens: Literal["all", "label"] = "all"  # of a training sequence, after sink and separator
     truncation: Literal["refuse", "greedy"] = "refuse"  # greedy: the context ends before the first demonstration that does not fit; training has all
     order_rule: Literal["shared", "separate"] = "shared"  # separate: order p > 0 of finetuning is another permutation than that of the context
-    demonstration_draw: Literal["hashed", "shuffled"] = "hashed"  # shuffled: the first rows of the split as in its file, in numpy's order
+    demonstration_draw: Literal["hashed", "balanced", "shuffled"] = "hashed"  # balanced: labels take turns; shuffled: rows as in their file, in numpy's order
     query_draw: Literal["balanced", "shuffled"] = "balanced"  # shuffled: rows likewise, by query_seed, at most num_queries; no text of the train split
     label_tokens: Literal["joint", "separate"] = "joint"  # separate: prompt and " " + label are tokenised on their own
     line_breaks: Literal["text", "eos"] = "text"  # eos: line by line, the end-of-sequence token between lines

@@ -119,7 +119,7 @@ def num_cells_at_most(sweep: Sweep) -> int:
     assert sweep.search is not None
     num, rungs = 0, rungs_of(sweep)
     for study in studies_of(sweep):
-        steps, samples = sum(step <= study.place.num_demonstrations for step in sweep.steps), sweep.search.samples
+        steps, samples = len(sweep.steps_of(study.method, study.place.num_demonstrations)), sweep.search.samples
         for rung in rungs:
             seeds = _seeds(sweep, study.place.task)[: rung.num_seeds]
             num += samples * steps * sum(seed in seeds for seed, _ in sweep.runs_of(study.place.task))
@@ -219,7 +219,10 @@ def _narrowed(sweep: Sweep, rung: Rung, rates_of: Mapping[Place, Mapping[str, li
         runs = tuple(run for run in sweep.runs_of(where.task) if run[0] in seeds)
         axes[where.task] = TaskAxes(runs=runs, learning_rates={method: tuple(rates.get(method, ())) for method in methods})
     narrow: dict[str, Any] = {"models": (place.model,), "protocol": place.protocol, "protocols": (), "tasks": tuple(axes), "methods": methods}
-    narrow |= {"num_demonstrations": (place.num_demonstrations,), "steps": tuple(step for step in sweep.steps if step <= place.num_demonstrations)}
+    narrow |= {
+        "num_demonstrations": (place.num_demonstrations,),
+        "steps": tuple(step for step in sweep.steps if any(step in sweep.steps_of(method, place.num_demonstrations) for method in methods)),
+    }
     narrow |= {"num_queries": rung.num_queries, "per_task": axes, "learning_rates": dict.fromkeys(methods, ())}
     return sweep.model_copy(update=narrow | {"controls": Controls(control_task=sweep.controls.control_task)})
 

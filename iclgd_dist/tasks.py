@@ -226,9 +226,20 @@ def always(example: Example) -> bool:
 
 def demonstration_order(task: Task, *, seed: int, protocol: Protocol = CLEAN) -> list[Example]:
     """Return the train pool in the order that `seed` gives it; its beginning is what is drawn."""
-    if protocol.demonstration_draw == "hashed":
-        return sorted(task.train, key=lambda row: digest(f"demonstrations:{seed}:{row.id}"))
-    return _shuffled(task.train_rows, seed)
+    if protocol.demonstration_draw == "shuffled":
+        return _shuffled(task.train_rows, seed)
+    hashed = sorted(task.train, key=lambda row: digest(f"demonstrations:{seed}:{row.id}"))
+    return hashed if protocol.demonstration_draw == "hashed" else _by_turns(hashed, seed)
+
+
+def _by_turns(rows: Sequence[Example], seed: int) -> list[Example]:
+    """Return the rows so that every beginning is balanced by label as far as the rows go; in each round the labels have an order of its own."""
+    turns: Counter[int] = Counter()
+    placed = []
+    for row in rows:
+        placed.append((turns[row.label], digest(f"turn:{seed}:{turns[row.label]}:{row.label}"), row))
+        turns[row.label] += 1
+    return [row for _, _, row in sorted(placed, key=lambda each: each[:2])]
 
 
 def _shuffled(rows: Sequence[Example], seed: int) -> list[Example]:

@@ -1,10 +1,10 @@
 """The methods: how a frozen model learns from demonstrations, one step each, all learning rates at once.
 
-Knows losses, gradients and optimisers of deltas. Knows nothing of queries, captures or files. Batch 1, constant learning rate, one pass in the order
-of the prompt; no decay, clipping or dropout; plain SGD unless a variation says otherwise.
+Knows losses, gradients and optimisers of deltas. Knows nothing of queries, captures or files. Constant learning rate, no decay, clipping or dropout;
+unless a variation says otherwise plain SGD, batch 1, one pass in the order of the prompt.
 """
 
-# Shapes: N lanes  L layers  S steps done so far  T positions  D width  V vocabulary  W heads x channels of a head
+# Shapes: N lanes  L layers  S steps done so far  R sequences of a batch  T positions  D width  V vocabulary  W heads x channels of a head
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from iclgd_dist import own_code
 from iclgd_dist.attention import recording_queries
 from iclgd_dist.config import SweepError
 from iclgd_dist.deltas import Delta, Deltas, LowRank, attached, zeros
-from iclgd_dist.extensions import BUILTIN, MethodSpec
+from iclgd_dist.extensions import BUILTIN, MethodSpec, members
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.losses import lane_losses
 from iclgd_dist.model import LanguageModel
@@ -156,9 +157,11 @@ def _rates(lm: LanguageModel, index: int, learning_rates: Sequence[float]) -> Te
     return torch.tensor(learning_rates, dtype=lm.delta_dtype, device=lm.device_of(lm.layers[index]))
 
 
-def _losses(lm: LanguageModel, hidden_NTD: Tensor, sequence: TrainingSequence) -> Tensor:
-    """Return each lane's mean loss (N,) over the tokens of a sequence that count; only the states that predict them are read."""
-    return lane_losses(lm, hidden_NTD[:, sequence.first - 1 : -1], sequence.ids_T[sequence.first :])
+def _losses(lm: LanguageModel, hidden_BTD: Tensor, batch: Sequence[TrainingSequence]) -> Tensor:
+    """Return each lane's loss (N,): the mean over the sequences of the batch of the mean over the tokens that count; only states that predict them are read."""
+    hidden_NRTD = hidden_BTD.unflatten(0, (-1, len(batch)))
+    of_rows = [lane_losses(lm, hidden_NRTD[:, row, each.first - 1 : len(each.ids_T) - 1], each.ids_T[each.first :]) for row, each in enumerate(batch)]
+    return of_rows[0] if len(of_rows) == 1 else torch.stack(of_rows).mean(0)
 
 
 @dataclass
@@ -173,6 +176,7 @@ class GradientDescent:
     layers: tuple[int, ...] | None = None  # negative numbers count from the last; None = all
     optimizer: str = "sgd"
     rank: int | None = None
+    batch_size: int = 1
 
     def direction(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
         """Return what a step of learning rate 1 subtracts; see `Lanes`."""
@@ -202,8 +206,8 @@ class Vanilla(GradientDescent):
     ) -> Iterator[Probe]:
         lanes = self.lanes(lm, range(lm.num_layers), learning_rates, seed)
         queries: dict[int, list[Tensor]] = {index: [] for index in range(lm.num_layers)}
-        inputs = LaneInputs(lm, demonstrations[: max(steps)], len(learning_rates))
-        for step, (sequence, replay) in enumerate(zip(inputs.sequences, inputs.replays, strict=True), 1):
+        inputs = LaneInputs(lm, demonstrations, len(learning_rates), num_updates=max(steps), batch_size=self.batch_size)
+        for step, (batch, replay) in enumerate(zip(inputs.batches, inputs.replays, strict=True), 1):
             entered: list[Tensor] = []  # what enters each layer, where it has to be run again for its gradient
             for index in range(lm.num_layers):
                 with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]), _keeping_queries(lm, index, queries[index]):
@@ -212,39 +216,47 @@ class Vanilla(GradientDescent):
                     with torch.set_grad_enabled(not lm.is_offloaded):
                         replay.climb(layer, index)
             if lm.is_offloaded:
-                lanes.update(*self._layer_by_layer(lm, lanes, replay, entered, sequence))
+                lanes.update(*self._layer_by_layer(lm, lanes, replay, entered, batch))
             else:
-                lanes.update(_losses(lm, replay.hidden_BTD, sequence))
+                lanes.update(_losses(lm, replay.hidden_BTD, batch))
             replay.hidden_BTD = replay.start_BTD  # what carries the graph
             if step in steps:
                 yield lanes.probe(step, queries)
 
     def _layer_by_layer(
-        self, lm: LanguageModel, lanes: Lanes, replay: Replay, entered: list[Tensor], sequence: TrainingSequence
+        self, lm: LanguageModel, lanes: Lanes, replay: Replay, entered: list[Tensor], batch: Sequence[TrainingSequence]
     ) -> tuple[Tensor, list[Tensor]]:
         """Return each lane's loss (N,) and its gradients, with the weights and the graph of one layer at a time: each layer is brought in and run again."""
         lowest = min(index for index, deltas in enumerate(lanes.deltas) if deltas)
-        above_NTD = replay.hidden_BTD.detach().requires_grad_(True)
-        loss_N = _losses(lm, above_NTD, sequence)
-        (flow_NTD,) = torch.autograd.grad(loss_N.sum(), [above_NTD])
+        above_BTD = replay.hidden_BTD.detach().requires_grad_(True)
+        loss_N = _losses(lm, above_BTD, batch)
+        (flow_BTD,) = torch.autograd.grad(loss_N.sum(), [above_BTD])
         gradients: list[Tensor] = []
         for index in reversed(range(lowest, lm.num_layers)):
-            below_NTD = entered.pop().detach().requires_grad_(index > lowest)
+            below_BTD = entered.pop().detach().requires_grad_(index > lowest)
             own = [tensor for delta in lanes.deltas[index].values() for tensor in delta.tensors()]
             with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]):
-                out_NTD = replay.through(layer, index, below_NTD)
-                found = torch.autograd.grad(out_NTD, [*own, *([below_NTD] if index > lowest else [])], flow_NTD.to(out_NTD.device))
+                out_BTD = replay.through(layer, index, below_BTD)
+                found = torch.autograd.grad(out_BTD, [*own, *([below_BTD] if index > lowest else [])], flow_BTD.to(out_BTD.device))
             gradients[:0] = found[: len(own)]
-            flow_NTD = found[-1]
+            flow_BTD = found[-1]
         return loss_N.detach(), gradients
 
 
 class LaneInputs:
-    """The demonstrations on their way up, each as a batch of lanes; what enters the next layer is what the lane's own deltas made below."""
+    """The demonstrations of each update on their way up, for all lanes; what enters the next layer is what the lane's own deltas made below.
 
-    def __init__(self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], num_lanes: int) -> None:
-        self.sequences = list(demonstrations)
-        self.replays = [Replay(lm, sequence.ids_T.expand(num_lanes, -1)) for sequence in demonstrations]
+    One after the other, once, unless there are more updates or larger batches.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], num_lanes: int, *, num_updates: int | None = None, batch_size: int = 1
+    ) -> None:
+        num = len(demonstrations)
+        updates = range(num if num_updates is None else num_updates)
+        self.batches = [[demonstrations[n] for n in members(update, num, batch_size)] for update in updates]
+        # Right padding needs no mask: no real token sees what follows it.
+        self.replays = [Replay(lm, pad_sequence([each.ids_T for each in batch], batch_first=True).repeat(num_lanes, 1)) for batch in self.batches]
 
 
 @dataclass
@@ -275,11 +287,11 @@ class LayerCausal(GradientDescent):
         """Run layer `index` through its whole trajectory and move `inputs` up: step s sees the states that the layers below made at step s."""
         lanes = self.lanes(lm, [index], learning_rates, seed)
         queries: dict[int, list[Tensor]] = {index: []}
-        for step, (sequence, replay) in enumerate(zip(inputs.sequences, inputs.replays, strict=True), 1):
+        for step, (batch, replay) in enumerate(zip(inputs.batches, inputs.replays, strict=True), 1):
             with attached(lm, index, lanes.deltas[0]), self.exit_states(lm, index, replay) as read, _keeping_queries(lm, index, queries[index]):
                 replay.climb(layer, index)  # with the deltas before this step's update, as all layers of one model would
             if lanes.tensors:
-                lanes.update(_losses(lm, read(), sequence))
+                lanes.update(_losses(lm, read(), batch))
             else:
                 lanes.rest()
             replay.hidden_BTD = replay.hidden_BTD.detach()
@@ -290,7 +302,7 @@ class LayerCausal(GradientDescent):
         self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0
     ) -> Iterator[Probe]:
         """Yield whole-model probes; holds the deltas of every probed step, so for small models only."""
-        inputs = LaneInputs(lm, demonstrations[: max(steps)], len(learning_rates))
+        inputs = LaneInputs(lm, demonstrations, len(learning_rates), num_updates=max(steps), batch_size=self.batch_size)
         by_step: dict[int, list[Probe]] = {step: [] for step in sorted(steps)}
         for index in range(lm.num_layers):
             with lm.resident(index) as layer:
@@ -343,8 +355,9 @@ def make_method(spec: MethodSpec) -> Method:
         method.name = spec.name
         return method  # type: ignore[no-any-return]
     assert spec.base is not None
-    options = {"residual": spec.residual} if spec.base == "layer_causal_attn" else {}
-    return _BASES[spec.base](name=spec.name, weights=spec.weights, layers=spec.layers, optimizer=spec.optimizer, rank=spec.rank, **options)
+    options: dict[str, Any] = {"residual": spec.residual} if spec.base == "layer_causal_attn" else {}
+    options |= {name: getattr(spec, name) for name in ("weights", "layers", "optimizer", "rank", "batch_size")}
+    return _BASES[spec.base](name=spec.name, **options)
 
 
 METHODS: Mapping[str, Method] = {name: make_method(spec) for name, spec in BUILTIN.items()}

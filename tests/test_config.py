@@ -134,7 +134,7 @@ def test_a_good_file_is_read_as_it_is_written(tmp_path: Path) -> None:
                 ("loss_tokens", '"labels"', "'all' or 'label'"),
                 ("truncation", "true", "'refuse' or 'greedy'"),
                 ("order_rule", '"both"', "'shared' or 'separate'"),
-                ("demonstration_draw", '"random"', "'hashed' or 'shuffled'"),
+                ("demonstration_draw", '"random"', "'hashed', 'balanced' or 'shuffled'"),
                 ("query_draw", "1", "'balanced' or 'shuffled'"),
                 ("label_tokens", '"apart"', "'joint' or 'separate'"),
                 ("line_breaks", '"\\n"', "'text' or 'eos'"),
