@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictInt, ValidationError, ValidationInfo, field_validator
 
+from iclgd_dist import patterns
 from iclgd_dist.axes import (
     Analysis,
     At,
@@ -47,7 +48,9 @@ from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.toml_text import is_deep, line_of, not_toml, statements, unknown
 
 EMBEDDED_TASKS = ("mr_snippets", "trec", "subj_snippets", "sst5_snippets", "bbc_news", "sms_spam")
+GENERATED_TASKS = patterns.NAMES
 HUB_TASKS = ("sst2", "sst5", "mr", "subj", "agnews", "cb", "trec_hub", "rte")
+TASKS = (*EMBEDDED_TASKS, *GENERATED_TASKS, *HUB_TASKS)
 MAX_CELLS_UNASKED = 100_000
 MAX_FILE_BYTES = 1_000_000
 MAX_PROBLEMS = 100  # told of one file
@@ -99,8 +102,7 @@ class Sweep(Frozen):
     @field_validator("task")
     @classmethod
     def _names_of_their_own(cls, own_tasks: tuple[OwnTask, ...]) -> tuple[OwnTask, ...]:
-        builtin = (*EMBEDDED_TASKS, *HUB_TASKS)
-        refuse(At(f"{name!r} is the name of another task; choose one of its own", number, "name") for number, name in taken(own_tasks, builtin))
+        refuse(At(f"{name!r} is the name of another task; choose one of its own", number, "name") for number, name in taken(own_tasks, TASKS))
         return own_tasks
 
     @field_validator("method", "metric")
@@ -122,7 +124,7 @@ class Sweep(Frozen):
     def _known(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         what = "method" if info.field_name == "methods" else "task"
         if what in info.data:  # a faulty [[task]] or [[method]] may be the one that is meant
-            builtin = METHODS if what == "method" else (*EMBEDDED_TASKS, *HUB_TASKS)
+            builtin = METHODS if what == "method" else TASKS
             known = dict.fromkeys((*builtin, *(own.name for own in info.data[what])))
             refuse(At(unknown(what, name, known), number) for number, name in enumerate(names) if name not in known)
         return tuple(dict.fromkeys(names))
@@ -142,7 +144,7 @@ class Sweep(Frozen):
     @field_validator("controls")
     @classmethod
     def _known_control_task(cls, controls: Controls, info: ValidationInfo) -> Controls:
-        known = (*EMBEDDED_TASKS, *HUB_TASKS, *(own.name for own in info.data.get("task", ())))
+        known = (*TASKS, *(own.name for own in info.data.get("task", ())))
         if "task" in info.data and controls.control_task not in known:
             raise At(unknown("task", controls.control_task, known), "control_task")
         return controls

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from iclgd_dist import patterns
 from iclgd_dist.config import OwnTask, SweepError
 from iclgd_dist.embedded import FIELD, HUB, PACKAGES, Record, as_text, read_file, read_hub, read_package
 from iclgd_dist.protocol import NUM_SEPARATE_ORDERS, Protocol
@@ -106,15 +107,23 @@ def load_task(name: str, *, own: OwnTask | None = None, folder: Path = Path()) -
         return _load_own(own.model_dump_json(), *[(str(path), _stamp(name, path)) for path in paths])
     if name in PACKAGES:
         return _load_package(name)
+    if name in patterns.NAMES:
+        return _load_generated(name)
     if name in HUB:
         return _load_hub(name, os.environ.get("ICLGD_HUB_DATA"))
-    raise SweepError(unknown("task", name, [*PACKAGES, *HUB]))
+    raise SweepError(unknown("task", name, [*PACKAGES, *patterns.NAMES, *HUB]))
 
 
 @functools.cache
 def _load_package(name: str) -> Task:
     source = PACKAGES[name]
     return _task(name, source.template, source.words, [({"text": text}, label) for text, label in read_package(name)], None, source.origin)
+
+
+@functools.cache
+def _load_generated(name: str) -> Task:
+    kind = patterns.KINDS[name.rpartition("_")[0]]
+    return _task(name, kind.template, kind.words, [({"text": text}, label) for text, label in patterns.rows(name)], None, patterns.origin(name))
 
 
 @functools.cache
