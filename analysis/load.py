@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.special import softmax
 
 from iclgd_dist.schema import IDENTITY
 from iclgd_dist.store import Results, Store, read_results
@@ -61,6 +62,9 @@ class Frames:
     num_search: int = 0  # cells found by a search: out of curves and of means over the grid
     num_superseded: int = 0  # cells that equal a later one in every named column (an edited template, other data)
     _rows: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # key -> positions in examples
+    _scores: tuple[np.ndarray, np.ndarray] = field(
+        default=(np.array([]), np.array([0])), repr=False
+    )  # label scores one after the other, where each row's begin
 
     def settings(self) -> list[Setting]:
         """Return one Setting per model, weights, task, k, protocol, queries and train_on, in the order of their titles."""
@@ -84,6 +88,14 @@ class Frames:
     def positions(self, key: str) -> np.ndarray:
         """Return where the queries of a cell stand in `examples`, in the order drawn; nothing for a cell that diverged."""
         return self._rows.get(key, _NOWHERE)
+
+    def probabilities(self, key: str, fold: str = "all") -> tuple[np.ndarray, np.ndarray]:
+        """Return a cell's label-normalised probabilities (Q, C) of a fold's queries, in the order drawn, and their gold labels (Q,)."""
+        at = self.positions(key)
+        at = at[(self.examples["fold"].to_numpy()[at] == fold) | (fold == "all")]
+        flat, begins = self._scores
+        scores = np.stack([flat[begins[row] : begins[row + 1]] for row in at]) if len(at) else np.empty((0, 0))
+        return softmax(scores, axis=1) if len(at) else scores, self.examples["gold"].to_numpy()[at]
 
     def figures(self, keys: pd.Series, metric: str, fold: str = "all") -> pd.Series:
         """Return a figure of each cell on a fold, by key: the row's own, or the mean over its layers where the row has none for the fold."""
@@ -217,6 +229,8 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = (), *, with_searc
     for prefix, baseline, on in (("zs_", zero_shot, BASE), ("icl_", icl, BASE + DRAW)):
         finetuned = finetuned.merge(baseline[on + BASELINE].rename(columns=lambda c, p=prefix, o=on: c if c in o else p + c), on=on, how="left", validate="m:1")
     examples = results.examples.drop_columns(["label_scores"]).to_pandas()
+    scores = results.examples["label_scores"].combine_chunks()
+    begins = np.concatenate([[0], pc.fill_null(pc.list_value_length(scores), 0).to_numpy().cumsum()])
     is_right = (examples["prediction"] == examples["gold"]).astype(float)
     examples = examples.assign(query_number=pd.factorize(examples["query"])[0], fold=examples["fold"].astype(object), accuracy=is_right)
     return Frames(
@@ -237,6 +251,7 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = (), *, with_searc
         num_search=int(is_search.sum()),
         num_superseded=len(grid) - len(latest),
         _rows=examples.groupby("key").indices,
+        _scores=(pc.list_flatten(scores).to_numpy(), begins),
     )
 
 

@@ -23,17 +23,24 @@ from iclgd_dist.schema import POOLED, SIMILARITIES
 from . import (
     accuracy,
     alpha,
+    calibration,
     controls,
+    ensembles,
     equal_size,
     explorer,
+    extra_profiles,
+    extras,
     gradient_norms,
     heatmap,
     layer_profile,
     measures,
+    order_sensitivity,
     paper_tables,
     pareto,
+    pattern_pairs,
     protocol_effects,
     ratio,
+    reliability,
     table,
     verdict,
 )
@@ -45,9 +52,25 @@ from .setting import Setting
 from .text import counted, number, rate
 
 FIGURES: dict[str, Any] = {"heatmap": heatmap, "ratio": ratio, "pareto": pareto, "layer_profile": layer_profile, "gradient_norms": gradient_norms}
-PARTS = ("table", *FIGURES)
-OF_A_SETTING: dict[str, Any] = {"controls": controls, "alpha": alpha, "measures": measures}  # tables that are there only where the store has such rows
-ACROSS_SETTINGS: dict[str, Any] = {"accuracy": accuracy, "paper_tables": paper_tables, "equal_size": equal_size, "protocol_effects": protocol_effects}
+MORE_FIGURES: dict[str, Any] = {"reliability": reliability, "extra_profiles": extra_profiles}  # there only where the store has such rows
+PARTS = ("table", *FIGURES, *MORE_FIGURES)
+# Tables that are there only where the store has such rows.
+OF_A_SETTING: dict[str, Any] = {
+    "controls": controls,
+    "alpha": alpha,
+    "measures": measures,
+    "calibration": calibration,
+    "extras": extras,
+    "order_sensitivity": order_sensitivity,
+}
+ACROSS_SETTINGS: dict[str, Any] = {
+    "accuracy": accuracy,
+    "paper_tables": paper_tables,
+    "equal_size": equal_size,
+    "protocol_effects": protocol_effects,
+    "pattern_pairs": pattern_pairs,
+    "ensembles": ensembles,
+}
 SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
 
 
@@ -75,11 +98,13 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
         rows = table.summary(frames, setting)
         ratios, layers = ratio.data(frames, setting), layer_profile.data(frames, setting)
         points, norms = pareto.data(setting, ratios), gradient_norms.data(frames, setting)
-        for part, found in zip(PARTS, (rows, heatmap.data(rows), ratios, points, layers, norms), strict=True):
+        more = {part: module.data(frames, setting) for part, module in MORE_FIGURES.items()}
+        for part, found in zip(PARTS, (rows, heatmap.data(rows), ratios, points, layers, norms, *more.values()), strict=True):
             data[part].append(found)
         compared = (ratio.panels(setting, ratios, rows), pareto.panels(setting, points, rows))
         drawn = (heatmap.panels(setting, rows), *compared, layer_profile.panels(setting, layers), gradient_norms.panels(setting, norms))
-        figured = zip(FIGURES.items(), drawn, strict=True)
+        drawn_more = (module.panels(setting, more[part]) for part, module in MORE_FIGURES.items())
+        figured = zip({**FIGURES, **MORE_FIGURES}.items(), (*drawn, *drawn_more), strict=True)
         shown = [(part, module, panels) for (part, module), panels in figured if only in (None, part) and panels]
         section: dict[str, Any] = {
             "id": f"s{index}",
@@ -104,7 +129,7 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
     data["verdict"] = [verdict.data(known)]
     for part, tables in data.items():
         written = pd.concat(tables) if tables else pd.DataFrame()
-        if part == only or (only is None and (part in PARTS or len(written))):
+        if part == only or (only is None and (part in ("table", *FIGURES) or len(written))):
             written.to_csv(figures / f"{part}.csv", index=False)
     scripts = [get_plotlyjs(), SCRIPT]
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)

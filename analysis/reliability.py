@@ -1,0 +1,79 @@
+"""Reliability diagrams: how often the predicted label is right among queries that give it some probability, for zero-shot, in-context and each method."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .calibration import FOLD, states
+from .load import Frames
+from .panels import GREY, OTHERS, Panel, colour, drawing, safe
+from .setting import Setting
+from .text import BASELINES, counted, number, rate
+
+NUM_BINS = 10
+TITLE = "Reliability"
+NOTE = (
+    "Queries of fold B of all draws, in 10 bins by the probability of the predicted label: its mean against the share that is right, a point's area as the number of "
+    "queries. On the dashed line what is said holds; below it the model is surer than it should be. ECE: mean distance from the line, weighted by queries. Methods "
+    "at the learning rate selected on fold A, at the largest step."
+)
+
+
+def data(frames: Frames, setting: Setting) -> pd.DataFrame:
+    """Return one row per state and bin that holds queries: bounds, number of queries, mean probability of the predicted label, share right."""
+    rows = []
+    for state in states(frames, setting):
+        found = [frames.probabilities(key, FOLD) for key in state.cells["key"]]
+        found = [(said, gold) for said, gold in found if len(said)]
+        if not found:
+            continue
+        confidence = np.concatenate([said.max(1) for said, _ in found])
+        right = np.concatenate([said.argmax(1) == gold for said, gold in found])
+        place = np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, confidence)  # an edge belongs to the bin below it
+        for number_of_bin in np.unique(place):
+            inside = place == number_of_bin
+            named: dict[str, Any] = setting.named | {"method": state.name, "learning_rate": state.learning_rate, "fold": FOLD}
+            named |= {"lower": number_of_bin / NUM_BINS, "upper": (number_of_bin + 1) / NUM_BINS, "num_queries": int(inside.sum()), "num_draws": len(found)}
+            rows.append(named | {"confidence": confidence[inside].mean(), "accuracy": right[inside].mean()})
+    return pd.DataFrame(rows)
+
+
+def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
+    """Return a panel for each state."""
+    found = []
+    for method, part in rows.groupby("method", sort=False) if len(rows) else ():
+        first, total = part.iloc[0], part["num_queries"].sum()
+        error = ((part["confidence"] - part["accuracy"]).abs() * part["num_queries"]).sum() / total
+        name = BASELINES.get(str(method), str(method))
+        shade = {"zero_shot": GREY, "icl": OTHERS[2]}.get(str(method)) or colour(str(method))
+        text = [
+            f"said {number(row.confidence)}, right {number(row.accuracy)}<br>{counted(row.num_queries, 'query') if row.num_queries == 1 else f'{row.num_queries:,} queries'}"
+            for row in part.itertuples()
+        ]
+        sizes = [6 + 30 * math.sqrt(count / total) for count in part["num_queries"]]
+        marks = {"size": sizes, "color": shade, "opacity": 0.85}
+        points = {"type": "scatter", "mode": "lines+markers", "x": part["confidence"].tolist(), "y": part["accuracy"].tolist(), "name": safe(name)}
+        line = {"x0": 0, "y0": 0, "x1": 1, "y1": 1, "line": {"color": GREY, "width": 1, "dash": "dash"}}
+        axis = {"range": [0, 1.04], "title": {"text": "probability of the predicted label", "standoff": 4}}
+        figure = drawing(
+            [{**points, "hovertext": text, "hoverinfo": "text", "marker": marks, "line": {"color": shade, "width": 1}}],
+            height=280,
+            bottom=44,
+            xaxis=axis,
+            yaxis={"range": [-0.04, 1.04], "title": {"text": "share right", "standoff": 4}},
+            shapes=[line],
+            showlegend=False,
+        )
+        at = "" if pd.isna(first["learning_rate"]) else f" {rate(first['learning_rate'])}"
+        found.append(Panel(f"{name}{at}: ECE {number(error)} of {total:,} answers to fold B in {counted(int(first['num_draws']), 'draw')}", figure))
+    return found
+
+
+if __name__ == "__main__":
+    from .report import main
+
+    main(only="reliability")
