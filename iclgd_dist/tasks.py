@@ -177,8 +177,8 @@ def render(template: str, fields: Mapping[str, str]) -> str:
 
 
 def blank_prompts(template: str) -> tuple[str, ...]:
-    """Return the prompts of texts that say nothing."""
-    return tuple(dict.fromkeys(FIELD.sub(text, template).strip() for text in CONTENT_FREE))
+    """Return the prompts of texts that say nothing; one that would be empty is left out."""
+    return tuple(dict.fromkeys(prompt for text in CONTENT_FREE if (prompt := FIELD.sub(text, template).strip())))
 
 
 def digest(text: str) -> str:
