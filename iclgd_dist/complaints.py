@@ -85,6 +85,7 @@ def _problem(detail: Any, keys: tuple[Any, ...], name: str) -> Problem:
         "greater_than": f"greater than {given.get('gt')}",
         "greater_than_equal": f"at least {given.get('ge')}",
         "less_than": f"less than {given.get('lt')}",
+        "less_than_equal": f"at most {given.get('le')}",
         "string_too_short": "text that is not empty",
         "string_pattern_mismatch": "at most 80 letters, digits, '_', '-' and '.', the first a letter or digit",
     }.get(kind, detail["msg"])

@@ -90,7 +90,7 @@ class MethodSpec(Code):
     rank: Annotated[StrictInt, Field(ge=1)] | None = None  # of the update (LoRA); None = full
     residual: StrictBool = False  # layer_causal_attn: the loss reads attention output + residual stream
     batch_size: Annotated[StrictInt, Field(ge=1)] = 1  # demonstrations of an update, whose losses are averaged; the last of a pass may be smaller
-    epochs: Annotated[StrictInt, Field(ge=1)] = 1  # passes over the demonstrations, each in the same order
+    epochs: Annotated[StrictInt, Field(ge=1, le=1000)] = 1  # passes over the demonstrations, each in the same order
 
     @model_validator(mode="after")
     def _one_kind(self) -> MethodSpec:

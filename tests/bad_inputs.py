@@ -407,6 +407,50 @@ case(
     "method 'mine': rank must be at most 32, the width of model, got 33",
 )
 case(
+    "[[method]] with batches of none",
+    end('[[method]]\nname = "mine"\nbase = "vanilla"\nbatch_size = 0'),
+    "tiny.toml:24: method.batch_size must be at least 1, got 0",
+)
+case(
+    "[[method]] with half an epoch",
+    end('[[method]]\nname = "mine"\nbase = "vanilla"\nepochs = 1.5'),
+    "tiny.toml:24: method.epochs must be a whole number, got 1.5",
+)
+case(
+    "[[method]] with epochs for years",
+    end('[[method]]\nname = "mine"\nbase = "vanilla"\nepochs = 100000'),
+    "tiny.toml:24: method.epochs must be at most 1000, got 100000",
+)
+case(
+    "[[method]] batches for code of one's own",
+    both(put("mine.py", "class Mine: pass"), end('[[method]]\nname = "mine"\ncode = "mine.py:Mine"\nbatch_size = 2')),
+    "tiny.toml:24: method.batch_size: for variations of a built-in method; code takes its own options = {...}",
+)
+case(
+    "[measures] misspelt",
+    end("[measures]\ncalibrations = true"),
+    "tiny.toml:22: unknown key 'calibrations' in [measures]; did you mean 'calibration'?; known: calibration, geometry, orders, outputs, spectra, supervised_icl",
+)
+case("[measures] as a number", end("[measures]\noutputs = 1"), "tiny.toml:22: measures.outputs must be true or false, got 1")
+case("measures as a word", top("measures = true\n"), "tiny.toml:8: measures must be a table, [measures], got true")
+case(
+    "[measures] orders of a single order",
+    end('[measures]\norders = true\n[capture]\nkeep = "all"'),
+    "tiny.toml:22: measures.orders compares orders of the same seed, got one order for each; raise orders",
+)
+case(
+    "[measures] orders without captures",
+    both(top("orders = 2\n"), end("[measures]\norders = true")),
+    'tiny.toml:1: capture.keep must be "final_step" or "all" where [measures] orders = true, got "none"',
+)
+case(
+    "half of a pair of tasks",
+    swap('tasks = ["fruit"]', 'tasks = ["booleans_patern"]'),
+    "tiny.toml:3: unknown task 'booleans_patern'; did you mean 'booleans_pattern'?; known: agnews, bbc_news, booleans_pattern, booleans_plain, cb, cities_pattern, cities_plain, "
+    "code_pattern, code_plain, expressions_pattern, expressions_plain, fruit, mr, mr_snippets, rte, sms_spam, sst2, sst5, sst5_snippets, subj, subj_snippets, "
+    "systems_pattern, systems_plain, trec, trec_hub",
+)
+case(
     "[[method]] code that fails when it is imported",
     both(MINE, put("mine.py", "class Mine:\n    pass\nraise OSError('no')"), end('[[method]]\nname = "mine"\ncode = "mine.py:Mine"')),
     "mine: mine.py:3 cannot be used: OSError: no",
@@ -423,7 +467,7 @@ case(
 case(
     "[[method]] with the text of its code",
     both(put("mine.py", "class Mine: pass"), end('[[method]]\nname = "mine"\ncode = "mine.py:Mine"\ntext = "x"')),
-    "tiny.toml:24: unknown key 'text' in [[method]]; known: base, code, layers, name, optimizer, options, rank, residual, weights",
+    "tiny.toml:24: unknown key 'text' in [[method]]; known: base, batch_size, code, epochs, layers, name, optimizer, options, rank, residual, weights",
 )
 case("[[metric]] without code", end('[[metric]]\nname = "mine"'), "tiny.toml:21: metric.code is required, got nothing")
 case(
