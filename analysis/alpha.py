@@ -43,7 +43,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     base = setting.at_last_step(BASE)
     for method in setting.methods[1:]:
         theirs = setting.at_last_step(method)
-        named = setting.named | {"method": method, "step": setting.last_step, "num_planned": setting.num_draws}
+        named = setting.named | {"method": method, "step": setting.last_step_of(method), "num_planned": setting.num_draws}
         for learning_rate in sorted((set(base["learning_rate"]) & set(theirs["learning_rate"])) - {0.0}):  # 0 is a control
             cells = base[base["learning_rate"] == learning_rate]
             partner = theirs[theirs["learning_rate"] == learning_rate].set_index("draw")["key"]

@@ -90,7 +90,7 @@ def choices(frames: Frames, setting: Setting) -> Iterator[Choice]:
                 fold, learning_rate, is_edge = "all", near[0], False
             else:
                 continue
-            cells = setting.at(method, learning_rate, setting.last_step)
+            cells = setting.at(method, learning_rate, setting.last_step_of(method))
             yield Choice(name, method, learning_rate, geometric_mean(cells["update_ratio"]), fold, is_edge, cells)
 
 
@@ -103,7 +103,7 @@ def cited(frames: Frames) -> list[str]:
             near = nearest_ratio(setting, method)
             rates = {each.learning_rate for each in picked if each} | ({near[0]} if near else set())
             for learning_rate in sorted(rates):
-                cells = setting.at(method, learning_rate, setting.last_step)
+                cells = setting.at(method, learning_rate, setting.last_step_of(method))
                 keys += cells.loc[cells["status"] == "done", "key"].tolist()
     return keys
 

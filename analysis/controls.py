@@ -55,7 +55,11 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
             rows.append({"method": "icl", "fold": "all", "metric": metric, "against": name} | frames.estimate(setting.icl, metric, values=values).columns)
     for choice in choices(frames, setting):
         named = {"choice": choice.name, "method": choice.method, "learning_rate": choice.learning_rate, "is_edge": choice.is_edge, "fold": choice.fold}
-        same = variants[(variants["method"] == choice.method) & (variants["learning_rate"] == choice.learning_rate) & (variants["step"] == setting.last_step)]
+        same = variants[
+            (variants["method"] == choice.method)
+            & (variants["learning_rate"] == choice.learning_rate)
+            & (variants["step"] == setting.last_step_of(choice.method))
+        ]
         for metric in METRICS:
             rows += [named | {"metric": metric} | row for row in _finetuned(frames, of_setting, choice, same, metric)]
     return pd.DataFrame([setting.named | row | {"num_planned": setting.num_draws} for row in rows])

@@ -52,7 +52,7 @@ def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[S
     found = {}
     for chooses, reports in FOLDS.items():
         if picked := select(frames, setting, method, fold=chooses):
-            found[reports] = (picked, each(setting.at(method, picked.learning_rate, setting.last_step)))
+            found[reports] = (picked, each(setting.at(method, picked.learning_rate, setting.last_step_of(method))))
     return found if len(found) == len(FOLDS) else {}
 
 

@@ -155,7 +155,7 @@ def _described(setting: Setting, choice: Choice | None) -> Row:
         return row
     cells = choice.cells
     row |= {"choice": choice.name, "learning_rate": choice.learning_rate, "is_edge": choice.is_edge, "fold": choice.fold, "R": choice.R}
-    row |= {"step": setting.last_step, "num_cells": len(cells)}
+    row |= {"step": setting.last_step_of(choice.method), "num_cells": len(cells)}
     return row | {"num_diverged": int((cells["status"] == "diverged").sum()), "num_collapsed": int(cells["collapsed"].sum())}
 
 

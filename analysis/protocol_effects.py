@@ -35,7 +35,7 @@ def data(frames: Frames) -> pd.DataFrame:
                 continue
             base = each(theirs[place])
             gap = difference(each(cells), base)
-            named = setting.named | dict(zip(PLACE, place, strict=True)) | {"is_last_step": place[2] == setting.last_step}
+            named = setting.named | dict(zip(PLACE, place, strict=True)) | {"is_last_step": place[2] == setting.last_step_of(place[0])}
             for metric in METRICS:
                 group = (*_group(setting, but=("task", "num_queries")), setting.named["protocol"], place, metric)
                 found = [frames.contrast(terms, metric) for terms in (base[base["draw"].isin(gap["draw"])], gap)]

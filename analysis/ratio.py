@@ -33,7 +33,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
                 found = frames.estimate(part, metric)
                 reference = part.groupby("replicate")[REFERENCE[metric]].mean().mean() if metric in REFERENCE else math.nan
                 row = setting.named | {"method": method, "learning_rate": learning_rate}
-                row |= {"step": setting.last_step, "metric": metric, "R": geometric_mean(part["update_ratio"])}
+                row |= {"step": setting.last_step_of(method), "metric": metric, "R": geometric_mean(part["update_ratio"])}
                 row |= {"value": found.mean, "lower": found.lower, "upper": found.upper, "random_state": reference, "num_used": found.used}
                 row |= {"num_cells": len(part), "num_collapsed": int(part["collapsed"].sum()), "num_diverged": int((part["status"] == "diverged").sum())}
                 rows.append(row)

@@ -197,15 +197,16 @@ def sentence(frames: Frames, setting: Setting, rows: pd.DataFrame) -> str:
         if not on_a or not on_b:
             shown.append(f"{method} has no learning rate without divergence")
             continue
-        there = frames.estimate(setting.at(method, on_a.learning_rate, setting.last_step), "balanced_accuracy", fold="B")
-        back = frames.estimate(setting.at(method, on_b.learning_rate, setting.last_step), "balanced_accuracy", fold="A")
+        there = frames.estimate(setting.at(method, on_a.learning_rate, setting.last_step_of(method)), "balanced_accuracy", fold="B")
+        back = frames.estimate(setting.at(method, on_b.learning_rate, setting.last_step_of(method)), "balanced_accuracy", fold="A")
         shown.append(f"{method} ({rate(on_a.learning_rate)}) {there} (folds swapped: {rate(on_b.learning_rate)}, {number(back.mean)})")
         edges += [method] if on_a.is_edge or on_b.is_edge else []
     text += f" Learning rate selected on fold A by nll_label at step {setting.last_step}, shown on fold B ({num_queries:.0f} queries): {'; '.join(shown)}; "
     text += f"on the same fold zero-shot {base[0]}, in-context {base[1]}."
     if edges:
         text += f" Extend the grid: the selected learning rate of {' and '.join(edges)} lies at the edge of its grid."
-    num_diverged, num_collapsed, num_cells = rows.loc[rows["step"] == setting.last_step, ["num_diverged", "num_collapsed", "num_cells"]].sum()
+    is_last = rows["step"] == rows["method"].map({method: setting.last_step_of(method) for method in setting.methods})
+    num_diverged, num_collapsed, num_cells = rows.loc[is_last, ["num_diverged", "num_collapsed", "num_cells"]].sum()
     return text + f" At step {setting.last_step}: {num_diverged} diverged, {num_collapsed} collapsed of {num_cells} cells."
 
 

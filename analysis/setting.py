@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -72,8 +73,25 @@ class Setting:
         return sorted(self.finetuned["method"].unique(), key=lambda method: (method != "vanilla", method))
 
     @property
-    def last_step(self) -> int:
-        return int(self.finetuned["step"].max())
+    def last_step(self) -> str:
+        """The largest step, as text: 16, or 16 (batched: 4) where a method does fewer updates."""
+        most = max(self._last_steps.values())
+        fewer = ", ".join(f"{method}: {step}" for method, step in self._last_steps.items() if step < most)
+        return f"{most} ({fewer})" if fewer else str(most)
+
+    def last_step_of(self, method: str) -> int:
+        """Return the largest step of the setting that a method's updates reach, whether or not it is there yet."""
+        return self._last_steps[method]
+
+    @cached_property
+    def _last_steps(self) -> dict[str, int]:
+        k, steps, found = int(self.first["num_demonstrations"]), self.finetuned["step"], {}
+        for method in self.methods:
+            own = self.finetuned.loc[self.finetuned["method"] == method, "method_options"].dropna()
+            options = json.loads(own.iloc[0]) if len(own) else {}
+            num_updates = options.get("epochs", 1) * -(-k // options.get("batch_size", 1))
+            found[method] = int(steps[steps <= num_updates].max())
+        return found
 
     @property
     def title(self) -> str:
@@ -110,7 +128,7 @@ class Setting:
         return rows[(rows["method"] == method) & (rows["learning_rate"] == learning_rate) & (rows["step"] == step)]
 
     def at_last_step(self, method: str) -> pd.DataFrame:
-        return self.finetuned[(self.finetuned["method"] == method) & (self.finetuned["step"] == self.last_step)]
+        return self.finetuned[(self.finetuned["method"] == method) & (self.finetuned["step"] == self.last_step_of(method))]
 
 
 def resolved(protocol: str) -> str:

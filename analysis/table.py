@@ -73,7 +73,7 @@ def display(frames: Frames, setting: Setting, table: pd.DataFrame) -> list[list[
     for _, row in table.iterrows():
         method, at = row["method"], chosen.get(row["method"])
         note = [marks(row)] if marks(row) else []
-        if at and row["learning_rate"] == at.learning_rate and row["step"] == setting.last_step:
+        if at and row["learning_rate"] == at.learning_rate and row["step"] == setting.last_step_of(method):
             note.append("selected on A" + (", edge of the grid: extend the grid" if at.is_edge else ""))
         accuracies = []
         for metric in ACCURACIES[::-1]:

@@ -153,7 +153,7 @@ def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block
         rates, steps = block.learning_rates(name, train_on), block.steps(name, train_on)
         passes.append(Pass(train_on, method.is_bottom_up, method.weights, len(rates), steps, method.batch_size))
     how: dict[str, Any] = {"compute_dtype": block.spec.compute_dtype, "storage_dtype": block.storage_dtype}
-    how |= {"is_on_disk": block.resources.device_map == "disk", "is_supervised": block.measured.supervised_icl}
+    how |= {"is_on_disk": block.resources.device_map == "disk", "is_supervised": block.measured.supervised_icl, "has_outputs": block.measured.outputs}
     return replace(block, cost=cost_of(encoded, config=block.model.config, passes=passes, **how))
 
 

@@ -104,9 +104,10 @@ def cost_of(
     passes: Sequence[Pass],
     is_on_disk: bool = False,
     is_supervised: bool = False,
+    has_outputs: bool = False,
 ) -> Cost:
     """Return what a block with these passes costs. `is_on_disk`: layers rest there, and so do captures. `is_supervised`: finetuned weights read the
-    demonstrations too."""
+    demonstrations too. `has_outputs`: what the output head reads is recorded."""
     sizes = _Sizes.of(config)
     body = 2.0 * sizes.layers * sizes.layer_weights  # FLOPs of one token going up
     head = 2.0 * sizes.width * sizes.vocabulary  # of one position's logits
@@ -152,12 +153,12 @@ def cost_of(
     resting = 0.0 if is_on_disk else states * capture + (states - 2) * query_tokens * sizes.width
     number = 8 if compute_dtype == "float64" else 4
     held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + resting + waiting * capture) + 8 * 4 * capture
-    kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype)
+    kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype, has_outputs=has_outputs)
     stored = sizes.layers * sizes.layer_weights * {"float64": 8, "float32": 4}.get(storage_dtype, 2)
     return Cost(training, captured, flops, baseline, FRAMEWORK_GIB + held / 2**30, kept, stored, reads)
 
 
-def capture_bytes(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str) -> int:
+def capture_bytes(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype: str, has_outputs: bool = False) -> int:
     """Return the bytes of one in-context cell's kept capture, apart from the file's header (under 1 kB). That of zero-shot and of early steps is smaller.
 
     Attention outputs, scores and the attention to the demonstrations are as captured, label scores in float64.
@@ -165,7 +166,8 @@ def capture_bytes(encoded: Encoded, *, config: Mapping[str, Any], compute_dtype:
     sizes, num_queries = _Sizes.of(config), len(encoded.queries)
     ranked = min(NUM_KENDALL_QUERIES, num_queries) * sum(len(ids) for ids in encoded.demonstrations)
     numbers = sizes.layers * (num_queries * (sizes.width + sizes.heads * _widest(encoded)) + ranked)
-    return numbers * (8 if compute_dtype == "float64" else 4) + num_queries * 8 * len(encoded.label_ids)
+    outputs = num_queries * sizes.width * {"float64": 8, "float32": 4}.get(compute_dtype, 2) if has_outputs else 0
+    return numbers * (8 if compute_dtype == "float64" else 4) + outputs + (num_queries + len(encoded.blanks)) * 8 * len(encoded.label_ids)
 
 
 def _widest(encoded: Encoded) -> int:

@@ -21,6 +21,7 @@ from iclgd_dist.measures import measure_rows
 from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.rows import Row
+from iclgd_dist.schema import CALIBRATED
 
 # The groups that each kind of cell has, by the switch of [measures] that asks for them.
 GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -136,15 +137,13 @@ def _row(name: str, metric: str, layer: int | None, fold: str, n: int | None, va
 
 def _contextual(baseline: Baseline, capture: Capture) -> list[Row]:
     assert capture.blank_scores_KC is not None, "prompts without content were not read"
-    if not capture.blank_scores_KC.isfinite().all():
-        return []
     log_QC = calibration.contextual_calibrated(capture.label_scores_QC, capture.blank_scores_KC)
     return _accuracy_rows("calibration", log_QC, baseline)
 
 
 def supervised_rows(label_scores_QC: Tensor, baseline: Baseline) -> list[Row]:
-    """Return what a finetuned model says with the demonstrations in the prompt; nothing where that is not finite."""
-    return _accuracy_rows("supervised_icl", label_scores_QC.log_softmax(1), baseline) if label_scores_QC.isfinite().all() else []
+    """Return what a finetuned model says with the demonstrations in the prompt; undefined where that is not finite."""
+    return _accuracy_rows("supervised_icl", label_scores_QC.log_softmax(1), baseline)
 
 
 def _accuracy_rows(name: str, log_QC: Tensor, baseline: Baseline) -> list[Row]:
@@ -152,7 +151,9 @@ def _accuracy_rows(name: str, log_QC: Tensor, baseline: Baseline) -> list[Row]:
     rows = []
     for fold, mask_Q in baseline.fold_masks.items():
         if n := int(mask_Q.sum()):
-            rows += [_row(name, metric, None, fold, n, value) for metric, value in calibration.of_calibrated(log_QC[mask_Q], baseline.gold_Q[mask_Q]).items()]
+            is_finite = bool(log_QC.isfinite().all())
+            found = calibration.of_calibrated(log_QC[mask_Q], baseline.gold_Q[mask_Q]) if is_finite else dict.fromkeys(CALIBRATED, math.nan)
+            rows += [_row(name, metric, None, fold, n, value) for metric, value in found.items()]
     return rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from iclgd_dist.axes import Controls, SweepError, TaskAxes
+from iclgd_dist.axes import Controls, Measures, SweepError, TaskAxes
 from iclgd_dist.blocks import Block, Judged, single_lanes, with_cells
 from iclgd_dist.config import Sweep
 from iclgd_dist.encoding import Encoded
@@ -224,7 +224,7 @@ def _narrowed(sweep: Sweep, rung: Rung, rates_of: Mapping[Place, Mapping[str, li
         "steps": tuple(step for step in sweep.steps if any(step in sweep.steps_of(method, place.num_demonstrations) for method in methods)),
     }
     narrow |= {"num_queries": rung.num_queries, "per_task": axes, "learning_rates": dict.fromkeys(methods, ())}
-    return sweep.model_copy(update=narrow | {"controls": Controls(control_task=sweep.controls.control_task)})
+    return sweep.model_copy(update=narrow | {"controls": Controls(control_task=sweep.controls.control_task), "measures": Measures()})
 
 
 def _seeds(sweep: Sweep, task: str) -> list[int]:

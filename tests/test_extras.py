@@ -44,6 +44,8 @@ class Ran:
     def __init__(self, path: Path, store: Store) -> None:
         store.prepare()
         (self.block,) = make_plan(load_sweep(path)).blocks
+        self.path_without = path.with_name("without.toml")
+        self.path_without.write_text(path.read_text().replace(MEASURES, ""))
         self.lm, self.store = lm_for(self.block), store
         run_block(self.lm, self.block, store)
         self.encoded: Encoded = encode(self.block.draw, self.lm.tokenizer, protocol=self.block.protocol, max_positions=512)
@@ -193,6 +195,12 @@ def test_supervised_icl_is_the_trained_model_with_the_demonstrations(ran: Ran, m
     assert ours["nll_label", None] == pytest.approx(log_loss(ran.gold, said, labels=[0, 1]), abs=1e-6)
     plain_icl = scipy.special.softmax(ran.label_scores(ran.base, ran.encoded.context_ids, ran.encoded.queries), axis=1)
     assert abs(ours["nll_label", None] - log_loss(ran.gold, plain_icl, labels=[0, 1])) > 1e-4
+
+
+def test_the_plan_knows_the_size_of_a_kept_capture(ran: Ran) -> None:
+    (file,) = Path(str(ran.store.root), "captures").glob(f"{ran.cell('icl')['key']}*")
+    assert 0 < file.stat().st_size - ran.block.cost.capture_bytes < 1000
+    assert ran.block.cost.flops > 1.3 * make_plan(load_sweep(ran.path_without)).blocks[0].cost.flops, "supervised ICL is as much work as the captures"
 
 
 def test_every_figure_has_a_meaning_and_every_meaning_a_figure(ran: Ran) -> None:
