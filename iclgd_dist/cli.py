@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from iclgd_dist import job_commands, run_commands, store_commands
+from iclgd_dist import job_commands, plan_command, run_commands, store_commands
 from iclgd_dist.config import SweepError
 from iclgd_dist.store import StoreError
 from iclgd_dist.store_errors import Vanished
@@ -70,7 +70,7 @@ def _add(*commands: Callable[..., None]) -> None:
         app.command()(command)
 
 
-_add(run_commands.plan, run_commands.run, run_commands.tune, run_commands.measure)
+_add(plan_command.plan, run_commands.run, run_commands.tune, run_commands.measure)
 
 
 @app.command()

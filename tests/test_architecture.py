@@ -15,6 +15,7 @@ FLOORS = {
     9: ("__main__",),
     8: ("cli",),
     7.5: ("run_commands", "store_commands", "job_commands"),
+    7.4: ("plan_command",),
     7: ("runner", "cluster"),
     6.8: ("trials",),
     6.5: ("session", "trackers"),
@@ -22,11 +23,12 @@ FLOORS = {
     6: ("actor",),
     5.5: ("terminal",),
     5: ("block", "check"),
+    4.95: ("orders",),
     4.9: ("measuring", "packing"),
     4.85: ("random_deltas",),
     4.8: ("commits",),
-    4.6: ("baselines",),
-    4.5: ("measures", "trajectory"),
+    4.6: ("baselines", "extras"),
+    4.5: ("measures", "trajectory", "supervised"),
     4: ("updates", "probes", "rows"),
     3.5: ("comparison",),
     3: ("deltas", "attention", "layerwise", "losses"),
@@ -40,7 +42,8 @@ FLOORS = {
     1.6: ("upkeep",),
     1.5: ("cost", "captures", "untrained", "prepared", "pickles"),
     1.2: ("encoding", "contexts", "light_tokenizer"),  # draws as token ids, draws of controls
-    1: ("metrics", "ranking", "shared_attention", "head", "tasks", "families", "sources", "store", "machine"),
+    1.05: ("calibration", "outputs"),
+    1: ("metrics", "ranking", "shared_attention", "head", "spectra", "geometry", "tasks", "families", "sources", "store", "machine"),
     0.6: ("measured", "manifests", "model_files"),
     0.5: ("embedded", "cells", "own_code", "apart", "hub", "weights"),  # what tasks reads, what the store encodes
     0.3: ("locks",),
@@ -49,7 +52,7 @@ FLOORS = {
     0.1: ("config",),
     0.06: ("extensions", "model_spec", "task_spec", "resources", "search_spec"),
     0.05: ("axes", "progress", "complaints"),
-    0: ("protocol", "schema", "toml_text", "store_errors", "nowhere", "background"),
+    0: ("patterns", "protocol", "schema", "toml_text", "store_errors", "nowhere", "background"),
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 RAY = (6, 6.5, 6.8, 7)
