@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .chosen import SELECTED, choices
@@ -29,6 +30,14 @@ NOTE = (
     "probabilities, 10 bins of equal width; ece_mass: of equal number. Brackets: 95 % interval over seeds, with the queries' share where a figure has a value "
     "per query. n/N: draws used of draws planned. A calibrated row has no entropy and no ece_mass."
 )
+
+
+NUM_BINS = 10
+
+
+def bin_of(confidence: np.ndarray) -> np.ndarray:
+    """Return which of 10 bins of equal width a probability falls into; an edge belongs to the bin below it."""
+    return np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, confidence)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .calibration import FOLD, State, states
+from .calibration import FOLD, State, bin_of, states
 from .load import SETTING, Frames, load
 from .setting import Setting
 from .text import BASELINES, Grid, number, rate, show, stores
@@ -22,7 +22,6 @@ RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda said_MQC: said_MQC.mean(0),
     "max": lambda said_MQC: said_MQC.max(0) / said_MQC.max(0).sum(1, keepdims=True),
 }
-OVER = ("draws", "orders", "protocols")
 METRICS = ("balanced_accuracy", "ece", "brier")
 TITLE = "Self-ensembles"
 NOTE = (
@@ -61,8 +60,8 @@ def data(frames: Frames) -> pd.DataFrame:
 def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, Iterable[Sequence[str]]], **changed: Any) -> list[dict[str, Any]]:
     rows = []
     for over, each in groups.items():
-        together = [[frames.probabilities(key, FOLD) for key in keys] for keys in each]
-        together = [found for found in together if len(found) > 1 and len({said.shape for said, _ in found}) == 1 and len(found[0][1])]
+        alike = [list(keys) for keys in each if len({frames.asked(key, FOLD) for key in keys}) == 1]  # other queries cannot be answered together
+        together = [[frames.probabilities(key, FOLD) for key in keys] for keys in alike if len(keys) > 1 and frames.asked(keys[0], FOLD)]
         if not together:
             continue
         for metric in METRICS:
@@ -82,7 +81,7 @@ def _figure(metric: str, said: np.ndarray, gold: np.ndarray) -> float:
     if metric == "brier":
         return float(((said - np.eye(said.shape[1])[gold]) ** 2).sum(1).mean())
     confidence = said.max(1)
-    place = np.searchsorted(np.arange(1, 10) / 10, confidence)
+    place = bin_of(confidence)
     return float(sum(abs(right[place == n].mean() - confidence[place == n].mean()) * (place == n).mean() for n in np.unique(place)))
 
 

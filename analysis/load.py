@@ -91,11 +91,17 @@ class Frames:
 
     def probabilities(self, key: str, fold: str = "all") -> tuple[np.ndarray, np.ndarray]:
         """Return a cell's label-normalised probabilities (Q, C) of a fold's queries, in the order drawn, and their gold labels (Q,)."""
-        at = self.positions(key)
-        at = at[(self.examples["fold"].to_numpy()[at] == fold) | (fold == "all")]
-        flat, begins = self._scores
+        at, (flat, begins) = self._of_fold(key, fold), self._scores
         scores = np.stack([flat[begins[row] : begins[row + 1]] for row in at]) if len(at) else np.empty((0, 0))
         return softmax(scores, axis=1) if len(at) else scores, self.examples["gold"].to_numpy()[at]
+
+    def asked(self, key: str, fold: str = "all") -> tuple[int, ...]:
+        """Return what names the queries of a cell, in the order of `probabilities`."""
+        return tuple(self.examples["query_number"].to_numpy()[self._of_fold(key, fold)])
+
+    def _of_fold(self, key: str, fold: str) -> np.ndarray:
+        at = self.positions(key)
+        return at[(self.examples["fold"].to_numpy()[at] == fold) | (fold == "all")]
 
     def figures(self, keys: pd.Series, metric: str, fold: str = "all") -> pd.Series:
         """Return a figure of each cell on a fold, by key: the row's own, or the mean over its layers where the row has none for the fold."""

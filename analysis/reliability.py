@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .calibration import FOLD, states
+from .calibration import FOLD, NUM_BINS, bin_of, states
 from .load import Frames
 from .panels import GREY, OTHERS, Panel, colour, drawing, safe
 from .setting import Setting
 from .text import BASELINES, counted, number, rate
 
-NUM_BINS = 10
 TITLE = "Reliability"
 NOTE = (
     "Queries of fold B of all draws, in 10 bins by the probability of the predicted label: its mean against the share that is right, a point's area as the number of "
@@ -33,7 +32,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
             continue
         confidence = np.concatenate([said.max(1) for said, _ in found])
         right = np.concatenate([said.argmax(1) == gold for said, gold in found])
-        place = np.searchsorted(np.arange(1, NUM_BINS) / NUM_BINS, confidence)  # an edge belongs to the bin below it
+        place = bin_of(confidence)
         for number_of_bin in np.unique(place):
             inside = place == number_of_bin
             named: dict[str, Any] = setting.named | {"method": state.name, "learning_rate": state.learning_rate, "fold": FOLD}

@@ -3,14 +3,12 @@
 Knows label scores and gold labels. Knows nothing of models, folds or tables.
 """
 
-# Q queries  C labels  K prompts without content  M members of an ensemble
+# Q queries  C labels  K prompts without content
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -110,18 +108,3 @@ def of_calibrated(log_QC: Tensor, gold_Q: Tensor) -> dict[str, float]:
 
 def _log_mean(log_KC: Tensor) -> Tensor:
     return log_KC.logsumexp(0) - math.log(len(log_KC))
-
-
-def ensemble(probabilities_MQC: Sequence[Tensor], *, by: Literal["majority", "mean", "max"]) -> Tensor:
-    """Return the probabilities (Q, C) of members that answer together.
-
-    majority: the share of members that predict a label; mean: of their probabilities; max: the largest that any member gives a label, normalised.
-    Source: Li et al. 2023 (arXiv 2312.13772), self-ensembling.
-    """
-    members_MQC = torch.stack([each.double() for each in probabilities_MQC])
-    if by == "mean":
-        return members_MQC.mean(0)
-    if by == "max":
-        largest_QC = members_MQC.amax(0)
-        return largest_QC / largest_QC.sum(1, keepdim=True)
-    return torch.nn.functional.one_hot(members_MQC.argmax(2), members_MQC.shape[2]).double().mean(0)

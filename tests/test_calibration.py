@@ -77,14 +77,3 @@ def test_contextual_calibration_divides_by_what_is_said_without_content() -> Non
     found = calibration.contextual_calibrated(scores(8), scores(9, 3, C)).exp()
     assert np.allclose(found, divided / divided.sum(1, keepdims=True), atol=1e-12)
     assert torch.allclose(calibration.contextual_calibrated(scores(8)[:1], scores(8)[:1]).exp(), torch.full((1, C), 1 / C, dtype=torch.float64), atol=1e-12)
-
-
-def test_ensembles() -> None:
-    members = [calibration.probabilities(scores(seed)) for seed in (10, 11, 12)]
-    stacked = np.stack([member.numpy() for member in members])
-    assert np.allclose(calibration.ensemble(members, by="mean"), stacked.mean(0), atol=1e-12)
-    assert np.allclose(calibration.ensemble(members, by="max"), stacked.max(0) / stacked.max(0).sum(1, keepdims=True), atol=1e-12)
-    votes = np.array([[sum(member[q].argmax() == c for member in stacked) / 3 for c in range(C)] for q in range(Q)])
-    assert np.allclose(calibration.ensemble(members, by="majority"), votes, atol=1e-12)
-    for by in ("majority", "mean", "max"):
-        assert torch.allclose(calibration.ensemble(members[:1], by=by).argmax(1), members[0].argmax(1)), "one member is no ensemble"
