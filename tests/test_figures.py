@@ -470,7 +470,7 @@ def test_the_panel_draws_points_front_and_baselines(spread: tuple[list[Row], Pat
 def test_the_page_holds_the_three_and_their_data(tmp_path: Path) -> None:
     page = write_report(make_store(tmp_path, with_gradients(make_rows(tasks=TASKS))))
     text = page.read_text()
-    assert re.findall(r'<figure id="s0-(\w+)"', text) == ["heatmap", "ratio", "pareto", "layer_profile", "gradient_norms"]
+    assert re.findall(r'<figure id="s0-(\w+)"', text) == ["heatmap", "ratio", "pareto", "layer_profile", "gradient_norms", "reliability"]
     assert text.count("<h3>Accuracy: Tiny-135M-Instruct.Q4_1, k = 4</h3>") == 1
     assert figure(text, "s0-pareto-0") and figure(text, "s1-gradient_norms-1")
     for name, count in {"accuracy": 3 * 4 * 2, "gradient_norms": 2 * 2 * len(STEPS) * 4, "pareto": 2 * 6}.items():
