@@ -111,14 +111,14 @@ def test_what_was_read_stays_when_its_file_is_deleted(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("where", ["row", "layers", "type"])
 def test_files_of_a_newer_version_are_refused_with_the_advice_to_update_and_never_set_aside(tmp_path: Path, where: str, suffix: str) -> None:
     made = prepared(tmp_path)
-    newer = CELL.append(pa.field("entropy", pa.float64()))
+    newer = CELL.append(pa.field("surprise", pa.float64()))
     if where == "layers":
-        longer = pa.list_(pa.struct([*CELL.field("layers").type.value_type, pa.field("entropy", pa.float64())]))
+        longer = pa.list_(pa.struct([*CELL.field("layers").type.value_type, pa.field("surprise", pa.float64())]))
         newer = CELL.set(CELL.get_field_index("layers"), pa.field("layers", longer))
     if where == "type":
         newer = CELL.set(CELL.get_field_index("step"), pa.field("step", pa.float64()))
     write_as(made.root / "cells" / f"{key(2)}{suffix}", newer, row(2))
-    with pytest.raises(StoreError, match="step as double" if where == "type" else "entropy") as caught:
+    with pytest.raises(StoreError, match="step as double" if where == "type" else "surprise") as caught:
         read_results(made)
     assert "update iclgd" in str(caught.value)
     assert key(2) in str(caught.value)
