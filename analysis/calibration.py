@@ -66,7 +66,8 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     """Return one row per state, form and metric on fold B; nothing for a store that is older than the figures."""
     if "ece" not in frames.folds or frames.folds["ece"].isna().all():
         return pd.DataFrame()
-    rows = []
+    rows, keys = [], pd.concat([setting.zero_shot, setting.icl, setting.finetuned])["key"]
+    own = frames.extras[frames.extras["group"].isin(set(GROUPS.values())) & frames.extras["cell"].isin(keys)]
     for state in states(frames, setting):
         named: dict[str, Any] = setting.named | {"method": state.name, "learning_rate": state.learning_rate}
         named["num_planned"] = max(1, state.cells["draw"].nunique()) if state.name == "zero_shot" else setting.num_draws
@@ -74,7 +75,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
             for metric in METRICS:
                 values = None
                 if form in GROUPS:
-                    of_group = frames.extras[(frames.extras["group"] == GROUPS[form]) & frames.extras["cell"].isin(state.cells["key"])]
+                    of_group = own[(own["group"] == GROUPS[form]) & own["cell"].isin(state.cells["key"])]
                     values = frames.measured(of_group, metric, FOLD).droplevel("group")
                     values.index = values.index.astype(str)
                 column = f"{metric}_{form}" if form == "batch" else metric

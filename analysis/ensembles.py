@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,11 @@ def data(frames: Frames) -> pd.DataFrame:
         of_protocols[place].append((setting, found))
         for state in found:
             if state.name != "zero_shot":
-                members = state.cells[["key", "seed", "order"]]
-                first_order = members.groupby("seed")["order"].transform("min")
-                groups = {"draws": [members[members["order"] == first_order]["key"]], "orders": [part["key"] for _, part in members.groupby("seed")]}
-                rows += _rows(frames, setting, state, groups)
+                members = state.cells[["key", "init_seed", "seed", "order"]]
+                of_seed = members.groupby(["init_seed", "seed"], dropna=False)
+                firsts = members[members["order"] == of_seed["order"].transform("min")]
+                draws = [part["key"] for _, part in firsts.groupby("init_seed", dropna=False)]  # random weights of another seed are another model
+                rows += _rows(frames, setting, state, {"draws": draws, "orders": [part["key"] for _, part in of_seed]})
     for together in of_protocols.values():
         if len(together) > 1:
             for name in dict.fromkeys(state.name for _, found in together for state in found):
@@ -53,7 +55,9 @@ def data(frames: Frames) -> pd.DataFrame:
                 for _, state in same:
                     for key, draw in zip(state.cells["key"], state.cells["draw"], strict=True):
                         by_draw[draw].append(key)
-                rows += _rows(frames, same[0][0], same[0][1], {"protocols": by_draw.values()}, protocol="all")
+                rates = {state.learning_rate for _, state in same}
+                state = replace(same[0][1], learning_rate=rates.pop() if len(rates) == 1 else None)  # each protocol has selected its own
+                rows += _rows(frames, same[0][0], state, {"protocols": by_draw.values()}, protocol="all")
     return pd.DataFrame(rows)
 
 
@@ -70,7 +74,18 @@ def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, I
                 value = float(np.mean([_figure(metric, combine(np.stack([said for said, _ in found])), found[0][1]) for found in together]))
                 named = setting.named | changed | {"method": state.name, "learning_rate": state.learning_rate, "over": over, "rule": rule, "metric": metric}
                 size = sorted({len(found) for found in together})
-                rows.append(named | {"value": value, "alone": alone, "num_members": " or ".join(map(str, size)), "num_ensembles": len(together), "fold": FOLD})
+                rows.append(
+                    named
+                    | {
+                        "value": value,
+                        "alone": alone,
+                        "num_members": " or ".join(map(str, size)),
+                        "num_ensembles": len(together),
+                        "fold": FOLD,
+                        "num_used": sum(map(len, together)),
+                        "num_planned": setting.num_draws,
+                    }
+                )
     return rows
 
 
@@ -99,7 +114,9 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
                 of_rule = line[line["metric"] == metric].set_index("rule")
                 entries += [number(of_rule["alone"].iloc[0]), *(number(of_rule["value"][rule]) for rule in RULES)]
             named = [BASELINES.get(method, method), rate(learning_rate) if learning_rate >= 0 else "", over]
-            body.append([*named, *entries, f"{line['num_ensembles'].iloc[0]} of {line['num_members'].iloc[0]} members"])
+            first = line.iloc[0]
+            of = f"; {first['num_used']} of {first['num_planned']} draws" if over == "orders" else ""
+            body.append([*named, *entries, f"{first['num_ensembles']} of {first['num_members']} members{of}"])
         headers = ("method", "lr", "over", *(f"{metric} {rule}" for metric in METRICS for rule in ("alone", *RULES)), "ensembles")
         title = f"{TITLE}: {task}, {model}, k = {k}" + ("" if init == "trained" else f", random weights: {init}")
         title += {"clean": "", "all": ", protocols together"}.get(protocol, f", protocol {protocol}") + (

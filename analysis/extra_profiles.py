@@ -8,7 +8,7 @@ from .calibration import State, states
 from .load import Frames
 from .panels import GREY, OTHERS, Panel, colour, drawing, safe
 from .setting import Setting
-from .text import BASELINES, number
+from .text import BASELINES, counted, number
 
 SHOWN = {
     ("weights", "stable_rank_k"): "stable rank of what training added to W_K",
@@ -40,7 +40,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         if part.empty:
             continue
         by = ["group", "metric", "layer"]
-        means = part.groupby([*by, "replicate"])["mean"].mean().groupby(by).mean().rename("value").to_frame()
+        means = part.groupby([*by, "replicate"], dropna=False)["mean"].mean().groupby(by).mean().rename("value").to_frame()
         means = means.join(part.groupby(by)["mean"].count().rename("num_used")).reset_index()
         rows.append(
             means.assign(**setting.named, method=state.name, learning_rate=state.learning_rate, title=state.title, num_planned=_planned(setting, state))
@@ -62,7 +62,9 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
         lines, named = [], []
         for method, line in part.groupby("method", sort=False):
             shade = {"zero_shot": GREY, "icl": OTHERS[2]}.get(str(method)) or colour(str(method))
-            named.append(f"{line['title'].iloc[0]} {number(line['value'].mean(), 2)}")
+            used = sorted({int(line["num_used"].min()), int(line["num_used"].max())})
+            of = f"{' to '.join(map(str, used))} of {counted(int(line['num_planned'].iloc[0]), 'draw')}"
+            named.append(f"{line['title'].iloc[0]} {number(line['value'].mean(), 2)} ({of})")
             values = [None if pd.isna(value) else float(value) for value in line["value"]]
             style = {"line": {"color": shade, "width": 2}, "marker": {"size": 5}, "mode": "lines+markers"}
             lines.append({"type": "scatter", "x": line["layer"].tolist(), "y": values, "name": safe(BASELINES.get(str(method), method)), **style})

@@ -10,24 +10,17 @@ from .load import Frames, load
 from .setting import Setting
 from .text import Grid, entry, show, stores
 
-GROUPS = {
-    "outputs": ("Next tokens beside ICL's", ("top10_overlap", "top10_cosine", "kl_output", "tv_output")),
-    "orders": (
-        "Orders crossed",
-        ("sim_aou_same_order", "sim_aou_other_order", "order_match_sim_aou", "sim_am_delta_same_order", "sim_am_delta_other_order", "order_match_sim_am_delta"),
-    ),
-}
+OUTPUTS, ORDERS, ORDER = "outputs", "orders", "order:"
+TITLES = {OUTPUTS: "Next tokens beside ICL's", ORDERS: "Orders crossed"}
+CROSSED = ("sim_aou", "sim_am_delta")
 MEANING = {
     "top10_overlap": "share of ICL's 10 most likely next tokens among finetuning's",
     "top10_cosine": "cosine of the two probabilities over the tokens in both tens",
     "kl_output": "KL(ICL, finetuned) of the next-token distributions [nats]",
     "tv_output": "their total variation",
-    "sim_aou_same_order": "sim_aou with ICL in the order trained on",
-    "sim_aou_other_order": "sim_aou with ICL in the other orders of the seed, mean",
-    "order_match_sim_aou": "the first less the second: above 0 where finetuning in an order is closest to ICL in that order",
-    "sim_am_delta_same_order": "sim_am_delta with ICL in the order trained on",
-    "sim_am_delta_other_order": "sim_am_delta with ICL in the other orders of the seed, mean",
-    "order_match_sim_am_delta": "the first less the second",
+    **{f"{metric}, same order": f"{metric} with ICL in the order trained on" for metric in CROSSED},
+    **{f"{metric}, other orders": f"{metric} with ICL in the other orders of the seed, mean" for metric in CROSSED},
+    **{f"order_match of {metric}": "the first less the second: above 0 where finetuning in an order is closest to ICL in that order" for metric in CROSSED},
 }
 NOTE = (
     "At the largest step. Selected: the learning rate with the smallest nll_label on fold A, on fold B; nearest R*: the learning rate whose R is nearest R*, all "
@@ -37,19 +30,33 @@ NOTE = (
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     """Return one row per group, metric, method and learning rate; nothing where the store has no such figures of the setting."""
-    own = frames.extras[frames.extras["group"].isin(GROUPS) & frames.extras["cell"].isin(setting.finetuned["key"])]
+    is_wanted = frames.extras["group"].astype(str).str.startswith((OUTPUTS, ORDER)) & frames.extras["cell"].isin(setting.finetuned["key"])
+    own = frames.extras[is_wanted].astype({"cell": str, "group": str, "metric": str})
     rows = []
     for chosen in choices(frames, setting) if len(own) else ():
-        for group, (_, metrics) in GROUPS.items():
-            for metric in metrics:
-                part = own[(own["group"] == group) & own["cell"].isin(chosen.cells["key"])]
-                values = frames.measured(part, metric, chosen.fold).droplevel("group")
-                if len(values):
-                    values.index = values.index.astype(str)
-                    named = setting.named | {"group": group, "metric": metric, "choice": chosen.name, "method": chosen.method, "fold": chosen.fold}
-                    named |= {"learning_rate": chosen.learning_rate, "R": chosen.R, "title": chosen.title, "num_planned": setting.num_draws}
-                    rows.append(named | frames.estimate(chosen.cells, metric, values=values).columns)
+        part = own[own["cell"].isin(chosen.cells["key"]) & (own["fold"] == chosen.fold)]
+        named = setting.named | {"choice": chosen.name, "method": chosen.method, "fold": chosen.fold, "learning_rate": chosen.learning_rate, "R": chosen.R}
+        named |= {"title": chosen.title, "num_planned": setting.num_draws}
+        outputs = part[part["group"] == OUTPUTS]
+        found = {metric: of_metric.set_index("cell")["mean"] for metric, of_metric in outputs.groupby("metric", sort=False)}
+        for group, figures in ((OUTPUTS, found), (ORDERS, _crossed(part, chosen.cells))):
+            for metric, values in figures.items():
+                rows.append(named | {"group": group, "metric": metric} | frames.estimate(chosen.cells, str(metric), values=values).columns)
     return pd.DataFrame(rows)
+
+
+def _crossed(part: pd.DataFrame, cells: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return what each cell has in common with ICL in its own order, in the others (mean), and the difference."""
+    part = part[part["group"].str.startswith(ORDER)]
+    of_order = part.assign(order=part["group"].str.removeprefix(ORDER).astype(int))
+    own_order = cells.set_index("key")["order"]
+    found: dict[str, pd.Series] = {}
+    for metric in CROSSED if len(part) else ():
+        table = of_order[of_order["metric"] == metric].pivot(index="cell", columns="order", values="mean")
+        is_own = pd.DataFrame({order: own_order.reindex(table.index) == order for order in table.columns})
+        same, other = table.where(is_own).mean(axis=1), table.where(~is_own).mean(axis=1)
+        found |= {f"{metric}, same order": same, f"{metric}, other orders": other, f"order_match of {metric}": same - other}
+    return found
 
 
 def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
@@ -63,7 +70,7 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
             for metric in dict.fromkeys(part["metric"])
         ]
         headers = ("figure", *(f"{column['choice']}: {column['title']}" for column in columns), "what it is")
-        found.append(Grid(f"{GROUPS[str(group)][0]}: {setting.title}", headers, body, f"{setting.caption} {NOTE}{descriptive(part)}"))
+        found.append(Grid(f"{TITLES[str(group)]}: {setting.title}", headers, body, f"{setting.caption} {NOTE}{descriptive(part)}"))
     return found
 
 

@@ -11,54 +11,72 @@ import numpy as np
 import pandas as pd
 
 from .chosen import choices
-from .intervals import descriptive, estimate
+from .intervals import Estimate, descriptive, estimate
 from .load import Frames, load
 from .setting import Setting
 from .text import BASELINES, Grid, entry, rate, show, stores
 
 METRICS = ("sd_orders", "changed", "sd_draws")
+SEED = ["init_seed", "seed"]  # orders of the same weights and the same demonstrations
 TITLE = "Sensitivity to the order of the demonstrations"
 NOTE = (
     "sd_orders: standard deviation over the orders of a seed of the gold label's probability, mean over queries, then over seeds. changed: share of queries whose "
     "prediction is not the same in all orders of a seed. sd_draws: the standard deviation over seeds, orders as drawn, for comparison. In-context on the same fold as "
-    "what it stands beside. Selected: on fold B; nearest R*: all queries. Brackets: 95 % interval over seeds."
+    "what it stands beside. Selected: on fold B; nearest R*: all queries. Brackets: 95 % interval over seeds. n/N: draws used of draws planned."
 )
 
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
-    """Return one row per state and metric; nothing where no seed has two orders."""
-    counts = setting.icl.groupby("seed")["order"].nunique()
-    if len(counts) == 0 or counts.max() < 2:
+    """Return one row per state and metric; nothing where no seed has two orders that differ."""
+    distinct = _distinct(setting.icl)
+    if not distinct.duplicated(SEED).any():
         return pd.DataFrame()
     rows = []
     places: list[tuple[str, str, float | None, str, pd.DataFrame]] = [("icl", "", None, fold, setting.icl) for fold in ("B", "all")]
     places += [(chosen.method, chosen.name, chosen.learning_rate, chosen.fold, chosen.cells) for chosen in choices(frames, setting)]
     for method, choice, learning_rate, fold, cells in places:
         named: dict[str, Any] = setting.named | {"method": method, "choice": choice, "learning_rate": learning_rate, "fold": fold}
-        for metric, found in _sensitivity(frames, cells[cells["status"] == "done"], fold).items():
-            rows.append(named | {"metric": metric} | found | {"num_planned": len(setting.replicates)})
+        counting = cells[cells["draw"].isin(distinct["draw"]) & (cells["status"] == "done")]
+        for metric, found in _sensitivity(frames, counting, fold).items():
+            rows.append(named | {"metric": metric} | found.columns | {"num_planned": setting.num_draws})
     return pd.DataFrame(rows)
 
 
-def _sensitivity(frames: Frames, cells: pd.DataFrame, fold: str) -> dict[str, dict[str, float]]:
-    said: dict[tuple[int, int], np.ndarray] = {}
-    predicted: dict[tuple[int, int], np.ndarray] = {}
-    for key, seed, order in cells[["key", "seed", "order"]].itertuples(index=False):
-        chances, gold = frames.probabilities(key, fold)
-        if len(gold):
-            said[seed, order], predicted[seed, order] = chances[np.arange(len(gold)), gold], chances.argmax(1)
-    seeds = sorted({seed for seed, _ in said})
-    of_seed = {seed: [place for place in said if place[0] == seed] for seed in seeds}
-    several = {seed: places for seed, places in of_seed.items() if len(places) > 1}
-    sd = pd.Series({seed: np.stack([said[place] for place in places]).std(0, ddof=1).mean() for seed, places in several.items()}, dtype=float)
-    changed = {seed: np.stack([predicted[place] for place in places]) for seed, places in several.items()}
-    moved = pd.Series({seed: (found != found[0]).any(0).mean() for seed, found in changed.items()}, dtype=float)
-    found = {"sd_orders": estimate(sd, used=len(sd)).columns, "changed": estimate(moved, used=len(moved)).columns}
-    firsts = [said[min(places, key=lambda place: place[1])] for places in of_seed.values()]
-    if len(firsts) > 1:
-        spread = float(np.stack(firsts).std(0, ddof=1).mean())
-        nothing = {"lower": np.nan, "upper": np.nan}
-        found["sd_draws"] = {"mean": spread, **nothing, "num_used": len(firsts), "num_replicates": len(firsts)}
+def _distinct(icl: pd.DataFrame) -> pd.DataFrame:
+    """Return the in-context cells without those whose order shows the demonstrations as an earlier one does: few demonstrations have few orders."""
+    if len(icl) and int(icl["num_demonstrations"].iloc[0]) < 2:
+        return icl.iloc[:0]
+    shown = icl["demonstrations"].map(lambda texts: None if texts is None or isinstance(texts, float) else "\0".join(texts))  # None: not kept
+    ordered = icl.assign(shown=shown.where(shown.notna(), icl["draw"])).sort_values("order", kind="stable")
+    return ordered[~ordered.duplicated([*SEED, "shown"])]
+
+
+def _sensitivity(frames: Frames, cells: pd.DataFrame, fold: str) -> dict[str, Estimate]:
+    """Return the estimates by metric; answers to other queries than the rest's are left out."""
+    spreads, moved, firsts = dict[float, list[float]](), dict[float, list[float]](), dict[Any, list[tuple[tuple[int, ...], np.ndarray]]]()
+    num_used = 0
+    for (init_seed, _), part in cells.sort_values("order", kind="stable").groupby(SEED, dropna=False):
+        keys = part["key"].tolist()
+        asked = [frames.asked(key, fold) for key in keys]
+        said = [frames.probabilities(key, fold) for key in keys]
+        if not asked[0] or len(set(asked)) > 1:
+            continue
+        gold = said[0][1]
+        chances = np.stack([of_order[np.arange(len(gold)), gold] for of_order, _ in said])
+        firsts.setdefault(None if pd.isna(init_seed) else init_seed, []).append((asked[0], chances[0]))
+        if len(keys) > 1:
+            predicted = np.stack([of_order.argmax(1) for of_order, _ in said])
+            replicate = part["replicate"].iloc[0]
+            spreads.setdefault(replicate, []).append(float(chances.std(0, ddof=1).mean()))
+            moved.setdefault(replicate, []).append(float((predicted != predicted[0]).any(0).mean()))
+            num_used += len(keys)
+    found = {}
+    for metric, values in (("sd_orders", spreads), ("changed", moved)):
+        found[metric] = estimate(pd.Series({replicate: np.mean(of_seeds) for replicate, of_seeds in values.items()}, dtype=float), used=num_used)
+    between = [np.stack([each for _, each in of_weights]) for of_weights in firsts.values() if len(of_weights) > 1 and len({a for a, _ in of_weights}) == 1]
+    if between:
+        mean = float(np.mean([each.std(0, ddof=1).mean() for each in between]))
+        found["sd_draws"] = Estimate(mean, used=sum(map(len, between)), replicates=max(map(len, between)))
     return found
 
 

@@ -14,7 +14,7 @@ from iclgd_dist.patterns import KINDS
 from .crossing import crossfit, selected
 from .intervals import Estimate, descriptive
 from .load import SETTING, Frames, load, of_most_queries
-from .setting import Setting
+from .setting import CLEAN, Setting
 from .text import BASELINES, Grid, entry, show, stores
 
 METRIC = "balanced_accuracy"
@@ -33,7 +33,7 @@ def data(frames: Frames) -> pd.DataFrame:
         kind, _, form = setting.named["task"].rpartition("_")
         if kind not in KINDS or form not in ("pattern", "plain") or setting.train_on != "true":
             continue
-        place = "|".join(setting.first[[name for name in SETTING if name not in ("task", "num_demonstrations")]].astype(str))
+        place = "|".join(setting.first[[name for name in SETTING if name not in ("task", "num_demonstrations", "num_queries")]].astype(str))
         for method in ("zero_shot", "icl", *setting.methods):
             found, planned = _estimate(frames, setting, method)
             k = 0 if method == "zero_shot" else setting.named["k"]
@@ -63,6 +63,7 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
             body.append([str(k), BASELINES.get(method, method), *(entry(of_form.get(form, {})) for form in ("pattern", "plain")), difference])
         first = part.iloc[0]
         title = f"{TITLE}: {kind}, {first['model']}" + ("" if first["init"] == "trained" else f", random weights: {first['init']}")
+        title += "" if first["protocol"] == CLEAN else f", protocol {first['protocol']}"
         note = f"With: {KINDS[kind].with_pattern}; without: {KINDS[kind].without}. {NOTE}{descriptive(part[part['method'] != 'zero_shot'])}"
         found.append(Grid(title, ("k", "method", "with the pattern", "without", "difference"), body, note))
     return found

@@ -30,13 +30,20 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         found = [(said, gold) for said, gold in found if len(said)]
         if not found:
             continue
+        num_planned = max(1, state.cells["draw"].nunique()) if state.name == "zero_shot" else setting.num_draws
         confidence = np.concatenate([said.max(1) for said, _ in found])
         right = np.concatenate([said.argmax(1) == gold for said, gold in found])
         place = bin_of(confidence)
         for number_of_bin in np.unique(place):
             inside = place == number_of_bin
             named: dict[str, Any] = setting.named | {"method": state.name, "learning_rate": state.learning_rate, "fold": FOLD}
-            named |= {"lower": number_of_bin / NUM_BINS, "upper": (number_of_bin + 1) / NUM_BINS, "num_queries": int(inside.sum()), "num_draws": len(found)}
+            named |= {
+                "lower": number_of_bin / NUM_BINS,
+                "upper": (number_of_bin + 1) / NUM_BINS,
+                "num_queries": int(inside.sum()),
+                "num_used": len(found),
+                "num_planned": num_planned,
+            }
             rows.append(named | {"confidence": confidence[inside].mean(), "accuracy": right[inside].mean()})
     return pd.DataFrame(rows)
 
@@ -68,7 +75,11 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
             showlegend=False,
         )
         at = "" if pd.isna(first["learning_rate"]) else f" {rate(first['learning_rate'])}"
-        found.append(Panel(f"{name}{at}: ECE {number(error)} of {total:,} answers to fold B in {counted(int(first['num_draws']), 'draw')}", figure))
+        found.append(
+            Panel(
+                f"{name}{at}: ECE {number(error)} of {total:,} answers to fold B; {first['num_used']} of {counted(int(first['num_planned']), 'draw')}", figure
+            )
+        )
     return found
 
 

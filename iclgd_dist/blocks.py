@@ -18,6 +18,8 @@ from iclgd_dist.protocol import Protocol
 from iclgd_dist.sources import ModelIdentity
 from iclgd_dist.tasks import Draw
 
+LAST = -1  # stands for the last step of each method
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -93,6 +95,12 @@ class Block:
 
     def steps(self, method: str, train_on: str = "true") -> list[int]:
         return sorted({cell.step for cell in self._trained(method, train_on) if cell.step is not None})
+
+    def point(self, cell: Cell) -> tuple[str, int, float | None]:
+        """Return (train_on, step, learning rate) in which cells of two methods must agree to be compared; at their methods' last steps these alone suffice."""
+        assert cell.step is not None
+        is_last = cell.step == max(self.steps(cell.method or "", cell.train_on))
+        return (cell.train_on, LAST, None) if is_last else (cell.train_on, cell.step, cell.learning_rate)
 
     def num_trained(self, method: str, step: int) -> int:
         """Return how many different demonstrations a method has seen at a step."""

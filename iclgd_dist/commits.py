@@ -30,9 +30,7 @@ from iclgd_dist.rows import Lane, Row, diverged_row, finetuned_rows, icl_row, ze
 from iclgd_dist.store import Store
 from iclgd_dist.trajectory import Trajectory
 
-# train_on, step, learning rate: cells of two methods are compared where they agree in it; at the largest step it holds no learning rate
-Point = tuple[str, int, float | None]
-
+Point = tuple[str, int, float | None]  # see Block.point
 
 TRACKED = ("nll_label", "balanced_accuracy", "sim_aou", "sim_am_delta", "update_ratio", "loss")
 WORST = 1e9  # what a diverged step is judged as: finite, as schedulers interpolate
@@ -59,8 +57,8 @@ class Committer:
         self.num_context_demonstrations = encoded.num_context_demonstrations
         self.cells = {(cell.train_on, cell.method, cell.learning_rate, cell.step, cell.kind): cell for cell in block.cells}
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned"]
-        self.last_step = max((cell.step for cell in finetuned if cell.step is not None), default=0)
-        self.to_come = Counter((self._point(cell), cell.method) for cell in finetuned)
+        self.points = {cell.key: block.point(cell) for cell in finetuned}
+        self.to_come = Counter((self.points[cell.key], cell.method) for cell in finetuned)
         self.held: dict[Point, dict[str, Held]] = {}  # by key: a cell that runs twice, after memory ran out, is held once
         self.figures: dict[str, dict[str, float]] = {}  # of the step committed last, where a tracker asks for them: method and learning rate -> figures
         self.judged: tuple[int, float] | None = None  # step and figure of the step committed last, where a scheduler asks for it
@@ -143,13 +141,9 @@ class Committer:
             self.judged = step, judged.sign * sum(values) / len(rows) if is_known else WORST
         return self._commit(rows, num_lanes=len(trajectory.learning_rates))
 
-    def _point(self, cell: Cell) -> Point:
-        assert cell.step is not None
-        return cell.train_on, cell.step, None if cell.step == self.last_step else cell.learning_rate
-
     def _pairs(self, baseline: Baseline, cell: Cell, capture: Capture) -> list[Row]:
         """Compare a cell with those of other methods at the same point, and keep its capture if more of them are to come."""
-        point = self._point(cell)
+        point = self.points[cell.key]
         others = self.held.setdefault(point, {})
         theirs = [held for held in others.values() if held.cell.method != cell.method]
         is_awaited = any(count > 0 for (other, method), count in self.to_come.items() if other == point and method != cell.method)
@@ -166,7 +160,7 @@ class Committer:
         return rows
 
     def _settle(self, cell: Cell) -> None:
-        point = self._point(cell)
+        point = self.points[cell.key]
         self.to_come[point, cell.method] -= 1
         if not any(count > 0 for (other, _), count in self.to_come.items() if other == point):
             self.held.pop(point, None)

@@ -76,12 +76,12 @@ class Sweep(Frozen):
     query_seed: Seed = 1
     steps: Annotated[tuple[Count, ...], Field(min_length=1)]
     controls: Controls = Controls()
-    measures: Measures = Measures()
     search: Search | None = None  # where `iclgd tune` looks for learning rates
     learning_rates: Rates = Field(default_factory=dict, validate_default=True)  # one list in the file holds for every method; may lack what [search] has
     per_task: dict[str, TaskAxes] = Field(default_factory=dict)  # [per_task.sst2] holds for that task alone
     protocol: Protocol = Protocol()
     protocols: tuple[Protocol, ...] = ()  # [[protocols]] instead of [protocol]: every cell under each of them
+    measures: Measures = Measures()
     analysis: Analysis = Analysis()
     resources: Resources = Resources()
     capture: Annotated[Capture, Field(validate_default=True)] = Capture()
@@ -230,9 +230,14 @@ class Sweep(Frozen):
     @field_validator("measures")
     @classmethod
     def _several_orders(cls, measures: Measures, info: ValidationInfo) -> Measures:
+        if not measures.orders:
+            return measures
         seeds = Counter(seed for seed, _ in info.data.get("runs", ()))
-        if measures.orders and {"runs", "orders"} <= info.data.keys() and info.data["orders"] < 2 and max(seeds.values(), default=1) < 2:
+        if {"runs", "orders"} <= info.data.keys() and info.data["orders"] < 2 and max(seeds.values(), default=1) < 2:
             raise At("measures.orders compares orders of the same seed, got one order for each; raise orders", "orders")
+        protocols = (*info.data.get("protocols", ()), *([] if info.data.get("protocols") else [info.data.get("protocol", Protocol())]))
+        if any(protocol.order_rule == "separate" for protocol in protocols):
+            raise At('measures.orders needs [protocol] order_rule = "shared": "separate" trains in another order than the context shows', "orders")
         return measures
 
     def of_each_protocol(self) -> tuple[Sweep, ...]:

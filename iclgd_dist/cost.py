@@ -124,11 +124,12 @@ def cost_of(
     states = 2.0  # captures that are made at once
     waiting = 0  # captures of other methods at the largest step that a method is compared with
     live = 0.0  # elements of deltas, gradients, autograd's graph and logits at once
+    rising = 0  # tokens whose states wait between layers, beside those of captures: of demonstrations, and of queries behind them
     for each in passes:
         num_lanes, steps, is_bottom_up, trained = each.num_lanes, each.steps, each.is_bottom_up, sizes.trained[each.weights]
         sequences = encoded.training_for(each.train_on).sequences
         updates = [[len(sequences[n]) for n in members(update, len(sequences), each.batch_size)] for update in range(max(steps))]
-        longest, tokens = max(map(sum, updates)), num_lanes * sum(map(sum, updates))
+        longest, tokens = max(len(batch) * max(batch) for batch in updates), num_lanes * sum(map(sum, updates))
         probed = num_lanes * len(steps)
         # Forward, gradients of the inputs, gradients of the deltas; logits forward and backward at every early exit.
         flops += tokens * (2 * body + 4 * sizes.layers * trained + 2 * (sizes.layers if is_bottom_up else 1) * head)
@@ -136,8 +137,10 @@ def cost_of(
         training += tokens
         reads += 0 if is_bottom_up else 2 * max(steps) + len(steps)  # forward and backward of each step, captures of each probe
         captured += probed * query_tokens
+        rising = rising + tokens if is_bottom_up else max(rising, tokens)
         if is_supervised:
             shown = query_tokens + len(encoded.context_ids)
+            rising = rising + probed * shown if is_bottom_up else max(rising, num_lanes * shown)
             flops += probed * (shown * (body + 2 * sizes.layers * trained) + label_rows * head)
             captured += probed * shown
         layers = 1 if is_bottom_up else sizes.layers
@@ -150,7 +153,8 @@ def cost_of(
     capture = num_queries * sizes.layers * (sizes.width + widest * sizes.width / 64)  # attention outputs, and scores at 64 channels a head
     # On disk: one layer, as it is stored and as it computes; captures and hidden states between layers rest there too.
     weights = sizes.layer_weights * (2 if is_on_disk else sizes.layers) + sizes.width * sizes.vocabulary
-    resting = 0.0 if is_on_disk else states * capture + (states - 2) * query_tokens * sizes.width
+    resting = 0.0 if is_on_disk else states * capture + ((states - 2) * query_tokens + rising) * sizes.width
+    resting += 12 * 2**22 if has_outputs else 0  # logits of some queries, in float64: outputs.MOST_LOGITS
     number = 8 if compute_dtype == "float64" else 4
     held = weights * (number if compute_dtype in ("float64", "float32") else 2) + number * (live + resting + waiting * capture) + 8 * 4 * capture
     kept = capture_bytes(encoded, config=config, compute_dtype=compute_dtype, has_outputs=has_outputs)

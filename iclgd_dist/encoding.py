@@ -49,7 +49,7 @@ class Encoded:
     same_order: bool  # context and training show the same demonstrations in the same order
     control_contexts: Mapping[str, Ids] = field(default_factory=dict)  # name -> whole context, sink included
     trainings: Mapping[str, Training] = field(default_factory=dict)  # train_on -> what finetuning sees then
-    blanks: tuple[Ids, ...] = ()  # prompts without content
+    blanks: tuple[Ids, ...] = ()  # prompts without content, none longer than the longest query
 
     @property
     def num_context_demonstrations(self) -> int:
@@ -116,8 +116,10 @@ def encode(draw: Draw, tokenizer: Any, *, protocol: Protocol, max_positions: int
         return Training(tuple(prefix_ids + prompt + label for prompt, label in found), first_loss, len(prefix_ids), num_fitting)
 
     prompts, label_ids = read[draw.label_words]
-    queries, blanks = tuple(prompts[query.prompt] for query in draw.queries), tuple(prompts[prompt] for prompt in draw.blanks)
-    room = _Room(protocol, max_positions, prefix_ids, separator_ids, max(map(len, queries + blanks), default=0) + max(map(len, label_ids)))
+    queries = tuple(prompts[query.prompt] for query in draw.queries)
+    longest = max(map(len, queries), default=0)
+    blanks = tuple(ids for ids in (prompts[prompt] for prompt in draw.blanks) if len(ids) <= longest)  # they must not take room from demonstrations
+    room = _Room(protocol, max_positions, prefix_ids, separator_ids, longest + max(map(len, label_ids)))
     named = f"task {draw.task!r}"
     shown = room.shown([prompt + label for prompt, label in parts(draw.demonstrations, draw.label_words)], named)
     training = training_on(draw.training)

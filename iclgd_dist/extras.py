@@ -136,7 +136,8 @@ def _row(name: str, metric: str, layer: int | None, fold: str, n: int | None, va
 
 
 def _contextual(baseline: Baseline, capture: Capture) -> list[Row]:
-    assert capture.blank_scores_KC is not None, "prompts without content were not read"
+    if capture.blank_scores_KC is None:  # none is as short as a query
+        return _accuracy_rows("calibration", capture.label_scores_QC * math.nan, baseline)
     log_QC = calibration.contextual_calibrated(capture.label_scores_QC, capture.blank_scores_KC)
     return _accuracy_rows("calibration", log_QC, baseline)
 

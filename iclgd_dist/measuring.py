@@ -47,7 +47,7 @@ class Missing:
     def of_block(self, block: Block, encoded: Encoded) -> dict[Cell, set[tuple[str, str]]]:
         """Return (kind, name) of the measures that the committed cells of a block lack; a pair is lacking at its second cell.
 
-        Cells of two methods are a pair where they agree in learning rate and step; at the largest step whatever their learning rates.
+        Cells of two methods are a pair where they agree in learning rate and step; at the last step of each whatever their learning rates.
         """
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned" and cell.key in self.done]
         wanted = {cell: {("metric", spec.version) for spec in block.metrics} for cell in finetuned}
@@ -60,11 +60,10 @@ class Missing:
         for cell in [*finetuned, *(cell for cell in block.cells if cell.kind == "icl" and cell.key in self.done)]:
             others = set(OF_CONTEXTS) if contexts and cell.kind == "finetuned" else set()
             wanted.setdefault(cell, set()).update(("control", name) for name in contexts | others)
-        last_step = max((cell.step for cell in block.cells if cell.step is not None), default=0)
+        points = {cell.key: block.point(cell) for cell in finetuned}
         for number, cell in enumerate(finetuned):
             for other in finetuned[:number]:
-                is_pair = other.method != cell.method and (other.train_on, other.step) == (cell.train_on, cell.step)
-                is_pair &= other.learning_rate == cell.learning_rate or cell.step == last_step
+                is_pair = other.method != cell.method and points[other.key] == points[cell.key]
                 if is_pair and (other.key, "pair", cell.key) not in self.known:
                     wanted[cell].add(("pair", other.key))
         return {

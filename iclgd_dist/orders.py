@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
 from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
@@ -29,42 +28,51 @@ from iclgd_dist.store import Results, Store
 METRICS = ("sim_aou", "sim_am_delta")
 
 
-def cross_orders(store: Store, results: Results, blocks: Sequence[Block]) -> int:
-    """Compare the kept captures of whole blocks that differ in order only, commit what is new, and return how many cells were measured.
+def cross_orders(store: Store, results: Results, blocks: Sequence[Block]) -> tuple[int, int]:
+    """Compare the kept captures of whole blocks that differ in order only, and commit what is new.
 
+    Returns how many cells were measured, and how many could not be for want of a capture: their own, zero-shot's or ICL's.
     Errors: StoreError for a capture that is damaged.
     """
-    missing, num_measured = Missing(results), 0
+    missing, num_measured, num_without = Missing(results), 0, 0
     groups: dict[tuple[str, int, int], list[Block]] = defaultdict(list)
     for block in blocks:
         groups[block.cells[0].key, block.num_demonstrations, block.seed].append(block)
     for group in groups.values():
-        lacking = {cell.key: block.order for block in group for cell in block.cells if cell.kind == "finetuned" and _lacks(cell.key, missing)}
-        if len(group) < 2 or not lacking:
-            continue
-        baselines = {block.order: found for block in group if (found := _baseline(store, results, missing, block)) is not None}
+        baselines: dict[int, Baseline | None] | None = None
         rows: list[dict[str, Any]] = []
-        for key, order in lacking.items():
-            capture = captures.recall(store, key, missing.kept[key]) if len(baselines) > 1 and order in baselines else None
-            if capture is not None:
-                rows += [{"key": key, **row} for row in order_rows(baselines, order, capture)]
-                num_measured += 1
+        for block in group:
+            shown = {block.order: block.draw.demonstrations}  # the first demonstrations may come out in the same order twice
+            for other in group:
+                if other.draw.demonstrations not in shown.values():
+                    shown[other.order] = other.draw.demonstrations
+            for cell in block.cells:
+                if cell.kind != "finetuned" or cell.key not in missing.done or len(shown) < 2:
+                    continue
+                lacking = [order for order in shown if (cell.key, "extra", f"order:{order}") not in missing.known]
+                if not lacking:
+                    continue
+                baselines = baselines or _baselines(store, results, missing, group)
+                there = {order: baseline for order in lacking if (baseline := baselines[order]) is not None}
+                capture = captures.recall(store, cell.key, missing.kept[cell.key]) if there and cell.key in missing.kept else None
+                num_without += capture is None or len(there) < len(lacking)
+                if capture is not None:
+                    rows += [{"key": cell.key, **row} for row in order_rows(there, capture)]
+                    num_measured += 1
         measured.commit(store.root, rows, reach=stores.fault_point)
-    return num_measured
+    return num_measured, num_without
 
 
-def _lacks(key: str, missing: Missing) -> bool:
-    return key in missing.done and key in missing.kept and (key, "extra", "orders") not in missing.known
-
-
-def _baseline(store: Store, results: Results, missing: Missing, block: Block) -> Baseline | None:
-    found: dict[str, Capture] = {}
-    for cell in block.cells:
-        if cell.kind != "finetuned" and cell.key in missing.kept and (capture := captures.recall(store, cell.key, missing.kept[cell.key])) is not None:
-            found[cell.kind] = capture
-    if found.keys() != {"zero_shot", "icl"}:
-        return None
-    return kept_baseline(block, found["zero_shot"], found["icl"], noise=_noise(results, block.cells[0].key))
+def _baselines(store: Store, results: Results, missing: Missing, group: Sequence[Block]) -> dict[int, Baseline | None]:
+    """Return the baseline of each order; None where a capture is missing."""
+    (zero_shot,) = {cell.key for block in group for cell in block.cells if cell.kind == "zero_shot"}
+    capture = captures.recall(store, zero_shot, missing.kept[zero_shot]) if zero_shot in missing.kept else None
+    noise, found = _noise(results, zero_shot), dict[int, Baseline | None]()
+    for block in group:
+        (key,) = [cell.key for cell in block.cells if cell.kind == "icl"]
+        icl = captures.recall(store, key, missing.kept[key]) if key in missing.kept else None
+        found[block.order] = None if capture is None or icl is None else kept_baseline(block, capture, icl, noise=noise)
+    return found
 
 
 def _noise(results: Results, zero_shot: str) -> NoiseFloor:
@@ -75,25 +83,17 @@ def _noise(results: Results, zero_shot: str) -> NoiseFloor:
     return NoiseFloor(*floors)
 
 
-def order_rows(baselines: Mapping[int, Baseline], order: int, finetuned: Capture) -> list[dict[str, Any]]:
-    """Return the similarity of a finetuned state with ICL in its own order, the mean over the other orders, and the first less the second (order_match)."""
-    found = {each: similarities_of(baseline, finetuned) for each, baseline in baselines.items()}
-    rows, baseline = [], baselines[order]
-    for metric in METRICS:
-        for fold, mask_Q in baseline.fold_masks.items():
-            of_order = {each: _over_layers(figures[metric], metric, mask_Q, baseline) for each, figures in found.items()}
-            others = torch.stack([value for each, value in of_order.items() if each != order])
-            values = {f"{metric}_same_order": of_order[order], f"{metric}_other_order": others.mean(), f"order_match_{metric}": of_order[order] - others.mean()}
-            for name, value in values.items():
-                is_defined = bool(value.isfinite())
-                n = int(mask_Q.sum()) if is_defined else 0
-                row: dict[str, Any] = {"kind": "extra", "name": "orders", "metric": name, "layer": None, "fold": fold, "n": n}
-                rows.append(row | {"mean": float(value) if is_defined else None, "sd": None})
+def order_rows(baselines: Mapping[int, Baseline], finetuned: Capture) -> list[dict[str, Any]]:
+    """Return the similarities of a finetuned state with ICL in each order: means over layers of means over queries."""
+    rows = []
+    for order, baseline in baselines.items():
+        figures = similarities_of(baseline, finetuned)
+        for metric in METRICS:
+            skips = metric == "sim_am_delta" and not baseline.counts_first_layer
+            values_LQ = figures[metric][1:] if skips else figures[metric]
+            for fold, mask_Q in baseline.fold_masks.items():
+                of_fold = values_LQ[:, mask_Q]
+                n = int(of_fold.isfinite().any(0).sum())
+                row: dict[str, Any] = {"kind": "extra", "name": f"order:{order}", "metric": metric, "layer": None, "fold": fold, "n": n}
+                rows.append(row | {"mean": float(of_fold.nanmean(1).nanmean()) if n else None, "sd": None})
     return rows
-
-
-def _over_layers(similarity_LQ: Tensor, metric: str, mask_Q: Tensor, baseline: Baseline) -> Tensor:
-    of_fold = similarity_LQ[:, mask_Q]
-    if metric == "sim_am_delta" and not baseline.counts_first_layer:
-        of_fold = of_fold[1:]
-    return of_fold.nanmean(1).nanmean()

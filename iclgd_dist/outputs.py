@@ -16,7 +16,7 @@ from torch import Tensor
 from iclgd_dist.head import Head
 
 TOP = 10
-MOST_LOGITS = 2**25  # that exist at once
+MOST_LOGITS = 2**22  # that exist at once, in float64 and some of them several times: 200 MB
 
 
 def compare_logits(in_context_QV: Tensor, finetuned_NQV: Tensor) -> dict[str, Tensor]:

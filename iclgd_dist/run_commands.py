@@ -128,8 +128,15 @@ def _cross_orders(sweep: Sweep, store: Store) -> None:
     from iclgd_dist.plan import make_plan
     from iclgd_dist.store import read_results
 
-    num_cells = cross_orders(store, read_results(store), make_plan(sweep).blocks)
+    num_cells, num_without = cross_orders(store, read_results(store), make_plan(sweep).blocks)
     console.print(f"{counted(num_cells, 'cell')} compared with ICL in the other orders, from kept captures", highlight=False)
+    if num_without:
+        console.print(
+            f"{counted(num_without, 'cell')} not, for want of a capture: cells that were committed before [capture] keep was set, or whose captures were "
+            "deleted, have none; `iclgd forget` sets them aside so that they run again",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def tune(

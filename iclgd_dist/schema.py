@@ -188,7 +188,7 @@ OUTCOME: list[Column] = [
     ("update_norm", f64, "mean over layers of mean_q |u_FT|"),
     ("delta_norm", f64, "Frobenius norm of everything training added"),
     ("gradient_norm", f64, "L2 norm of the whole gradient of the last update"),
-    ("loss", f64, "training loss of the last update's demonstration, before that update; sum over layers for layer-causal methods [nats per token]"),
+    ("loss", f64, "training loss of the last update's demonstrations, before that update; sum over layers for layer-causal methods [nats per token]"),
     ("num_queries_left_out", i64, "queries skipped in the draw because they do not fit the model's context"),
 ]
 
@@ -253,14 +253,9 @@ EXTRAS = {
         "learnability": "share of queries whose k-means cluster (10) most of their 5 nearest neighbours have, of the attention output; all kinds [0..1]",
         "intrinsic_dimension": "TwoNN, of the attention output; all kinds",
     },
-    "orders": {
-        f"{name}": f"{said} [-1..1]"
+    "order:<order>": {
+        metric: f"{metric} with ICL in this order of the seed's demonstrations, mean over layers of the mean over queries; from kept captures [-1..1]"
         for metric in ("sim_aou", "sim_am_delta")
-        for name, said in (
-            (f"{metric}_same_order", f"{metric} with ICL in the order trained on, mean over layers of the mean over queries; from kept captures"),
-            (f"{metric}_other_order", f"{metric} with ICL in each other order of the seed, mean over orders"),
-            (f"order_match_{metric}", "the first less the second: above 0 where finetuning in an order is closest to ICL in that order"),
-        )
     },
     "supervised_icl": {f"{name}": f"{name} of the finetuned model with the demonstrations in the prompt" for name in CALIBRATED},
 }

@@ -18,13 +18,14 @@ TOP = 8  # directions of a subspace, unless there are fewer
 def squared_singular_values(matrix: Tensor) -> Tensor:
     """Return the squared singular values (..., S) of matrices (..., m, n) in descending order, from the smaller of their two Gram matrices.
 
-    Those below 1e-15 of the largest are lost in rounding, and are 0. A matrix that is not finite has none: NaN.
+    Those below 1e-13 of the largest are lost in rounding, and are 0. A matrix that is not finite has none: NaN.
     """
     matrix = matrix.double()
     small = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     gram = small @ small.mT
     is_finite = gram.isfinite().flatten(-2).all(-1)[..., None]
-    squares = torch.linalg.eigvalsh(torch.where(is_finite[..., None], gram, 0.0)).flip(-1).clamp_min(0.0)
+    squares = torch.linalg.eigvalsh(torch.where(is_finite[..., None], gram, 0.0)).flip(-1)
+    squares = torch.where(squares > 1e-13 * squares[..., :1], squares, 0.0)
     return torch.where(is_finite, squares, math.nan)
 
 

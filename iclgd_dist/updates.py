@@ -45,7 +45,8 @@ class Probe:
     deltas: Deltas
     loss_SN: Tensor  # before each update so far [nats per token]
     gradient_norm_SNL: Tensor  # of each update so far; L = 1 for a single layer; 0 where nothing learns
-    # layer -> per update so far, the query projections (N, T, W) of the training tokens before that update; without them no attention is ranked.
+    # layer -> per update of a pass, as it was done last, the query projections (lanes x sequences, T, W) of the training tokens before it; without them no
+    # attention is ranked.
     queries: Mapping[int, Sequence[Tensor]] = field(default_factory=dict)
 
 
@@ -132,9 +133,9 @@ class Lanes:
         self.losses.append(loss_N)
         self.norms.append(norm_NL)
 
-    def probe(self, step: int, queries: Mapping[int, Sequence[Tensor]]) -> Probe:
+    def probe(self, step: int, queries: Mapping[int, Mapping[int, Tensor]]) -> Probe:
         copies = {name: delta.of([t.detach().clone() for t in delta.tensors()]) for layer in self.deltas for name, delta in layer.items()}
-        return Probe(step, copies, torch.stack(self.losses), torch.stack(self.norms), {layer: list(recorded) for layer, recorded in queries.items()})
+        return Probe(step, copies, torch.stack(self.losses), torch.stack(self.norms), {layer: list(recorded.values()) for layer, recorded in queries.items()})
 
 
 def sgd(gradient: Tensor, state: dict[str, Any]) -> Tensor:
@@ -205,12 +206,12 @@ class Vanilla(GradientDescent):
         self, lm: LanguageModel, demonstrations: Sequence[TrainingSequence], learning_rates: Sequence[float], *, steps: Sequence[int], seed: int = 0
     ) -> Iterator[Probe]:
         lanes = self.lanes(lm, range(lm.num_layers), learning_rates, seed)
-        queries: dict[int, list[Tensor]] = {index: [] for index in range(lm.num_layers)}
+        queries: dict[int, dict[int, Tensor]] = {index: {} for index in range(lm.num_layers)}
         inputs = LaneInputs(lm, demonstrations, len(learning_rates), num_updates=max(steps), batch_size=self.batch_size)
         for step, (batch, replay) in enumerate(zip(inputs.batches, inputs.replays, strict=True), 1):
             entered: list[Tensor] = []  # what enters each layer, where it has to be run again for its gradient
             for index in range(lm.num_layers):
-                with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]), _keeping_queries(lm, index, queries[index]):
+                with lm.resident(index) as layer, attached(lm, index, lanes.deltas[index]), _keeping_queries(lm, index, queries[index], inputs.place(step)):
                     if lm.is_offloaded:
                         entered.append(replay.hidden_BTD)
                     with torch.set_grad_enabled(not lm.is_offloaded):
@@ -255,8 +256,16 @@ class LaneInputs:
         num = len(demonstrations)
         updates = range(num if num_updates is None else num_updates)
         self.batches = [[demonstrations[n] for n in members(update, num, batch_size)] for update in updates]
+        self.num_of_a_pass = -(-num // batch_size)
         # Right padding needs no mask: no real token sees what follows it.
-        self.replays = [Replay(lm, pad_sequence([each.ids_T for each in batch], batch_first=True).repeat(num_lanes, 1)) for batch in self.batches]
+        first = [
+            Replay(lm, pad_sequence([each.ids_T for each in batch], batch_first=True).repeat(num_lanes, 1)) for batch in self.batches[: self.num_of_a_pass]
+        ]
+        self.replays = [first[n] if n < len(first) else first[n % len(first)].again() for n in range(len(self.batches))]
+
+    def place(self, step: int) -> int:
+        """Return the place in its pass of the update that leads to a step."""
+        return (step - 1) % self.num_of_a_pass
 
 
 @dataclass
@@ -286,9 +295,13 @@ class LayerCausal(GradientDescent):
     ) -> Iterator[Probe]:
         """Run layer `index` through its whole trajectory and move `inputs` up: step s sees the states that the layers below made at step s."""
         lanes = self.lanes(lm, [index], learning_rates, seed)
-        queries: dict[int, list[Tensor]] = {index: []}
+        queries: dict[int, dict[int, Tensor]] = {index: {}}
         for step, (batch, replay) in enumerate(zip(inputs.batches, inputs.replays, strict=True), 1):
-            with attached(lm, index, lanes.deltas[0]), self.exit_states(lm, index, replay) as read, _keeping_queries(lm, index, queries[index]):
+            with (
+                attached(lm, index, lanes.deltas[0]),
+                self.exit_states(lm, index, replay) as read,
+                _keeping_queries(lm, index, queries[index], inputs.place(step)),
+            ):
                 replay.climb(layer, index)  # with the deltas before this step's update, as all layers of one model would
             if lanes.tensors:
                 lanes.update(_losses(lm, read(), batch))
@@ -352,6 +365,8 @@ def make_method(spec: MethodSpec) -> Method:
         method = own_code.made(spec)
         if not callable(getattr(method, "train", None)):
             raise SweepError(f"{spec.name}: {spec.code} must have a method `train`, as Vanilla has; got {type(method).__name__}")
+        if (size := getattr(method, "batch_size", 1)) != 1:  # what it is compared with would be another context
+            raise SweepError(f"{spec.name}: batch_size of code of one's own must be 1, got {size!r}; it is an option of [[method]] with base = ...")
         method.name = spec.name
         return method  # type: ignore[no-any-return]
     assert spec.base is not None
@@ -364,8 +379,8 @@ METHODS: Mapping[str, Method] = {name: make_method(spec) for name, spec in BUILT
 
 
 @contextlib.contextmanager
-def _keeping_queries(lm: LanguageModel, index: int, kept: list[Tensor]) -> Iterator[None]:
-    with recording_queries(lm, index, lambda query_BTHd: kept.append(query_BTHd.detach().flatten(2))):
+def _keeping_queries(lm: LanguageModel, index: int, kept: dict[int, Tensor], place: int) -> Iterator[None]:
+    with recording_queries(lm, index, lambda query_BTHd: kept.update({place: query_BTHd.detach().flatten(2)})):
         yield
 
 

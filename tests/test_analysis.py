@@ -331,14 +331,18 @@ def test_the_page_asks_nothing_of_a_network(page: str) -> None:
 def test_the_figures_data_stands_beside_the_page(tmp_path: Path) -> None:
     page = write_report(make_store(tmp_path / "store", make_rows()))
     assert page == tmp_path / "store" / "report.html"
-    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == sorted([*FIGURES, "accuracy.csv", "paper_tables.csv", "reliability.csv", "verdict.csv"])
+    assert sorted(p.name for p in (page.parent / "figures").iterdir()) == sorted(
+        [*FIGURES, "accuracy.csv", "paper_tables.csv", "reliability.csv", "verdict.csv"]
+    )
     lines = list(csv.DictReader((page.parent / "figures" / "heatmap.csv").open()))
     assert {line["state"] for line in lines if line["learning_rate"] == "0.1" and line["step"] == "4.0"} == {"diverged"}
     assert {line["task"] for line in lines} == {"trec"}
     ratios = list(csv.DictReader((page.parent / "figures" / "ratio.csv").open()))
     assert all(bool(line["random_state"]) == (bool(line["value"]) and line["metric"] in ("sim_aou", "sim_aou_norm")) for line in ratios)
     elsewhere = iclgd_analysis.write_report(tmp_path / "store", tmp_path / "out" / "page.html")
-    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == sorted([*FIGURES, "accuracy.csv", "page.html", "paper_tables.csv", "reliability.csv", "verdict.csv"])
+    assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == sorted(
+        [*FIGURES, "accuracy.csv", "page.html", "paper_tables.csv", "reliability.csv", "verdict.csv"]
+    )
 
 
 def test_diverged_and_undefined_cells_of_a_heat_map_are_not_drawn_as_zero(page: str) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from iclgd_analysis import alpha
+from iclgd_analysis.load import load
 
 from iclgd_dist.block import run_block
 from iclgd_dist.config import SweepError, load_sweep
+from iclgd_dist.encoding import encode
 from iclgd_dist.extensions import BUILTIN, MethodSpec
+from iclgd_dist.measuring import Missing
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.plan import count_cells, make_plan
 from iclgd_dist.protocol import Protocol
@@ -120,6 +124,43 @@ def test_a_block_of_varied_methods_compares_them_with_what_they_saw(sweep_file: 
         assert row["kendall_tokens"] is not None or num_seen < 4, (method, step)
     assert rows["batched", 0.05, 2]["loss"] != rows["vanilla", 0.05, 2]["loss"]
     assert '"batch_size": 2' in rows["batched", 0.05, 2]["method_options"]
+
+
+def test_methods_of_different_lengths_are_compared_at_their_own_last_steps(sweep_file: Path, tmp_path: Path) -> None:
+    path = changed(sweep_file, VARIED)
+    text = path.read_text().replace("steps = [2, 4]", 'steps = [2, 4, 8]\nmethods = ["vanilla", "layer_causal", "twice"]')
+    path.write_text(text.replace("layer_causal = [0.003, 0.05]", "layer_causal = [0.003]\ntwice = [0.05]"))
+    (block,) = make_plan(load_sweep(path)).blocks
+    store = Store(tmp_path / "store")
+    store.prepare()
+    run_block(lm_for(block), block, store)
+    results = read_results(store)
+    cells = {row["key"]: (row["method"], row["learning_rate"], row["step"]) for row in results.cells.to_pylist()}
+    pairs = {frozenset((cells[row["cell_a"]], cells[row["cell_b"]])) for row in results.pairs.to_pylist()}
+    assert frozenset({("vanilla", 0.05, 4), ("layer_causal", 0.003, 4)}) in pairs, "what they had without the longer method"
+    assert frozenset({("vanilla", 0.003, 4), ("twice", 0.05, 8)}) in pairs
+    assert Missing(results).to_train(block, encode(block.draw, lm_for(block).tokenizer, protocol=block.protocol, max_positions=512)) == ()
+    (setting,) = load(str(store.root)).settings()
+    assert [setting.last_step_of(method) for method in ("vanilla", "layer_causal", "twice")] == [4, 4, 8]
+    assert setting.last_step == "8 (vanilla: 4, layer_causal: 4)"
+    rows = alpha.data(load(str(store.root)), setting)
+    at = rows[(rows["method"] == "layer_causal") & (rows["place"] == alpha.SELECTED)]
+    assert at["num_used"].tolist() == [1]
+
+
+def test_queries_are_kept_once_for_each_demonstration_however_many_passes() -> None:
+    probe = trained(tiny("llama"), "vanilla", [12], [0.1], epochs=3)[12]
+    assert {len(recorded) for recorded in probe.queries.values()} == {5}
+    again = trained(tiny("llama"), "vanilla", [7], [0.1], epochs=3)[7]
+    alone = trained(tiny("llama"), "vanilla", [5], [0.1])[5]
+    assert not torch.equal(again.queries[1][1], alone.queries[1][1]) and torch.equal(again.queries[1][2], alone.queries[1][2]), "as it was trained on last"
+
+
+def test_code_of_ones_own_has_batches_of_one(tmp_path: Path) -> None:
+    text = "from iclgd_dist.updates import Vanilla\nclass Mine(Vanilla):\n    pass\n"
+    spec = MethodSpec(name="mine", code="mine.py:Mine", options={"batch_size": 4}, text=text)
+    with pytest.raises(SweepError, match=r"mine: batch_size of code of one's own must be 1, got 4; it is an option of \[\[method\]\] with base"):
+        make_method(spec)
 
 
 def test_steps_beyond_every_methods_updates_are_refused(sweep_file: Path) -> None:

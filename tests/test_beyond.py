@@ -152,15 +152,20 @@ def test_figures_of_the_whole_model_and_of_layers_are_means_of_the_stored_ones(w
     rows = extras.data(whole.frames, whole.setting)
     at = rows[(rows["method"] == "vanilla") & (rows["choice"] == "nearest R*")].set_index("metric")
     keys = [row["key"] for row in whole.clean(method="vanilla", learning_rate=at["learning_rate"].iloc[0])]
-    for metric, group in (("kl_output", "outputs"), ("order_match_sim_aou", "orders")):
-        stored = {r["cell"]: r["mean"] for r in whole.extras if (r["group"], r["metric"], r["fold"]) == (group, metric, "all") and r["cell"] in keys}
-        assert at["mean"][metric] == pytest.approx(np.mean(list(stored.values()))) and at["num_used"][metric] == 4
+    stored = [r["mean"] for r in whole.extras if (r["group"], r["metric"], r["fold"]) == ("outputs", "kl_output", "all") and r["cell"] in keys]
+    assert at["mean"]["kl_output"] == pytest.approx(np.mean(stored)) and at["num_used"]["kl_output"] == 4
+    matches = []
+    for row in whole.clean(method="vanilla", learning_rate=at["learning_rate"].iloc[0]):
+        of_order = {r["group"]: r["mean"] for r in whole.extras if (r["cell"], r["metric"], r["fold"]) == (row["key"], "sim_aou", "all")}
+        matches.append(of_order[f"order:{row['order']}"] - of_order[f"order:{1 - row['order']}"])
+    assert at["mean"]["order_match of sim_aou"] == pytest.approx(np.mean(matches)) and at["num_used"]["order_match of sim_aou"] == 4
     assert [grid.title.split(":")[0] for grid in extras.grids(whole.setting, rows)] == ["Next tokens beside ICL's", "Orders crossed"]
     layers = extra_profiles.data(whole.frames, whole.setting)
     one = layers[(layers["metric"] == "intrinsic_dimension") & (layers["method"] == "icl") & (layers["layer"] == 1)]
     keys = [row["key"] for row in whole.clean(kind="icl")]
     stored = [r["mean"] for r in whole.extras if r["metric"] == "intrinsic_dimension" and r["layer"] == 1 and r["cell"] in keys]
     assert one["value"].tolist() == pytest.approx([np.mean(stored)]) and one["num_used"].tolist() == [4]
+    assert set(layers.loc[layers["metric"] == "intrinsic_dimension", "method"]) == {"zero_shot", "icl", "vanilla", "layer_causal"}
     assert len(extra_profiles.panels(whole.setting, layers)) == len(extra_profiles.SHOWN)
 
 

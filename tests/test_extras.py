@@ -197,6 +197,15 @@ def test_supervised_icl_is_the_trained_model_with_the_demonstrations(ran: Ran, m
     assert abs(ours["nll_label", None] - log_loss(ran.gold, plain_icl, labels=[0, 1])) > 1e-4
 
 
+def test_a_prompt_without_content_takes_no_room_from_demonstrations(ran: Ran) -> None:
+    draw, tokenizer = ran.block.draw, ran.lm.tokenizer
+    short = replace(draw, queries=tuple(replace(query, prompt="?") for query in draw.queries))
+    limit = encode(replace(short, blanks=()), tokenizer, protocol=ran.block.protocol, max_positions=512)
+    needed = len(limit.context_ids) + 1 + max(map(len, limit.label_ids))
+    found = encode(short, tokenizer, protocol=ran.block.protocol, max_positions=needed)
+    assert found.blanks == () and found.demonstrations == limit.demonstrations
+
+
 def test_the_plan_knows_the_size_of_a_kept_capture(ran: Ran) -> None:
     (file,) = Path(str(ran.store.root), "captures").glob(f"{ran.cell('icl')['key']}*")
     assert 0 < file.stat().st_size - ran.block.cost.capture_bytes < 1000

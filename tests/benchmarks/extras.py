@@ -64,7 +64,8 @@ def run(arguments: list[str]) -> dict[str, Any]:
             store = Store(Path(name) / f"{way}-{repeat}")
             store.prepare()
             start = time.perf_counter()
-            run_block(lm, replace(block, measured=measured), store)
+            draw = replace(block.draw, blanks=block.draw.blanks if measured.calibration else ())
+            run_block(lm, replace(block, measured=measured, draw=draw), store)
             spent = time.perf_counter() - start
             if repeat:
                 seconds[way].append(spent)
