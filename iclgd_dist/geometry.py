@@ -51,11 +51,12 @@ def _far_apart(values_QD: Tensor, count: int) -> list[int]:
 def learnability(values_QD: Tensor, *, num_clusters: int = NUM_CLUSTERS, num_neighbours: int = NUM_NEIGHBOURS) -> float:
     """Return the share of vectors whose k-means cluster most of their nearest neighbours have: 1 = clusters that any learner finds.
 
-    A vector is not its own neighbour; of clusters with as many votes the lowest wins. NaN of fewer vectors than neighbours + 1.
+    A vector is not its own neighbour; of clusters with as many votes the lowest wins. NaN of fewer vectors than neighbours + 1, or than two for each
+    cluster: most would be a cluster of their own.
     Units: [0..1]; chance is the sum of the clusters' squared shares.
     Source: the learnability of representations of arXiv 2206.01251, with k-nearest neighbours as the learner.
     """
-    if len(values_QD) <= num_neighbours:
+    if len(values_QD) < max(num_neighbours + 1, 2 * num_clusters):
         return math.nan
     labels_Q = kmeans(values_QD, num_clusters)
     distances_QQ = squared_distances(values_QD, values_QD).fill_diagonal_(math.inf)

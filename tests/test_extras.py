@@ -33,7 +33,7 @@ CAPTURE = '[capture]\nkeep = "all"\n'
 
 
 def changed(path: Path, more: str = MEASURES + CAPTURE) -> Path:
-    text = path.read_text().replace("seeds = [1, 2]", "seeds = [1]").replace("num_queries = 8", "num_queries = 16")
+    text = path.read_text().replace("seeds = [1, 2]", "seeds = [1]").replace("num_queries = 8", "num_queries = 20")
     path.write_text(text.replace('source = "model"', 'source = "model"\ncompute_dtype = "float64"') + more)
     return path
 
