@@ -33,7 +33,7 @@ def data(frames: Frames) -> pd.DataFrame:
         kind, _, form = setting.named["task"].rpartition("_")
         if kind not in KINDS or form not in ("pattern", "plain") or setting.train_on != "true":
             continue
-        place = "|".join(setting.first[[name for name in SETTING if name not in ("task", "num_demonstrations", "num_queries")]].astype(str))
+        place = "|".join(map(str, setting.first[[name for name in SETTING if name not in ("task", "num_demonstrations", "num_queries")]]))
         for method in ("zero_shot", "icl", *setting.methods):
             found, planned = _estimate(frames, setting, method)
             k = 0 if method == "zero_shot" else setting.named["k"]
