@@ -17,7 +17,7 @@ from .text import BASELINES, counted, number, rate
 TITLE = "Reliability"
 NOTE = (
     "Queries of fold B of all draws, in 10 bins by the probability of the predicted label: its mean against the share that is right, a point's area as the number of "
-    "queries. On the dashed line what is said holds; below it the model is surer than it should be. ECE: mean distance from the line, weighted by queries. Methods "
+    "queries. On the dashed line what is said holds; below it the model is surer than it should be. Pooled ECE: mean distance from the line, weighted by queries; the table has the mean over draws of each draw's own. Methods "
     "at the learning rate selected on fold A, at the largest step."
 )
 
@@ -63,21 +63,22 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
         sizes = [6 + 30 * math.sqrt(count / total) for count in part["num_queries"]]
         marks = {"size": sizes, "color": shade, "opacity": 0.85}
         points = {"type": "scatter", "mode": "lines+markers", "x": part["confidence"].tolist(), "y": part["accuracy"].tolist(), "name": safe(name)}
-        line = {"x0": 0, "y0": 0, "x1": 1, "y1": 1, "line": {"color": GREY, "width": 1, "dash": "dash"}}
-        axis = {"range": [0, 1.04], "title": {"text": "probability of the predicted label", "standoff": 4}}
+        line = {"type": "line", "x0": 0, "y0": 0, "x1": 1, "y1": 1, "line": {"color": GREY, "width": 1, "dash": "dash"}}
+        axis = {"range": [0, 1.08], "title": {"text": "probability of the predicted label", "standoff": 4}}
         figure = drawing(
             [{**points, "hovertext": text, "hoverinfo": "text", "marker": marks, "line": {"color": shade, "width": 1}}],
             height=280,
             bottom=44,
             xaxis=axis,
-            yaxis={"range": [-0.04, 1.04], "title": {"text": "share right", "standoff": 4}},
+            yaxis={"range": [-0.08, 1.08], "title": {"text": "share right", "standoff": 4}},
             shapes=[line],
             showlegend=False,
         )
         at = "" if pd.isna(first["learning_rate"]) else f" {rate(first['learning_rate'])}"
         found.append(
             Panel(
-                f"{name}{at}: ECE {number(error)} of {total:,} answers to fold B; {first['num_used']} of {counted(int(first['num_planned']), 'draw')}", figure
+                f"{name}{at}: pooled ECE {number(error)} of {total:,} answers to fold B; {first['num_used']} of {counted(int(first['num_planned']), 'draw')}",
+                figure,
             )
         )
     return found
