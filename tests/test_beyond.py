@@ -21,6 +21,7 @@ from iclgd_dist.config import load_sweep
 from iclgd_dist.orders import cross_orders
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
+from tests.test_analysis import make_rows, make_store
 from tests.test_block import lm_for
 from tests.test_extras import CAPTURE, MEASURES
 
@@ -192,3 +193,14 @@ def test_the_page_holds_them(whole: Whole, tmp_path: Path) -> None:
         assert title in page, title
     written = {path.stem for path in (tmp_path / "figures").glob("*.csv")}
     assert {"calibration", "reliability", "ensembles", "order_sensitivity", "extras", "extra_profiles"} <= written
+
+
+def test_a_pair_of_generated_tasks_stands_in_one_table_with_both_accuracies(tmp_path: Path) -> None:
+    frames = load(make_store(tmp_path, make_rows(tasks=("cities_pattern", "cities_plain"), seeds=(1, 2))))
+    rows = pattern_pairs.data(frames)
+    cells = frames.cells[frames.cells["kind"] == "icl"].groupby("task")["balanced_accuracy"].mean()
+    of_icl = rows[rows["method"] == "icl"].set_index("form")
+    assert of_icl["mean"]["pattern"] == pytest.approx(cells["cities_pattern"]) and of_icl["mean"]["plain"] == pytest.approx(cells["cities_plain"])
+    assert set(rows.loc[rows["method"] == "zero_shot", "k"]) == {0}
+    (grid,) = pattern_pairs.grids(rows)
+    assert len(grid.rows) == 4 and all(len(line) == len(grid.headers) and line[-1] for line in grid.rows)
