@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,11 +61,24 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sweep_file(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a sweep file on the tiny model and a file of fruit, in a folder of its own; the model cache lies there too."""
+    monkeypatch.setenv("ICLGD_CACHE", str(tmp_path / "cache"))
+    return save_sweep(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def shared_sweep_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """Yield such a sweep file for all tests of a module."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ICLGD_CACHE", str(folder / "cache"))
+        yield save_sweep(folder, tiny_model)
+
+
+def save_sweep(folder: Path, model: Path) -> Path:
     from tests.tiny import save_fruit
 
-    monkeypatch.setenv("ICLGD_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "model").symlink_to(tiny_model)
-    save_fruit(tmp_path / "fruit.csv")
-    path = tmp_path / "tiny.toml"
+    (folder / "model").symlink_to(model)
+    save_fruit(folder / "fruit.csv")
+    path = folder / "tiny.toml"
     path.write_text(SWEEP.format(more=""))
     return path

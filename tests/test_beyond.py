@@ -62,15 +62,8 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Whole:
-    from tests.conftest import SWEEP
-    from tests.tiny import save_fruit
-
-    folder = tmp_path_factory.mktemp("beyond")
-    (folder / "model").symlink_to(tiny_model)
-    save_fruit(folder / "fruit.csv")
-    (folder / "tiny.toml").write_text(SWEEP.format(more=""))
-    return Whole(folder / "tiny.toml")
+def whole(shared_sweep_file: Path) -> Whole:
+    return Whole(shared_sweep_file)
 
 
 def error(said: np.ndarray, gold: np.ndarray) -> float:

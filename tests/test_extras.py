@@ -90,15 +90,8 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Ran:
-    from tests.conftest import SWEEP
-    from tests.tiny import save_fruit
-
-    folder = tmp_path_factory.mktemp("extras")
-    (folder / "model").symlink_to(tiny_model)
-    save_fruit(folder / "fruit.csv")
-    (folder / "tiny.toml").write_text(SWEEP.format(more=""))
-    return Ran(changed(folder / "tiny.toml"), Store(folder / "store"))
+def ran(shared_sweep_file: Path) -> Ran:
+    return Ran(changed(shared_sweep_file), Store(shared_sweep_file.with_name("store")))
 
 
 FINETUNED = [("vanilla", 0.05, 4), ("layer_causal", 0.003, 2)]
