@@ -18,7 +18,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from .load import Frames
-from .panels import GREY, OTHERS, colour, safe
+from .panels import colour, safe
 from .setting import Setting
 from .text import BASELINES, counted
 
@@ -26,7 +26,6 @@ FIGURES = ("balanced_accuracy", "accuracy", "nll_label", "sim_aou", "sim_aou_nor
 LAYERED = ("sim_aou", "sim_am_delta", "update_ratio")
 PREDICTED = ("prediction", "nll_label", "sim_aou")
 MAX_NUMBERS = 12_000_000  # of layers and queries on the page, some 20 MB; of larger stores the cells of the largest steps
-BASELINE_COLOURS = {"zero_shot": GREY, "icl": OTHERS[2]}
 _KEPT_BITS = np.uint32(0xFFFFFC00)  # of a float32: four digits, and half the bytes after compression
 
 
@@ -57,10 +56,7 @@ def data(frames: Frames, settings: Sequence[Setting]) -> dict[str, Any]:
     columns |= {"setting": cells["setting"].tolist(), "method": [methods.index(name) for name in cells["method"].fillna(cells["kind"])]}
     columns |= {"seed": _numbers(cells["replicate"]), "draw": cells["draw"].tolist(), "key": cells["key"].str[:16].tolist(), "place": places}
     columns |= {name: flags.astype(int).tolist() for name, flags in (("collapsed", cells["collapsed"]), ("diverged", cells["status"] == "diverged"))}
-    named = [
-        {"name": BASELINES.get(method, method), "safe": safe(BASELINES.get(method, method)), "colour": BASELINE_COLOURS.get(method) or colour(method)}
-        for method in methods
-    ]
+    named = [{"name": BASELINES.get(method, method), "safe": safe(BASELINES.get(method, method)), "colour": colour(method)} for method in methods]
     page = {"settings": described, "methods": named, "columns": columns, "figures": FIGURES, "layered": LAYERED, "predicted": PREDICTED}
     return {"json": Markup(_safe(page)), "packed": packed, "note": _note(frames, len(finished) - len(detailed))}
 

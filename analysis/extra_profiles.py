@@ -6,7 +6,7 @@ import pandas as pd
 
 from .calibration import State, states
 from .load import Frames
-from .panels import GREY, OTHERS, Panel, colour, drawing, safe
+from .panels import Panel, colour, drawing, safe
 from .setting import Setting
 from .text import BASELINES, counted, number
 
@@ -61,7 +61,7 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
             continue
         lines, named = [], []
         for method, line in part.groupby("method", sort=False):
-            shade = {"zero_shot": GREY, "icl": OTHERS[2]}.get(str(method)) or colour(str(method))
+            shade = colour(str(method))
             used = sorted({int(line["num_used"].min()), int(line["num_used"].max())})
             of = f"{' to '.join(map(str, used))} of {counted(int(line['num_planned'].iloc[0]), 'draw')}"
             named.append(f"{line['title'].iloc[0]} {number(line['value'].mean(), 2)} ({of})")

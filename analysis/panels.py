@@ -9,9 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 # Okabe and Ito: told apart with any colour vision.
-COLOURS = {"vanilla": "#0072B2", "layer_causal": "#D55E00", "layer_causal_attn": "#009E73"}
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#8a8a8a"
+COLOURS = {"vanilla": "#0072B2", "layer_causal": "#D55E00", "layer_causal_attn": "#009E73", "zero_shot": GREY, "icl": OTHERS[2]}
 LINE, CLEAR = "rgba(128,128,128,0.35)", "rgba(0,0,0,0)"
 AXIS = {"gridcolor": LINE, "linecolor": LINE, "zerolinecolor": GREY, "automargin": True, "tickfont": {"size": 10}}
 LEGEND = {"orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}

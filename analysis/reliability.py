@@ -10,7 +10,7 @@ import pandas as pd
 
 from .calibration import FOLD, NUM_BINS, bin_of, states
 from .load import Frames
-from .panels import GREY, OTHERS, Panel, colour, drawing, safe
+from .panels import GREY, Panel, colour, drawing, safe
 from .setting import Setting
 from .text import BASELINES, counted, number, rate
 
@@ -55,7 +55,7 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
         first, total = part.iloc[0], part["num_queries"].sum()
         error = ((part["confidence"] - part["accuracy"]).abs() * part["num_queries"]).sum() / total
         name = BASELINES.get(str(method), str(method))
-        shade = {"zero_shot": GREY, "icl": OTHERS[2]}.get(str(method)) or colour(str(method))
+        shade = colour(str(method))
         text = [
             f"said {number(row.confidence)}, right {number(row.accuracy)}<br>{counted(row.num_queries, 'query') if row.num_queries == 1 else f'{row.num_queries:,} queries'}"
             for row in part.itertuples()
