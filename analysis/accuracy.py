@@ -85,7 +85,7 @@ def _line(frames: Frames, setting: Setting, method: str) -> tuple[dict[str, Any]
         terms = {fold: part for fold, (_, part) in picked.items()}
         found = {metric: crossfit(frames, terms, metric) if terms else Estimate() for metric in ACCURACIES}
         cells = setting.finetuned[setting.finetuned["key"].isin([key for part in terms.values() for key in part["key"]])]
-    columns: dict[str, Any] = {"num_planned": max(1, cells["draw"].nunique()) if method == "zero_shot" else setting.num_draws}
+    columns: dict[str, Any] = {"num_planned": setting.num_planned(method)}
     columns |= {f"selected_on_{on}": picked[reports][0].learning_rate if picked else math.nan for on, reports in (("A", "B"), ("B", "A"))}
     columns |= {"num_edges": int(any(one.is_edge for one, _ in picked.values())), "num_cells": len(cells)}
     return columns | {"num_collapsed": int(cells["collapsed"].sum()), "num_diverged": int((cells["status"] == "diverged").sum())}, found

@@ -75,7 +75,10 @@ def _selected(frames: Frames, setting: Setting, method: str, by_fold: Mapping[st
         figures[fold] = pd.Series(
             {key: by_fold[fold].get((key, partner.get(draw, "")), math.nan) for key, draw in zip(terms["key"], terms["draw"], strict=True)}
         )
-    rates = [" or ".join(rate(one) for one in sorted({picked.learning_rate for picked, _ in of.values()})) for of in (ours, theirs)]
+    rates = []
+    for of in (ours, theirs):
+        text = " or ".join(rate(one) for one in sorted({picked.learning_rate for picked, _ in of.values()}))
+        rates.append(text + (" (edge of the grid: extend the grid)" if any(picked.is_edge for picked, _ in of.values()) else ""))
     return crossfit(frames, {fold: terms for fold, (_, terms) in ours.items()}, METRIC, figures=figures), " and ".join(rates)
 
 

@@ -70,7 +70,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     own = frames.extras[frames.extras["group"].isin(set(GROUPS.values())) & frames.extras["cell"].isin(keys)]
     for state in states(frames, setting):
         named: dict[str, Any] = setting.named | {"method": state.name, "learning_rate": state.learning_rate}
-        named["num_planned"] = max(1, state.cells["draw"].nunique()) if state.name == "zero_shot" else setting.num_draws
+        named["num_planned"] = setting.num_planned(state.name)
         for form in FORMS:
             for metric in METRICS:
                 values = None

@@ -70,11 +70,14 @@ def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") ->
 
 
 def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:
-    """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest R*, and that R."""
+    """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest R*, and that R; as in `select`, those of most draws compete."""
     rows = setting.at_last_step(method)
-    ratios = rows[rows["update_ratio"] > 0].groupby("learning_rate")["update_ratio"].apply(geometric_mean)
-    if ratios.empty:
+    rows = rows[rows["update_ratio"] > 0]
+    if rows.empty:
         return None
+    counts = rows["learning_rate"].value_counts()
+    rows = rows[rows["learning_rate"].isin(counts[counts == counts.max()].index)]
+    ratios = rows.groupby("learning_rate")["update_ratio"].apply(geometric_mean)
     best = (np.log(ratios) - math.log(setting.matched_ratio)).abs().idxmin()
     return float(best), float(ratios[best])
 
@@ -116,21 +119,26 @@ class Matched:
     reasons: Counter[str]
 
 
-def matched(setting: Setting, method: str) -> Matched:
-    """Return what stands at R* in each draw, at the largest step: between two neighbouring learning rates, first upward crossing, no extrapolation."""
+def matched(setting: Setting, method: str, at: float | None = None) -> Matched:
+    """Return what stands at an R (R* unless given) in each draw, at the largest step: between two neighbouring learning rates, first upward crossing.
+
+    Nothing is extrapolated. Neighbours are the learning rates that the draw or half of the draws have: one that is there for a few draws makes no gap in the others.
+    """
+    ratio = setting.matched_ratio if at is None else at
     cells = setting.at_last_step(method)
     cells = cells[cells["learning_rate"] > 0]
-    rates = sorted(cells["learning_rate"].unique())
+    counts = cells["learning_rate"].value_counts()
+    of_most = set(counts[counts >= cells["draw"].nunique() / 2].index)
     terms: list[dict[str, object]] = []
     reasons: Counter[str] = Counter()
     for draw, rows in cells.groupby("draw"):
-        line = rows.set_index("learning_rate").reindex(rates)
-        weights = crossing(line["update_ratio"].tolist(), setting.matched_ratio)
+        line = rows.set_index("learning_rate").reindex(sorted(of_most.union(rows["learning_rate"])))
+        weights = crossing(line["update_ratio"].tolist(), ratio)
         if weights:
             keys = line["key"].tolist()
             terms += [{"key": keys[at], "weight": weight, "draw": draw, "replicate": rows["replicate"].iloc[0]} for at, weight in weights.items()]
         else:
-            reasons[_reason(line, setting.matched_ratio)] += 1
+            reasons[_reason(line, ratio)] += 1
     return Matched(pd.DataFrame(terms, columns=["key", "weight", "draw", "replicate"]), reasons)
 
 
@@ -157,8 +165,13 @@ def _reason(line: pd.DataFrame, at: float) -> str:
     return "missing" if after["update_ratio"].isna().any() else "above_range"
 
 
+def paired(left: pd.DataFrame, right: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return both terms over the draws that both have."""
+    both = set(left["draw"]) & set(right["draw"])
+    return [terms[terms["draw"].isin(both)] for terms in (left, right)]
+
+
 def difference(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
     """Return the terms of left - right over the draws that both have."""
-    both = set(left["draw"]) & set(right["draw"])
-    terms = pd.concat([left, right.assign(weight=-right["weight"])])
-    return terms[terms["draw"].isin(both)]
+    left, right = paired(left, right)
+    return pd.concat([left, right.assign(weight=-right["weight"])])

@@ -5,15 +5,16 @@ A similarity says something of the task only where it exceeds that of changes th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from .chosen import Choice, choices
-from .intervals import descriptive, estimate, geometric_mean
+from .crossing import Pick, crossfit, picks
+from .intervals import Estimate, descriptive, estimate, geometric_mean
 from .load import SETTING, Frames, each, like, load
 from .setting import Setting
-from .text import Grid, entry, number, rate, show, stores
+from .text import Grid, entry, number, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 ICL, TASK_SPECIFIC, RANDOM_DELTA, TRAINED_ON = "in-context", "task_specific", "random_delta", "trained on "
@@ -38,7 +39,7 @@ MEANING = {
 TITLE, EDGE = "Controls", " (edge of the grid: extend the grid)"
 NOTE = (
     "Cosine (sim_aou) of a change with the change that each context makes, mean over layers, mean over draws at the largest step. In-context: ICL's own "
-    "change. Selected: the learning rate with the smallest nll_label on fold A, on fold B; nearest R*: all queries. Brackets: 95 % interval over seeds, with "
+    "change. Selected: the learning rate with the smallest nll_label on one fold, shown on the other, folds swapped and averaged; nearest R*: all queries. Brackets: 95 % interval over seeds, with "
     "the queries' share where a figure has a value per query (in-context, trained on). n/N: draws used of draws planned. The other similarities stand in figures/controls.csv."
 )
 
@@ -50,34 +51,50 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     if setting.train_on != "true" or (of_setting.empty and (variants["train_on"] == "true").all()):  # the variants stand beside the true one
         return pd.DataFrame()
     rows: list[dict[str, Any]] = []
+    icl = {"choice": "", "method": "icl", "learning_rates": "", "is_edge": False, "fold": "all"}
     for metric in METRICS:
         for name, values in by_name(frames, of_setting, setting.icl["key"], metric, "all").items():
-            rows.append({"method": "icl", "fold": "all", "metric": metric, "against": name} | frames.estimate(setting.icl, metric, values=values).columns)
-    for choice in choices(frames, setting):
-        named = {"choice": choice.name, "method": choice.method, "learning_rate": choice.learning_rate, "is_edge": choice.is_edge, "fold": choice.fold}
-        same = variants[
-            (variants["method"] == choice.method)
-            & (variants["learning_rate"] == choice.learning_rate)
-            & (variants["step"] == setting.last_step_of(choice.method))
-        ]
+            rows.append(icl | {"metric": metric, "against": name} | frames.estimate(setting.icl, metric, values=values).columns)
+    for pick in picks(frames, setting):
+        named = {"choice": pick.name, "method": pick.method, "learning_rates": pick.rates, "is_edge": pick.is_edge, "fold": pick.fold}
+        same = variants[(variants["method"] == pick.method) & (variants["step"] == setting.last_step_of(pick.method))]
         for metric in METRICS:
-            rows += [named | {"metric": metric} | row for row in _finetuned(frames, of_setting, choice, same, metric)]
+            rows += [named | {"metric": metric} | row for row in _finetuned(frames, of_setting, pick, same, metric)]
     return pd.DataFrame([setting.named | row | {"num_planned": setting.num_draws} for row in rows])
 
 
-def _finetuned(frames: Frames, of_setting: pd.DataFrame, choice: Choice, variants: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
-    cells, named = choice.cells, by_name(frames, of_setting, choice.cells["key"], metric, choice.fold)
-    found = {ICL: frames.estimate(cells, metric, fold=choice.fold)}
-    found |= {name: frames.estimate(cells, metric, values=values) for name, values in named.items()}
+def _finetuned(frames: Frames, of_setting: pd.DataFrame, pick: Pick, variants: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+    nothing = pd.Series(dtype=float)
+    named = {fold: by_name(frames, of_setting, terms["key"], metric, fold) for fold, terms in pick.terms.items()}
+    found = {ICL: crossfit(frames, pick.terms, metric)}
+    for name in dict.fromkeys(name for of_fold in named.values() for name in of_fold):
+        found[name] = crossfit(frames, pick.terms, metric, figures={fold: of_fold.get(name, nothing) for fold, of_fold in named.items()})
     for train_on, part in variants[variants["train_on"] != "true"].groupby("train_on"):
-        found[f"{TRAINED_ON}{train_on}"] = frames.estimate(part, metric, fold=choice.fold)
-    teach_nothing = [name for name in named if kind_of(name) in EMPTY]
-    if set(EMPTY) <= {kind_of(name) for name in teach_nothing}:
-        empty = pd.DataFrame({name: frames.by_replicate(each(cells), named[name])["mean"] for name in teach_nothing}).max(axis=1, skipna=False)
-        own = frames.by_replicate(each(cells), frames.figures(cells["key"], metric, choice.fold))
-        found[TASK_SPECIFIC] = estimate(own["mean"] - empty, used=int(own["count"].reindex(empty.dropna().index).sum()))
-    random_R = geometric_mean(by_name(frames, of_setting, cells["key"], "update_ratio", choice.fold).get(RANDOM_DELTA, pd.Series(dtype=float)))
-    return [{"against": name, "R": random_R if name == RANDOM_DELTA else choice.R} | value.columns for name, value in found.items()]
+        trained = {fold: each(part[part["learning_rate"] == learning_rate]) for fold, learning_rate in pick.learning_rates.items()}
+        found[f"{TRAINED_ON}{train_on}"] = crossfit(frames, trained, metric)
+    if one := task_specific(frames, pick.terms, named, metric):
+        found[TASK_SPECIFIC] = one
+    randoms = [by_name(frames, of_setting, terms["key"], "update_ratio", fold).get(RANDOM_DELTA, nothing) for fold, terms in pick.terms.items()]
+    random_R = geometric_mean(pd.concat(randoms))
+    return [{"against": name, "R": random_R if name == RANDOM_DELTA else pick.R} | value.columns for name, value in found.items()]
+
+
+def task_specific(frames: Frames, terms: Mapping[str, pd.DataFrame], named: Mapping[str, Mapping[str, pd.Series]], metric: str) -> Estimate | None:
+    """Return the similarity with ICL's change less the largest with a context that teaches nothing, taken in each seed; None where one of these is missing.
+
+    `terms` and `named` (of `by_name`) by the fold that reports; the folds are averaged.
+    """
+    gaps, counts = [], []
+    for fold, part in terms.items():
+        names = [name for name in named[fold] if kind_of(name) in EMPTY]
+        if {kind_of(name) for name in names} != set(EMPTY):
+            return None
+        largest = pd.DataFrame({name: frames.by_replicate(part, named[fold][name])["mean"] for name in names}).max(axis=1, skipna=False)
+        own = frames.by_replicate(part, frames.figures(part["key"].drop_duplicates(), metric, fold))
+        gaps.append((own["mean"] - largest).dropna())
+        counts.append(own["count"])
+    means = pd.concat(gaps, axis=1).dropna().mean(axis=1)
+    return estimate(means, used=min(int(count.reindex(means.index).sum()) for count in counts))
 
 
 def by_name(frames: Frames, of_setting: pd.DataFrame, keys: pd.Series, metric: str, fold: str) -> dict[str, pd.Series]:
@@ -102,8 +119,8 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
     """Return the table of a setting: what is compared, ICL's own change, each method at its two learning rates."""
     if rows.empty:
         return []
-    shown = rows[rows["metric"] == METRICS[0]].fillna({"choice": "", "learning_rate": 0.0, "is_edge": False})
-    columns = shown[["method", "choice", "learning_rate", "is_edge"]].drop_duplicates().to_dict("records")
+    shown = rows[rows["metric"] == METRICS[0]]
+    columns = shown[["method", "choice", "learning_rates", "is_edge"]].drop_duplicates().to_dict("records")
     at = {(row["method"], row["choice"], row["against"]): row for row in shown.to_dict("records")}
     body = []
     for name in ("R", *sorted(shown["against"].unique(), key=_rank)):
@@ -113,7 +130,7 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
             body.append([name, *(number(row.get("R"), 2) for row in found), what])
         if name != "R":
             body.append([name, *map(entry, found), MEANING.get(kind_of(name), "")])
-    headers = ["in-context" if not c["choice"] else f"{c['method']} {c['choice']} {rate(c['learning_rate'])}{EDGE if c['is_edge'] else ''}" for c in columns]
+    headers = ["in-context" if not c["choice"] else f"{c['method']} {c['choice']} {c['learning_rates']}{EDGE if c['is_edge'] else ''}" for c in columns]
     note = f"{setting.caption} {NOTE}{descriptive(shown)}"
     return [Grid(f"{TITLE}: {setting.title}", ("compared with", *headers, "what it is"), body, note)]
 

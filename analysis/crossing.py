@@ -6,20 +6,24 @@ one fold is what both have to reach on the other: there each method's figures li
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from .chosen import Matched, Selected, select
-from .intervals import Estimate, estimate
+from .chosen import NEAREST, SELECTED, Matched, Selected, nearest_ratio, select
+from .intervals import Estimate, estimate, geometric_mean
 from .load import ACCURACIES, Frames, each
 from .setting import Setting
+from .text import rate
 
 FOLDS = {"A": "B", "B": "A"}  # fold that chooses -> fold that reports
 REASONS = {
-    "never_improves": "no learning rate of the method improves on zero-shot",
+    "never_improves": "no learning rate improves on zero-shot",
+    "diverged": "every learning rate diverged",
     "below_range": "the smallest learning rate improves more already",
     "above_range": "no learning rate improves so much on the other fold",
     "missing": "a neighbouring cell is missing or diverged",
@@ -47,6 +51,43 @@ def crossfit(frames: Frames, terms: Mapping[str, pd.DataFrame], metric: str, *, 
     return estimate(means, used=used, groups=groups, is_share=is_share)
 
 
+@dataclass(frozen=True)
+class Pick:
+    """What stands for a method: by the fold that reports them, cells of one learning rate each at the largest step; `all` reports on all queries."""
+
+    name: str
+    method: str
+    learning_rates: Mapping[str, float]  # fold -> learning rate
+    terms: Mapping[str, pd.DataFrame]  # fold -> key, weight, draw, replicate
+    is_edge: bool
+    R: float  # geometric mean over draws and folds
+
+    @property
+    def rates(self) -> str:
+        return " or ".join(map(rate, sorted({*self.learning_rates.values()})))
+
+    @property
+    def fold(self) -> str:
+        return " and ".join(sorted(self.terms))
+
+
+def picks(frames: Frames, setting: Setting) -> Iterator[Pick]:
+    """Yield what stands for each method: at the learning rate that each fold selects, shown on the other; and at the one whose R is nearest R*."""
+    ratios = setting.finetuned.set_index("key")["update_ratio"]
+    for name in (SELECTED, NEAREST):
+        for method in setting.methods:
+            if name == SELECTED:
+                found = selected(frames, setting, method)
+                rates = {fold: one.learning_rate for fold, (one, _) in found.items()}
+                terms, is_edge = {fold: terms for fold, (_, terms) in found.items()}, any(one.is_edge for one, _ in found.values())
+            else:
+                near = nearest_ratio(setting, method)
+                rates, is_edge = {"all": near[0]} if near else {}, False
+                terms = {fold: each(setting.at(method, one, setting.last_step_of(method))) for fold, one in rates.items()}
+            if terms:
+                yield Pick(name, method, rates, terms, is_edge, geometric_mean(ratios.reindex([key for part in terms.values() for key in part["key"]])))
+
+
 def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[Selected, pd.DataFrame]]:
     """Return, by the fold that reports, the learning rate that the other fold selects and its cells as terms; nothing where none is defined."""
     found = {}
@@ -72,12 +113,13 @@ def at_equal_gain(frames: Frames, setting: Setting, methods: Sequence[str]) -> d
     found: dict[str, dict[str, Matched]] = {}
     for chooses, reports in FOLDS.items():
         largest = {method: gains(frames, setting, method, chooses).max() for method in methods}
-        target = 0.5 * min(largest.values())
+        target = 0.5 * min(largest.values()) if all(map(math.isfinite, largest.values())) else math.nan
         for method in methods:
             cells = setting.at_last_step(method)
             terms, reasons = [], Counter[str]()
             if not target > 0:
-                reasons["never_improves"] += cells["draw"].nunique() if not largest[method] > 0 else 0
+                why = "diverged" if not math.isfinite(largest[method]) else "never_improves"
+                reasons[why] += cells["draw"].nunique() if not largest[method] > 0 else 0  # else it is the other method that has none
             else:
                 curve = gains(frames, setting, method, reports)
                 weights = _upward(curve, target)

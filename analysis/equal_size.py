@@ -1,46 +1,57 @@
-"""Methods at equal size of update: at R*, between two learning rates, on trained and on random weights."""
+"""Methods at equal size of update: at R* and other sizes, between two learning rates, on trained and on random weights."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import pandas as pd
 
-from .chosen import REASONS, difference, matched
-from .intervals import descriptive, with_all_tasks
+from .chosen import REASONS, difference, matched, paired
+from .intervals import ALL_TASKS, MIN_SEEDS_OF_P, descriptive, holm, with_all_tasks
 from .load import SETTING, Frames, load, of_most_queries
 from .text import Grid, entry, number, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
-TITLE = "Equal size of update: trained and random weights"
+RATIOS = (0.125, 0.25, 0.5, 1.0)  # of R, beside the sweep file's own R*
+BASE = "vanilla"
+TITLE = "Equal size of update"
 NOTE = (
-    "sim_aou of each method where its R crosses R* along the learning rates (linear in log R in each draw, largest step, no extrapolation); difference: method "
-    "minus vanilla, paired by draw. On random weights the replicate is the seed of the weights. Brackets: 95 % interval; n/N: draws used of draws planned. "
-    f"The last column counts, over both methods, the draws that never come up to R*: {'; '.join(f'{name}: {why}' for name, why in REASONS.items())}. "
-    "Model, position, sink, separator, queries and seeds stand under each task's own tables."
+    "sim_aou of each method where its R crosses a size along the learning rates (linear in log R in each draw, largest step, no extrapolation), over the draws "
+    "that both have; difference: method minus vanilla, paired by draw. On random weights the replicate is the seed of the weights. Brackets: 95 % interval; "
+    f"n/N: draws used of draws planned. p: two-sided, from {MIN_SEEDS_OF_P} seeds on; that of the primary contrast (trained weights, R*, all tasks) as it is, the "
+    f"others Holm's within this table. The last column counts, over both methods, the draws that never come up to the size: "
+    f"{'; '.join(f'{name}: {why}' for name, why in REASONS.items())}. Model, position, sink, separator, queries and seeds stand under each task's own tables."
 )
 
 
 def data(frames: Frames) -> pd.DataFrame:
-    """Return one row per metric, weights, method other than vanilla, and task (and all tasks): both values at R*, their difference, counts, reasons; nothing without random weights."""
-    settings, rows = of_most_queries(frames.settings()), []
-    for setting in settings if any(setting.is_random for setting in settings) else ():
-        if setting.train_on != "true" or "vanilla" not in setting.methods:
+    """Return one row per metric, weights, size, method other than vanilla, and task (and all tasks): both values, their difference, counts, reasons, p."""
+    rows = []
+    for setting in of_most_queries(frames.settings()):
+        if setting.train_on != "true" or BASE not in setting.methods:
             continue
-        base = matched(setting, "vanilla")
-        for method in setting.methods[1:]:
-            other = matched(setting, method)
-            gap = difference(other.terms, base.terms)
-            both = [terms[terms["draw"].isin(gap["draw"])] for terms in (base.terms, other.terms)]
-            named = setting.named | {"method": method, "matched_ratio": setting.matched_ratio, "num_planned": setting.num_draws}
-            named |= {"reasons": base.reasons + other.reasons}
+        for at, method in product(sorted({*RATIOS, setting.matched_ratio}), setting.methods[1:]):
+            base, other = matched(setting, BASE, at), matched(setting, method, at)
+            both = (*paired(base.terms, other.terms), difference(other.terms, base.terms))
+            named = setting.named | {"method": method, "matched_ratio": at, "is_primary": at == setting.matched_ratio and not setting.is_random}
+            named |= {"num_planned": setting.num_draws, "reasons": base.reasons + other.reasons}
             for metric in METRICS:
-                group = (*setting.first[[name for name in SETTING if name not in ("task", "num_queries")]].astype(str), method, metric)
-                rows.append((group, named | {"metric": metric}, [frames.contrast(terms, metric) for terms in (*both, gap)]))
-    made = [named | {"vanilla": vanilla.mean, "value": other.mean} | gap.columns for named, (vanilla, other, gap) in with_all_tasks(rows)]
-    return pd.DataFrame([row | {"reasons": ", ".join(f"{name} {row['reasons'][name]}" for name in REASONS if row["reasons"][name])} for row in made])
+                group = (*setting.first[[name for name in SETTING if name not in ("task", "num_queries")]].astype(str), method, metric, at)
+                rows.append((group, named | {"metric": metric}, [frames.contrast(terms, metric) for terms in both]))
+    made = [named | {"vanilla": vanilla.mean, "value": other.mean} | gap.columns | {"p": gap.p} for named, (vanilla, other, gap) in with_all_tasks(rows)]
+    table = pd.DataFrame([row | {"reasons": ", ".join(f"{name} {row['reasons'][name]}" for name in REASONS if row["reasons"][name])} for row in made])
+    if table.empty:
+        return table
+    of_table = ["model", "k", "metric"]
+    has_mean = table["task"].eq(ALL_TASKS).groupby([table[name] for name in of_table]).transform("any")
+    table["is_primary"] &= table["task"].eq(ALL_TASKS) | ~has_mean
+    rest = table["p"].mask(table["is_primary"])
+    table["p"] = rest.groupby([table[name] for name in of_table]).transform(holm).where(~table["is_primary"], table["p"])
+    return table
 
 
 def grids(rows: pd.DataFrame) -> list[Grid]:
-    """Return a table per model and k trained weights first."""
+    """Return a table per model and k, trained weights first."""
     if rows.empty:
         return []
     found = []
@@ -48,20 +59,12 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
         body = []
         for row in part.sort_values("init", key=lambda init: init != "trained", kind="stable").to_dict("records"):
             weights = "trained" if row["init"] == "trained" else f"random: {row['init']}"
-            body.append(
-                [
-                    weights,
-                    row["protocol"],
-                    row["task"],
-                    row["method"],
-                    number(row["vanilla"]),
-                    number(row["value"]),
-                    entry(row),
-                    "; ".join(filter(None, (row["signs"], row["reasons"]))),
-                ]
-            )
-        headers = ("weights", "protocol", "task", "method", "vanilla", "method's", "difference", "signs, or draws without")
-        found.append(Grid(f"{TITLE}: {model}, k = {k}", headers, body, f"R* = {part['matched_ratio'].iloc[0]:g}. {NOTE}{descriptive(part)}"))
+            size = f"{row['matched_ratio']:g}{' (primary)' if row['is_primary'] else ''}"
+            names = [weights, row["protocol"], row["task"], row["method"], size]
+            why = "; ".join(filter(None, (row["signs"], row["reasons"])))
+            body.append([*names, number(row["vanilla"]), number(row["value"]), entry(row), number(row["p"]), why])
+        headers = ("weights", "protocol", "task", "method", "R", "vanilla", "method's", "difference", "p", "signs, or draws without")
+        found.append(Grid(f"{TITLE}: {model}, k = {k}", headers, body, f"{NOTE}{descriptive(part)}"))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .calibration import State, states
+from .calibration import states
 from .load import Frames
 from .panels import Panel, colour, drawing, safe
 from .setting import Setting
@@ -43,13 +43,9 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         means = part.groupby([*by, "replicate"], dropna=False)["mean"].mean().groupby(by).mean().rename("value").to_frame()
         means = means.join(part.groupby(by)["mean"].count().rename("num_used")).reset_index()
         rows.append(
-            means.assign(**setting.named, method=state.name, learning_rate=state.learning_rate, title=state.title, num_planned=_planned(setting, state))
+            means.assign(**setting.named, method=state.name, learning_rate=state.learning_rate, title=state.title, num_planned=setting.num_planned(state.name))
         )
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-
-
-def _planned(setting: Setting, state: State) -> int:
-    return max(1, state.cells["draw"].nunique()) if state.name == "zero_shot" else setting.num_draws
 
 
 def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:

@@ -24,6 +24,7 @@ from .text import counted, number
 
 ALL_TASKS = "all tasks"
 MIN_SEEDS = 5  # below: descriptive
+MIN_SEEDS_OF_P = 6  # below: no p-value
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Estimate:
     def columns(self) -> dict[str, float]:
         """What stands in a table of data."""
         return {"mean": self.mean, "lower": self.lower, "upper": self.upper, "num_used": self.used, "num_replicates": self.replicates}
+
+    @property
+    def p(self) -> float:
+        """Two-sided p-value of a mean of 0; NaN below MIN_SEEDS_OF_P replicates."""
+        if self.replicates < MIN_SEEDS_OF_P or not self.error > 0:
+            return math.nan
+        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.freedom))
 
     def __str__(self) -> str:
         return number(self.mean) + (f" [{number(self.lower)}, {number(self.upper)}]" if math.isfinite(self.lower) else "")
@@ -104,6 +112,21 @@ def descriptive(rows: pd.DataFrame) -> str:
     """Return what must be said under a table of estimates if some mean of it is over fewer than MIN_SEEDS replicates."""
     fewest = rows.loc[rows["num_used"] > 0, "num_replicates"].min()
     return f" Descriptive: some means are over {counted(int(fewest), 'seed')}, fewer than {MIN_SEEDS}." if fewest < MIN_SEEDS else ""
+
+
+def simultaneous(values: pd.DataFrame) -> pd.Series:
+    """Return half the width of 95 % bands that hold for all rows (layers) at once, by Bonferroni; one column per replicate. NaN below MIN_SEEDS replicates."""
+    count = values.count(axis=1)
+    num_rows = int((count > 0).sum())
+    quantile = stats.t.ppf(1 - 0.025 / max(num_rows, 1), (count - 1).clip(lower=1))
+    return (values.std(axis=1, ddof=1) / np.sqrt(count) * quantile).where(count >= MIN_SEEDS)
+
+
+def holm(values: pd.Series) -> pd.Series:
+    """Return Holm's adjusted p-values of a family; NaN is no member of it."""
+    family = values.dropna().sort_values()
+    adjusted = (family * np.arange(len(family), 0, -1)).cummax().clip(upper=1.0)
+    return adjusted.reindex(values.index)
 
 
 def geometric_mean(values: pd.Series) -> float:

@@ -1,40 +1,73 @@
-"""Per-layer profiles of similarity: each method at its selected learning rate, and at the one whose update is nearest half of ICL's."""
+"""Per-layer profiles of similarity: each method at its selected learning rate, at the one whose R is nearest R*, and each layer where its own ratio is R*."""
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
-from .chosen import NEAREST, SELECTED, choices
+from .chosen import NEAREST, SELECTED, choices, crossing
+from .intervals import MIN_SEEDS, simultaneous
 from .load import Frames
-from .panels import Panel, colour, drawing, safe
+from .panels import Panel, band, colour, drawing, safe
 from .setting import Setting
 from .text import counted, number, rate
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
+OWN = "each layer at R*"
 TITLE = "Layer profiles"
 NOTE = (
     "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on fold A, shown on fold B. Nearest R*: "
-    "the learning rate of the grid whose R is nearest R* (matched_ratio of the sweep file, 1/2 unless set), no interpolation, all queries; the two methods' R are close, not equal. A gap is an undefined layer."
+    "the learning rate of the grid whose R is nearest R* (matched_ratio of the sweep file, 1/2 unless set), no interpolation, all queries; the two methods' R are close, not equal. Each layer at R*: where the layer's own update ratio "
+    "crosses R* along the learning rates, linear in its logarithm in each draw, all queries: a profile, not a model, as no learning rate has all layers there. "
+    f"Bands, from {MIN_SEEDS} seeds on: 95 % for all layers of a line at once (Bonferroni), over seeds. A gap is an undefined layer."
 )
 
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
-    """Return one row per cell choice, method and layer: learning rate, R, fold, is_edge, the metrics with the draws that have each, num_planned."""
+    """Return one row per cell choice, method and layer: learning rate, R, fold, is_edge, the metrics with their bands and the draws that have each, num_planned."""
     parts = []
     for chosen in choices(frames, setting):
         cells = chosen.cells
         layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == chosen.fold)].merge(cells[["key", "replicate"]], on="key")
-        means = layers.groupby(["layer", "replicate"])[list(METRICS)].mean().groupby("layer").mean()
-        means = means.join(layers.groupby("layer")[list(METRICS)].count().add_suffix("_n")).reset_index()
         named = setting.named | {"choice": chosen.name, "method": chosen.method, "learning_rate": chosen.learning_rate, "R": chosen.R}
-        parts.append(means.assign(**named, fold=chosen.fold, is_edge=chosen.is_edge, num_planned=setting.num_draws))
+        parts.append(_profile(layers).assign(**named, fold=chosen.fold, is_edge=chosen.is_edge, num_planned=setting.num_draws))
+    for method in setting.methods:
+        named = setting.named | {"choice": OWN, "method": method, "learning_rate": math.nan, "R": setting.matched_ratio}
+        if len(layers := _at_own_ratio(frames, setting, method)):
+            parts.append(_profile(layers).assign(**named, fold="all", is_edge=False, num_planned=setting.num_draws))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _profile(layers: pd.DataFrame) -> pd.DataFrame:
+    """Return per layer the mean of each metric over replicates, the draws that have it, and its band."""
+    by_seed = layers.groupby(["layer", "replicate"])[list(METRICS)].mean()
+    found = by_seed.groupby("layer").mean().join(layers.groupby("layer")[list(METRICS)].count().add_suffix("_n"))
+    for metric in METRICS:
+        half = simultaneous(by_seed[metric].unstack("replicate"))
+        found[f"{metric}_lower"], found[f"{metric}_upper"] = found[metric] - half, found[metric] + half
+    return found.reset_index()
+
+
+def _at_own_ratio(frames: Frames, setting: Setting, method: str) -> pd.DataFrame:
+    """Return per draw and layer the metrics where the layer's own update ratio crosses R* between two learning rates; no row where it does not."""
+    cells = setting.at_last_step(method)
+    cells = cells.loc[cells["learning_rate"] > 0, ["key", "learning_rate", "draw", "replicate"]]
+    layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == "all")].merge(cells, on="key")
+    line = layers.pivot(index=["replicate", "draw", "layer"], columns="learning_rate", values=["update_ratio", *METRICS])
+    rows = []
+    for place, ratios in zip(line.index, line["update_ratio"].to_numpy() if len(line) else (), strict=True):
+        if weights := crossing(ratios.tolist(), setting.matched_ratio):
+            rows.append(
+                [*place, *(sum(weight * line.at[place, (metric, line["update_ratio"].columns[at])] for at, weight in weights.items()) for metric in METRICS)]
+            )
+    return pd.DataFrame(rows, columns=["replicate", "draw", "layer", *METRICS])
 
 
 def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
     """Return a panel per choice and metric; the two choices of a metric share their scale."""
     found = []
-    for choice in (SELECTED, NEAREST):
+    for choice in (SELECTED, NEAREST, OWN):
         for metric in METRICS:
             if rows.empty or not (rows["choice"] == choice).any() or rows[metric].isna().all():
                 continue
@@ -44,11 +77,15 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
                 at = line.iloc[0]
                 used = sorted({int(line[f"{metric}_n"].min()), int(line[f"{metric}_n"].max())} - {0}) or [0]
                 counts = f"{' to '.join(map(str, used))} of {counted(setting.num_draws, 'draw')}"
-                named.append(f"{method} {rate(at['learning_rate'])} (R {number(at['R'], 2)}, {counts}{', edge of the grid' if at['is_edge'] else ''})")
+                of_rate = "" if choice == OWN else f" {rate(at['learning_rate'])}"
+                named.append(f"{method}{of_rate} (R {number(at['R'], 2)}, {counts}{', edge of the grid' if at['is_edge'] else ''})")
+                shade, layers = colour(str(method)), line["layer"].tolist()
                 values = [None if pd.isna(value) else float(value) for value in line[metric]]
-                style = {"line": {"color": colour(str(method)), "width": 2}, "marker": {"size": 5}, "mode": "lines+markers"}
-                data.append({"type": "scatter", "x": line["layer"].tolist(), "y": values, "name": safe(method), **style})
-            low, high = min(rows[metric].min(), 0.0), rows[metric].max()
+                data += band(layers, line[f"{metric}_lower"].tolist(), line[f"{metric}_upper"].tolist(), shade)
+                style = {"line": {"color": shade, "width": 2}, "marker": {"size": 5}, "mode": "lines+markers"}
+                data.append({"type": "scatter", "x": layers, "y": values, "name": safe(method), **style})
+            low = min(rows[[metric, f"{metric}_lower"]].min().min(), 0.0)
+            high = rows[[metric, f"{metric}_upper"]].max().max()
             room = 0.05 * max(high - low, 1e-6)
             axis = {"title": {"text": "layer", "standoff": 4}, "tickformat": "d", "zeroline": False}
             figure = drawing(data, height=260, bottom=52, xaxis=axis, yaxis={"range": [low - room, high + room]}, showlegend=True)

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.special import softmax
 
-from iclgd_dist.schema import IDENTITY
+from iclgd_dist.schema import FLOOR_FACTOR, IDENTITY
 from iclgd_dist.store import Results, Store, read_results
 
 from .intervals import Estimate, estimate, geometric_mean
-from .setting import MATCHED_RATIO, Setting, resolved, spelled
+from .setting import MATCHED_RATIO, SMALLEST_EFFECT, Setting, resolved, spelled
 from .written import check
 
 PRECISION = ["storage_dtype", "compute_dtype", "tf32", "deterministic"]
@@ -69,8 +70,6 @@ class Frames:
     def settings(self) -> list[Setting]:
         """Return one Setting per model, weights, task, k, protocol, queries and train_on, in the order of their titles."""
         found = []
-        ratios = [sweep["analysis"]["matched_ratio"] for sweep in self.sweeps if "matched_ratio" in sweep.get("analysis", {})]
-        ratio = float(ratios[-1]) if ratios else MATCHED_RATIO
         drawn = self.cells[self.cells["kind"] == "icl"]
         pairs = pd.concat([drawn[SETTING], self.finetuned[SETTING]]).drop_duplicates()
         for _, row in pairs.iterrows():
@@ -79,8 +78,9 @@ class Frames:
             for train_on in finetuned["train_on"].dropna().unique() if len(finetuned) else ["true"]:
                 rows = finetuned[finetuned["train_on"] == train_on]
                 cells = pd.concat([icl, rows])
-                num_draws = len(set(cells["draw"]).union(*(planned_draws(sweep, cells.iloc[0]) for sweep in self.sweeps)))
-                found.append(Setting(zero_shot, icl, rows, str(train_on), num_draws, ratio))
+                planned = [(sweep.get("analysis", {}), draws) for sweep in self.sweeps if (draws := planned_draws(sweep, cells.iloc[0]))]
+                num_draws = len(set(cells["draw"]).union(*(draws for _, draws in planned)))
+                found.append(Setting(zero_shot, icl, rows, str(train_on), num_draws, **_registered([analysis for analysis, _ in planned])))
         return sorted(
             found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "init", "protocol")), setting.train_on != "true", setting.train_on)
         )
@@ -121,8 +121,11 @@ class Frames:
         if metric in _SCORE_CHANGES:
             counting = self.cells.loc[self.cells["protocol"].str.contains('"first_layer": ?"count"'), "key"]
             rows = rows[rows["layer"].ne(0) | rows[by[0]].isin(counting)]
-        grouped = rows.groupby(by, observed=True)[value]
-        return grouped.agg(geometric_mean) if metric == "update_ratio" else grouped.mean()  # a metric of one's own cannot have that name
+        if metric == "update_ratio":  # a metric of one's own cannot have that name
+            moved = rows[~pd.MultiIndex.from_arrays([rows[by[0]].astype(str), rows["layer"]]).isin(self._still)]
+            means = moved.groupby(by, observed=True)[value].agg(geometric_mean)
+            return means.reindex(rows.groupby(by, observed=True)[value].first().index, fill_value=0.0)
+        return rows.groupby(by, observed=True)[value].mean()
 
     def per_query(self, terms: pd.DataFrame, metric: str, fold: str = "all") -> pd.Series:
         """Return the contrast of each query, averaged over the draws of a replicate, then over replicates, under its gold label; undefined ones are left out."""
@@ -162,6 +165,12 @@ class Frames:
         is_share = values is None and metric in ACCURACIES and bool((terms["weight"] > 0).all())
         return estimate(found["mean"], used=int(found["count"].sum()), groups=groups, is_share=is_share)
 
+    @cached_property
+    def _still(self) -> pd.MultiIndex:
+        """The layers of cells that finetuning changes by no more than 10 x the noise floor: R is a mean over the others."""
+        rows = self.layers[(self.layers["fold"] == "all") & (self.layers["update_norm"] <= FLOOR_FACTOR * self.layers["noise_floor"])]
+        return pd.MultiIndex.from_arrays([rows["key"].astype(str), rows["layer"]])
+
     @staticmethod
     def by_replicate(terms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
         """Return per replicate the mean of sum(weight x value) over its draws, and how many have one."""
@@ -191,7 +200,8 @@ def load(*stores: str | Path) -> Frames:
     parts, sweeps = [read_results(store) for store in stores], [Store(store).sweeps() for store in stores]
     for part, of_part, store in zip(parts, sweeps, stores, strict=True):
         check(part, of_part, store)
-    return frames(_together(parts) if len(parts) > 1 else parts[0], [sweep for of_part in sweeps for sweep in of_part])
+    every = sorted((sweep for of_part in sweeps for sweep in of_part), key=lambda sweep: str(sweep.get("created_at", "")))
+    return frames(_together(parts) if len(parts) > 1 else parts[0], every)
 
 
 def _together(parts: Sequence[Results]) -> Results:
@@ -214,7 +224,7 @@ def _together(parts: Sequence[Results]) -> Results:
 
 
 def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = (), *, with_search: bool = False) -> Frames:
-    """Turn the Arrow tables of `read_results` and the sweeps' planned keys into Frames. `with_search`: keep what a search found among the cells."""
+    """Turn the Arrow tables of `read_results` and the sweeps, the oldest first, into Frames. `with_search`: keep what a search found among the cells."""
     sweeps = [sweep for sweep in sweeps if sweep.get("kind", "grid") == "grid"]
     planned = {key for sweep in sweeps for key in sweep["keys"]}
     cells = results.cells.to_pandas()
@@ -298,6 +308,12 @@ def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:
     models = [model for model in models if pd.isna(cell["init_scheme"]) or cell["init_scheme"] == model.get("init_scheme")]
     runs = sweep.get("per_task", {}).get(task, {}).get("runs") or sweep.get("runs") or list(product(sweep["seeds"], range(sweep["orders"])))
     return {draw_of(init_seed, *run) for model in models for init_seed in model.get("init_seeds") or (None,) for run in runs}
+
+
+def _registered(planned: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return R* and the smallest effect as the oldest sweep file set them, before its run, and whether a later one sets others."""
+    said = [(of.get("matched_ratio", MATCHED_RATIO), of.get("smallest_effect", SMALLEST_EFFECT)) for of in planned] or [(MATCHED_RATIO, SMALLEST_EFFECT)]
+    return {"matched_ratio": float(said[0][0]), "smallest_effect": float(said[0][1]), "is_amended": len({*said}) > 1}
 
 
 def each(cells: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ AT = ["method", "learning_rate"]
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     """Return one row per metric, version (empty for a comparison of two cells), method and learning rate at the largest step; for two cells, of both."""
-    cells = setting.finetuned[setting.finetuned["step"] == setting.finetuned["step"].max()]
+    cells = pd.concat([setting.at_last_step(method) for method in setting.methods] or [setting.finetuned])
     places = cells.set_index("key")[AT]
     rows = []
     for table in (frames.metrics, frames.pairs):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,19 @@ def colour(method: str) -> str:
 def safe(text: object) -> str:
     """Return text that plotly shows as written: its labels understand a little HTML, and names come from data."""
     return html.escape(str(text))
+
+
+def band(x: Sequence[float], lower: Sequence[float], upper: Sequence[float], shade: str) -> list[dict[str, Any]]:
+    """Return the area between two lines, one trace for each stretch where both are defined."""
+    traces = []
+    is_there = [math.isfinite(low) and math.isfinite(high) for low, high in zip(lower, upper, strict=True)]
+    for is_drawn, stretch in itertools.groupby(range(len(x)), key=is_there.__getitem__):
+        if is_drawn:
+            at = list(stretch)
+            edge = {"x": [float(x[n]) for n in (*at, *reversed(at))], "y": [*(float(upper[n]) for n in at), *(float(lower[n]) for n in reversed(at))]}
+            look = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": shade, "opacity": 0.18, "hoverinfo": "skip", "showlegend": False}
+            traces.append({"type": "scatter", **edge, **look})
+    return traces
 
 
 def drawing(data: list[dict[str, Any]], *, height: int, bottom: int = 8, right: int = 8, **layout: Any) -> go.Figure:

@@ -35,20 +35,18 @@ def data(frames: Frames) -> pd.DataFrame:
             continue
         place = "|".join(map(str, setting.first[[name for name in SETTING if name not in ("task", "num_demonstrations", "num_queries")]]))
         for method in ("zero_shot", "icl", *setting.methods):
-            found, planned = _estimate(frames, setting, method)
             k = 0 if method == "zero_shot" else setting.named["k"]
             named = setting.named | {"place": place, "kind": kind, "form": form, "k": k, "method": method}
-            rows.append(named | found.columns | {"num_planned": planned})
+            rows.append(named | _estimate(frames, setting, method).columns | {"num_planned": setting.num_planned(method)})
     table = pd.DataFrame(rows)
     return table.drop_duplicates(["place", "kind", "form", "k", "method"]) if len(table) else table
 
 
-def _estimate(frames: Frames, setting: Setting, method: str) -> tuple[Estimate, int]:
+def _estimate(frames: Frames, setting: Setting, method: str) -> Estimate:
     if method in BASELINES:
-        cells = setting.zero_shot if method == "zero_shot" else setting.icl
-        return frames.estimate(cells, METRIC), max(1, cells["draw"].nunique()) if method == "zero_shot" else setting.num_draws
+        return frames.estimate(setting.zero_shot if method == "zero_shot" else setting.icl, METRIC)
     terms = {fold: part for fold, (_, part) in selected(frames, setting, method).items()}
-    return (crossfit(frames, terms, METRIC) if terms else Estimate()), setting.num_draws
+    return crossfit(frames, terms, METRIC) if terms else Estimate()
 
 
 def grids(rows: pd.DataFrame) -> list[Grid]:

@@ -30,7 +30,6 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         found = [(said, gold) for said, gold in found if len(said)]
         if not found:
             continue
-        num_planned = max(1, state.cells["draw"].nunique()) if state.name == "zero_shot" else setting.num_draws
         confidence = np.concatenate([said.max(1) for said, _ in found])
         right = np.concatenate([said.argmax(1) == gold for said, gold in found])
         place = bin_of(confidence)
@@ -42,7 +41,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
                 "upper": (number_of_bin + 1) / NUM_BINS,
                 "num_queries": int(inside.sum()),
                 "num_used": len(found),
-                "num_planned": num_planned,
+                "num_planned": setting.num_planned(state.name),
             }
             rows.append(named | {"confidence": confidence[inside].mean(), "accuracy": right[inside].mean()})
     return pd.DataFrame(rows)

@@ -48,7 +48,7 @@ from .chosen import select
 from .intervals import MIN_SEEDS
 from .load import Frames, load
 from .panels import Panel
-from .setting import Setting
+from .setting import SMALLEST_EFFECT, Setting
 from .text import counted, number, rate
 
 FIGURES: dict[str, Any] = {"heatmap": heatmap, "ratio": ratio, "pareto": pareto, "layer_profile": layer_profile, "gradient_norms": gradient_norms}
@@ -139,7 +139,7 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
         policy=f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'",
         scripts=[Markup(script) for script in scripts],
         verdicts=[verdict.paragraph(each) for each in known],
-        effect=f"{verdict.smallest_effect(frames):g}",
+        effect=" or ".join(dict.fromkeys(f"{setting.smallest_effect:g}" for setting in settings)) or f"{SMALLEST_EFFECT:g}",
         lead=lead(frames),
         sections=sections,
         cells=explorer.data(frames, settings) if only is None and settings else None,
@@ -175,6 +175,10 @@ def lead(frames: Frames) -> list[str]:
     if seeds < MIN_SEEDS:
         bound = "the intervals speak of this draw only" if seeds == 1 else "the intervals are wide and the differences untested"
         text.append(f"Descriptive: {counted(seeds, 'seed')}, fewer than {MIN_SEEDS}; {bound}.")
+    if num_searched := int((done["origin"] == "search").sum()):
+        text.append(
+            f"{counted(num_searched, 'cell')} of the grid were found by a search, which judged them on fold A: what fold B says of them is free of that choice."
+        )
     if frames.num_search:
         text.append(f"{counted(frames.num_search, 'cell')} found by a search are left out of every mean and curve.")
     if frames.num_superseded:
@@ -201,7 +205,8 @@ def sentence(frames: Frames, setting: Setting, rows: pd.DataFrame) -> str:
         back = frames.estimate(setting.at(method, on_b.learning_rate, setting.last_step_of(method)), "balanced_accuracy", fold="A")
         shown.append(f"{method} ({rate(on_a.learning_rate)}) {there} (folds swapped: {rate(on_b.learning_rate)}, {number(back.mean)})")
         edges += [method] if on_a.is_edge or on_b.is_edge else []
-    text += f" Learning rate selected on fold A by nll_label at step {setting.last_step}, shown on fold B ({num_queries:.0f} queries): {'; '.join(shown)}; "
+    of_fold = f" ({num_queries:.0f} queries)" if num_queries == num_queries else ""  # all diverged: no query has a figure
+    text += f" Learning rate selected on fold A by nll_label at step {setting.last_step}, shown on fold B{of_fold}: {'; '.join(shown)}; "
     text += f"on the same fold zero-shot {base[0]}, in-context {base[1]}."
     if edges:
         text += f" Extend the grid: the selected learning rate of {' and '.join(edges)} lies at the edge of its grid."

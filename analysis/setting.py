@@ -18,6 +18,7 @@ from iclgd_dist.protocol import Protocol
 from .text import counted
 
 MATCHED_RATIO = 0.5  # R*, unless a sweep file sets [analysis] matched_ratio
+SMALLEST_EFFECT = 0.02  # unless a sweep file sets [analysis] smallest_effect
 KEPT = {
     "random": "everything drawn anew",
     "embeddings_norms": "embeddings, norms and output head as trained, the rest drawn anew",
@@ -37,6 +38,8 @@ class Setting:
     train_on: str
     num_draws: int  # planned
     matched_ratio: float = MATCHED_RATIO  # R*: where methods are compared at equal size of update
+    smallest_effect: float = SMALLEST_EFFECT  # the smallest difference that matters
+    is_amended: bool = False  # a later sweep file says otherwise of the two; what stood there before the first run counts
 
     @property
     def first(self) -> pd.Series:
@@ -92,6 +95,10 @@ class Setting:
             num_updates = options.get("epochs", 1) * -(-k // options.get("batch_size", 1))
             found[method] = int(steps[steps <= num_updates].max())
         return found
+
+    def num_planned(self, method: str) -> int:
+        """Return how many draws of a baseline or method are planned; zero-shot has one, or one for each set of random weights."""
+        return max(1, self.zero_shot["draw"].nunique()) if method == "zero_shot" else self.num_draws
 
     @property
     def title(self) -> str:

@@ -40,7 +40,7 @@ def summary(frames: Frames, setting: Setting) -> pd.DataFrame:
     rows = []
     for (method, learning_rate, step), part in groups:
         row = setting.named | {"method": method, "learning_rate": learning_rate, "step": step, "num_cells": len(part)}
-        row["num_draws"] = max(1, part["draw"].nunique()) if method == "zero_shot" else setting.num_draws
+        row["num_draws"] = setting.num_planned(method)
         row |= {"num_diverged": int((part["status"] == "diverged").sum()), "num_collapsed": int(part["collapsed"].sum())}
         row["diverged_step"] = part["diverged_step"].min()
         for metric in ACCURACIES:

@@ -1,6 +1,6 @@
 """The first paragraph of a report: is layer-causal finetuning closer to ICL than vanilla, at equal size of update and at equal improvement, and is that about the task?
 
-The rule stands here; the smallest effect that matters and R* stand in the sweep file before the run. What the paragraph says is counted from the store, with the
+The rule stands here; the smallest effect that matters and R* stand in the sweep file before the run: the oldest file of a setting counts. What the paragraph says is counted from the store, with the
 intervals of intervals.py. Unit of a mean over tasks: the task.
 """
 
@@ -16,29 +16,34 @@ import pandas as pd
 
 from . import controls
 from .chosen import REASONS as SIZE_REASONS
-from .chosen import Matched, difference, matched
+from .chosen import SELECTED, Matched, Selected, difference, matched, paired
 from .crossing import REASONS as GAIN_REASONS
 from .crossing import at_equal_gain, crossfit, selected
-from .intervals import MIN_SEEDS, Estimate, estimate, over_tasks
+from .intervals import ALL_TASKS, MIN_SEEDS, Estimate, over_tasks
 from .load import SETTING, Frames, each, of_most_queries
 from .setting import Setting
 from .text import counted, number, rate
 
 BASE, METHOD, METRIC = "vanilla", "layer_causal", "sim_aou"
-SMALLEST_EFFECT = 0.02  # unless a sweep file sets [analysis] smallest_effect
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Estimates of one quantity: of each task, and over all of them; why draws are left out."""
+    """Estimates of one quantity: of each task, and over all of them; the draws planned of each task; by method, why draws are left out."""
 
     tasks: Mapping[str, Estimate]
-    planned: int
-    reasons: Counter[str] = field(default_factory=Counter)
+    planned: Mapping[str, int]
+    reasons: Mapping[str, Counter[str]] = field(default_factory=dict)
 
     @property
     def mean(self) -> Estimate:
         return over_tasks(list(self.tasks.values())) if len(self.tasks) > 1 else next(iter(self.tasks.values()), Estimate())
+
+    @property
+    def missing(self) -> str:
+        """How many draws have a value, where some have none."""
+        used, planned = self.mean.used, sum(self.planned.values())
+        return f" ({used} of {planned} draws)" if 0 < used < planned else ""
 
     def __str__(self) -> str:
         """The mean over tasks, and in how many of them it lies above 0; in words where no draw has a value."""
@@ -51,11 +56,11 @@ class Findings:
     """What the paragraph of one trained model is made of."""
 
     settings: Sequence[Setting]
-    effect: float
+    without: Sequence[str]  # tasks in which one of the two methods has no cell
     gate: Compared  # balanced accuracy of ICL less that of zero-shot
     accuracies: Mapping[str, Compared]  # zero_shot, icl and the methods at their selected learning rates, cross-fitted
-    rates: Mapping[str, Mapping[str, tuple[float, float]]]  # method -> task -> learning rates that the two folds select
-    levels: Mapping[str, Compared]  # sim_aou of each method at R*
+    rates: Mapping[str, Mapping[str, tuple[Selected, Selected]]]  # method -> task -> learning rates that the two folds select
+    levels: Mapping[str, Compared]  # sim_aou of each method at R*, over the draws that both have
     norm: Compared  # their difference
     gain: Compared  # the same at equal improvement
     specific: Compared  # of layer-causal at R*: in-context less the largest empty context
@@ -64,12 +69,13 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        return verdict(self.norm.mean, self.gain.mean, self.specific.mean, self.effect)
+        return verdict(self.norm.mean, self.gain.mean, self.specific.mean, self.settings[0].smallest_effect)
 
 
 IN_WORDS = {
     "closer": "closer to ICL than vanilla",
     "closer, but not task-specific": "closer to ICL than vanilla, but not task-specific",
+    "closer, task-specific or not": "closer to ICL than vanilla, whether in what is specific to the task is not known",
     "further": "further from ICL than vanilla",
     "not closer": "not closer to ICL than vanilla",
     "undecided": "neither shown to be closer to ICL than vanilla nor shown not to be (undecided)",
@@ -77,7 +83,7 @@ IN_WORDS = {
 
 
 def verdict(norm: Estimate, gain: Estimate, specific: Estimate, effect: float) -> str:
-    """Return closer, further, not closer or undecided, and whether what is closer is not specific to the task; on 95 % intervals of both differences."""
+    """Return closer, further, not closer or undecided, on 95 % intervals of both differences; of closer, whether it is specific to the task, if that is known."""
     both = (norm, gain)
     if not all(math.isfinite(one.lower) for one in both):
         return "undecided"
@@ -87,45 +93,51 @@ def verdict(norm: Estimate, gain: Estimate, specific: Estimate, effect: float) -
         said = "further"
     else:
         said = "not closer" if all(one.upper < effect for one in both) else "undecided"
-    is_unspecific = math.isfinite(specific.lower) and specific.lower <= 0
-    return f"{said}, but not task-specific" if said == "closer" and is_unspecific else said
-
-
-def smallest_effect(frames: Frames) -> float:
-    """Return the smallest difference that matters, as the newest sweep file set it before its run."""
-    effects = [sweep["analysis"]["smallest_effect"] for sweep in frames.sweeps if "smallest_effect" in sweep.get("analysis", {})]
-    return float(effects[-1]) if effects else SMALLEST_EFFECT
+    if said != "closer" or specific.lower > 0:
+        return said
+    return "closer, but not task-specific" if math.isfinite(specific.lower) else "closer, task-specific or not"
 
 
 def findings(frames: Frames) -> list[Findings]:
-    """Return what is known of each trained model, protocol and number of demonstrations under which both methods ran."""
+    """Return what is known of each trained model, protocol, number of demonstrations, R* and smallest effect under which both methods ran."""
     groups: dict[tuple[str, ...], list[Setting]] = {}
+    without: dict[tuple[str, ...], list[str]] = {}
     untrained: dict[tuple[str, ...], dict[str, list[Setting]]] = {}
     for setting in frames.settings():
-        if setting.train_on != "true" or not {BASE, METHOD} <= set(setting.methods):
+        if setting.train_on != "true":
             continue
         place = tuple(setting.first[[name for name in SETTING if name not in ("task", "num_queries", "init", "init_scheme")]].astype(str))
-        if setting.is_random:
+        place += (str(setting.matched_ratio), str(setting.smallest_effect))
+        if not {BASE, METHOD} <= set(setting.methods):
+            without.setdefault(place, []).append("" if setting.is_random else setting.named["task"])
+        elif setting.is_random:
             untrained.setdefault(place, {}).setdefault(setting.named["init"], []).append(setting)
         else:
             groups.setdefault(place, []).append(setting)
     return [
-        _found(frames, of_most_queries(settings), {init: of_most_queries(some) for init, some in untrained.get(place, {}).items()})
+        _found(frames, of_most_queries(settings), without.get(place, ()), {init: of_most_queries(some) for init, some in untrained.get(place, {}).items()})
         for place, settings in groups.items()
     ]
 
 
-def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, Sequence[Setting]]) -> Findings:
+def _found(frames: Frames, settings: Sequence[Setting], without: Sequence[str], untrained: Mapping[str, Sequence[Setting]]) -> Findings:
     at_size = {setting.named["task"]: {method: matched(setting, method) for method in (BASE, METHOD)} for setting in settings}
     at_gain = {setting.named["task"]: at_equal_gain(frames, setting, (BASE, METHOD)) for setting in settings}
     chosen = {method: {setting.named["task"]: selected(frames, setting, method) for setting in settings} for method in (BASE, METHOD)}
 
-    def over(quantity: Callable[[Setting], Estimate], some: Sequence[Setting] = settings, reasons: Iterable[Counter[str]] = ()) -> Compared:
+    def over(
+        quantity: Callable[[Setting], Estimate], some: Sequence[Setting] = settings, *, of: str = METHOD, reasons: Mapping[str, Counter[str]] | None = None
+    ) -> Compared:
         found = {setting.named["task"]: quantity(setting) for setting in some}
-        return Compared(found, sum(setting.num_draws for setting in some), sum(reasons, Counter()))
+        return Compared(found, {setting.named["task"]: setting.num_planned(of) for setting in some}, reasons or {})
 
     def level(method: str) -> Callable[[Setting], Estimate]:
-        return lambda setting: frames.contrast(at_size[setting.named["task"]][method].terms, METRIC)
+        def of(setting: Setting) -> Estimate:
+            here = at_size[setting.named["task"]]
+            terms = dict(zip((BASE, METHOD), paired(here[BASE].terms, here[METHOD].terms), strict=True))
+            return frames.contrast(terms[method], METRIC)
+
+        return of
 
     def accuracy(method: str) -> Callable[[Setting], Estimate]:
         def of(setting: Setting) -> Estimate:
@@ -135,21 +147,18 @@ def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, 
         return of
 
     accuracies = {
-        "zero-shot": over(lambda setting: frames.estimate(setting.zero_shot, "balanced_accuracy")),
+        "zero-shot": over(lambda setting: frames.estimate(setting.zero_shot, "balanced_accuracy"), of="zero_shot"),
         "in-context": over(lambda setting: frames.estimate(setting.icl, "balanced_accuracy")),
     }
-    size_reasons = [one.reasons for found in at_size.values() for one in found.values()]
-    gain_reasons = [one.reasons for found in at_gain.values() for of_fold in found.values() for one in of_fold.values()]
+    size_reasons = _by_method(at_size.values())
+    gain_reasons = _by_method(of_fold for found in at_gain.values() for of_fold in found.values())
     tables = {setting.named["task"]: controls.data(frames, setting) for setting in settings}
     return Findings(
         settings,
-        smallest_effect(frames),
+        sorted({*without} - {"", *at_size}),
         gate=over(lambda setting: _gate(frames, setting)),
         accuracies=accuracies | {method: over(accuracy(method)) for method in (BASE, METHOD)},
-        rates={
-            method: {task: (picked["B"][0].learning_rate, picked["A"][0].learning_rate) for task, picked in of_tasks.items() if picked}
-            for method, of_tasks in chosen.items()
-        },
+        rates={method: {task: (picked["B"][0], picked["A"][0]) for task, picked in of_tasks.items() if picked} for method, of_tasks in chosen.items()},
         levels={method: over(level(method)) for method in (BASE, METHOD)},
         norm=over(lambda setting: _at_size(frames, at_size[setting.named["task"]]), reasons=size_reasons),
         gain=over(lambda setting: _at_gain(frames, at_gain[setting.named["task"]]), reasons=gain_reasons),
@@ -159,11 +168,20 @@ def _found(frames: Frames, settings: Sequence[Setting], untrained: Mapping[str, 
             "with another task's": over(lambda setting: _line(tables[setting.named["task"]], "icl", "other_task")),
             "random weights of the same effect": over(lambda setting: _line(tables[setting.named["task"]], METHOD, controls.RANDOM_DELTA)),
         },
-        untrained={
-            init: over(lambda setting: _at_size(frames, {method: matched(setting, method) for method in (BASE, METHOD)}), some)
-            for init, some in untrained.items()
-        },
+        untrained={init: _untrained(frames, some) for init, some in untrained.items()},
     )
+
+
+def _by_method(found: Iterable[Mapping[str, Matched]]) -> dict[str, Counter[str]]:
+    every = list(found)
+    return {method: sum((one[method].reasons for one in every), Counter()) for method in (BASE, METHOD)}
+
+
+def _untrained(frames: Frames, settings: Sequence[Setting]) -> Compared:
+    """Return the difference at R* on random weights."""
+    at_size = {setting.named["task"]: {method: matched(setting, method) for method in (BASE, METHOD)} for setting in settings}
+    found = {task: _at_size(frames, of_task) for task, of_task in at_size.items()}
+    return Compared(found, {setting.named["task"]: setting.num_draws for setting in settings}, _by_method(at_size.values()))
 
 
 def _gate(frames: Frames, setting: Setting) -> Estimate:
@@ -185,13 +203,8 @@ def _at_gain(frames: Frames, found: Mapping[str, Mapping[str, Matched]]) -> Esti
 def _specific(frames: Frames, setting: Setting, at: Matched) -> Estimate:
     """Return, at R*, the similarity with ICL's change less the largest with a context that teaches nothing, taken in each seed."""
     here = frames.controls[frames.controls["cell"].isin(at.terms["key"])]
-    by_name = controls.by_name(frames, here, at.terms["key"].drop_duplicates(), METRIC, "all")
-    empty = [name for name in by_name if controls.kind_of(name) in controls.EMPTY]
-    if {controls.kind_of(name) for name in empty} != set(controls.EMPTY):
-        return Estimate()
-    largest = pd.DataFrame({name: frames.by_replicate(at.terms, by_name[name])["mean"] for name in empty}).max(axis=1, skipna=False)
-    own = frames.by_replicate(at.terms, frames.figures(at.terms["key"].drop_duplicates(), METRIC))
-    return estimate(own["mean"] - largest, used=int(own["count"].reindex(largest.dropna().index).sum()))
+    named = controls.by_name(frames, here, at.terms["key"].drop_duplicates(), METRIC, "all")
+    return controls.task_specific(frames, {"all": at.terms}, {"all": named}, METRIC) or Estimate()
 
 
 def _line(table: pd.DataFrame, method: str, against: str) -> Estimate:
@@ -199,8 +212,7 @@ def _line(table: pd.DataFrame, method: str, against: str) -> Estimate:
     if table.empty:
         return Estimate()
     rows = table[(table["method"] == method) & (table["metric"] == METRIC) & table["against"].map(controls.kind_of).eq(against)]
-    if "choice" in rows:
-        rows = rows[rows["choice"].isna() | rows["choice"].ne("selected")]
+    rows = rows[rows["choice"].ne(SELECTED)]
     return Estimate(float(rows["mean"].mean()), used=int(rows["num_used"].sum()), replicates=int(rows["num_replicates"].min())) if len(rows) else Estimate()
 
 
@@ -208,46 +220,65 @@ def paragraph(found: Findings) -> list[str]:
     """Return the sentences on one trained model, the verdict first."""
     first, ratio = found.settings[0], found.settings[0].matched_ratio
     tasks, seeds = [setting.named["task"] for setting in found.settings], min(len(setting.replicates) for setting in found.settings)
+    steps = " or ".join(dict.fromkeys(setting.last_step for setting in found.settings))
     protocol = "" if first.named["protocol"] == "clean" else f", protocol {first.named['protocol']}"
     norm, gain = found.norm.mean, found.gain.mean
     said = [
-        f"On {', '.join(tasks)} ({counted(seeds, 'draw')}), {first.model}, k = {first.named['k']}{protocol}: at equal size of update (R = {ratio:g}) "
+        f"On {', '.join(tasks)} ({counted(seeds, 'draw')}), {first.model}, k = {first.named['k']}, step {steps}{protocol}: at equal size of update (R = {ratio:g}) "
         f"layer-causal finetuning is {IN_WORDS[found.verdict]}: {METRIC} {number(found.levels[METHOD].mean.mean)} against "
         f"{number(found.levels[BASE].mean.mean)}, difference {found.norm}; at equal improvement {found.gain}."
     ]
-    if (norm.used, gain.used) != (found.norm.planned, found.norm.planned):
-        left = ", ".join(_left_out(found.norm.reasons, SIZE_REASONS)), ", ".join(_left_out(found.gain.reasons, GAIN_REASONS))
+    planned = sum(found.norm.planned.values())
+    if (norm.used, gain.used) != (planned, planned):
+        left = [_left_out(one.reasons, meaning) for one, meaning in ((found.norm, SIZE_REASONS), (found.gain, GAIN_REASONS))]
         said.append(
-            f"Draws used: {norm.used} of {found.norm.planned} at equal size{f' ({left[0]})' if left[0] else ''}, "
-            f"{gain.used} of {found.gain.planned} at equal improvement{f' ({left[1]})' if left[1] else ''}; reasons count methods, and folds, apart."
+            f"Draws used: {norm.used} of {planned} at equal size{left[0]}, {gain.used} of {planned} at equal improvement{left[1]}; "
+            "in brackets the draws of each method that have no such point, at equal improvement once for each fold."
         )
-    scale = [f"{name} {number(one.mean.mean)}" for name, one in found.scale.items() if math.isfinite(one.mean.mean)]
+    if found.without:
+        said.append(f"Left out, as one of the two methods has no cell there: {', '.join(found.without)}.")
+    if any(setting.is_amended for setting in found.settings):
+        said.append(
+            f"A later sweep file has another R* or smallest effect: what stood in the first one before its run counts (R* = {ratio:g}, {first.smallest_effect:g})."
+        )
+    scale = [f"{name} {number(one.mean.mean)}{one.missing}" for name, one in found.scale.items() if math.isfinite(one.mean.mean)]
     said += [f"For scale: {', '.join(scale)}."] if scale else ["No control context was captured: what unrelated changes score is not known."]
     if math.isfinite(found.specific.mean.mean):
-        said.append(f"Specific to the task (ICL less the largest of {', '.join(controls.EMPTY)}): {found.specific.mean}.")
+        said.append(f"Specific to the task (ICL less the largest of {', '.join(controls.EMPTY)}): {found.specific.mean}{found.specific.missing}.")
+    else:
+        said.append(f"How much of it is specific to the task is not known: that takes the control contexts {', '.join(controls.EMPTY)} of the cells around R*.")
     said.append(_in_words(found))
     passed = [task for task, gate in found.gate.tasks.items() if gate.lower > 0]
     which = f" ({', '.join(passed)})" if passed else ""
     said.append(f"ICL beats zero-shot, with its interval above 0, in {len(passed)} of {len(tasks)} tasks{which}; where it does not, no effect of ICL is shown.")
     said.append(_collapsed(found.settings))
     for init, one in found.untrained.items():
-        said.append(f"On random weights ({init}) the difference at equal size is {one.mean}.")
-    if seeds < MIN_SEEDS:
-        said.append(f"Descriptive: {counted(seeds, 'draw')}, fewer than {MIN_SEEDS}.")
+        said.append(f"On random weights ({init}) the difference at equal size is {one.mean}{one.missing}{_left_out(one.reasons, SIZE_REASONS)}.")
+    fewest = min([seeds, *(task.replicates for one in (found.norm, found.gain) for task in one.tasks.values() if task.used)])
+    if fewest < MIN_SEEDS:
+        said.append(f"Descriptive: some figures are over {counted(fewest, 'seed')}, fewer than {MIN_SEEDS}.")
     return said
 
 
 def _in_words(found: Findings) -> str:
-    parts = [f"{name} {found.accuracies[name].mean}" for name in ("zero-shot", "in-context")]
+    parts = [f"{name} {found.accuracies[name].mean}{found.accuracies[name].missing}" for name in ("zero-shot", "in-context")]
     for method in (BASE, METHOD):
-        rates = sorted({one for of_task in found.rates[method].values() for one in of_task})
+        rates = sorted({one.learning_rate for of_task in found.rates[method].values() for one in of_task})
         at = rate(rates[0]) if len(rates) == 1 else f"{rate(rates[0])} to {rate(rates[-1])}" if rates else "none defined"
-        parts.append(f"{method} {found.accuracies[method].mean} (learning rate selected by nll_label on the other fold: {at})")
+        edges = [task for task, of_task in found.rates[method].items() if any(one.is_edge for one in of_task)]
+        at += f"; at the edge of its grid in {', '.join(edges)}: extend the grid" if edges else ""
+        one = found.accuracies[method]
+        parts.append(f"{method} {one.mean}{one.missing} (learning rate selected by nll_label on the other fold: {at})")
     return f"Balanced accuracy: {', '.join(parts)}."
 
 
-def _left_out(reasons: Counter[str], meaning: Mapping[str, str]) -> list[str]:
-    return [f"{reasons[name]} {why}" for name, why in meaning.items() if reasons[name]]
+def _left_out(reasons: Mapping[str, Counter[str]], meaning: Mapping[str, str]) -> str:
+    """Return by method why draws are left out, in brackets; nothing where none is."""
+    parts = []
+    for method, counts in reasons.items():
+        said = [f"{counts[name]} x {why}" for name, why in meaning.items() if counts[name]]
+        parts += [f"{method}: {', '.join(said)}"] if said else []
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _collapsed(settings: Sequence[Setting]) -> str:
@@ -272,8 +303,9 @@ def data(every: Sequence[Findings]) -> pd.DataFrame:
             f"D_norm, random weights: {init}": one for init, one in found.untrained.items()
         }
         for quantity, one in quantities.items():
-            for task, value in (*one.tasks.items(), ("all tasks", one.mean)):
-                rows.append(named | {"quantity": quantity, "task": task} | value.columns | {"num_planned": one.planned, "verdict": found.verdict})
+            for task, value in (*one.tasks.items(), (ALL_TASKS, one.mean)):
+                planned = one.planned.get(task, sum(one.planned.values()))
+                rows.append(named | {"quantity": quantity, "task": task} | value.columns | {"num_planned": planned, "verdict": found.verdict})
     return pd.DataFrame(rows)
 
 

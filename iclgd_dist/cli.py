@@ -49,7 +49,7 @@ iclgd run    sweeps/demo.toml   compute what is missing; again resumes
 iclgd tune   sweeps/tune.toml   search for learning rates
 iclgd status results/demo       how far it is, also while it runs
 iclgd report results/demo       the table, and a page of figures
-iclgd measure SWEEP.toml        metrics and controls that were added since
+iclgd measure SWEEP.toml        metrics, controls, measures added since
 iclgd check-method FILE:NAME    a training rule of your own
 iclgd convert-weights DIR       pickled weights as safetensors
 

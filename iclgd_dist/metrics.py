@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iclgd_dist.schema import NUM_NOISE_QUERIES
-
-FLOOR_FACTOR = 10.0  # a change counts from more than this many times the noise floor
+from iclgd_dist.schema import FLOOR_FACTOR, NUM_NOISE_QUERIES
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -95,8 +95,36 @@ def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budge
     if code == FAILED:
         console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True)
     elif code == DONE:
+        if num_lacking := _num_lacking(loaded, results, planned.keys):
+            lacking = f"{counted(num_lacking, 'finetuned cell')}, there before this run, lack controls, metrics or measures that the sweep file asks for"
+            console.print(f"{lacking}: iclgd measure {sweep} adds them", highlight=False, soft_wrap=True)
         console.print(f"next: iclgd report {results.root}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def _num_lacking(sweep: Sweep, store: Store, keys: Collection[str]) -> int:
+    """Return how many finetuned cells of the sweep have no row at all of something it asks for: those of a search, and those that an older file computed."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from iclgd_dist.store import read_results
+
+    has_measures = any(sweep.measures.model_dump(exclude={"orders"}).values())
+    if not (sweep.controls.contexts or sweep.metric or has_measures):
+        return 0
+    results, text = read_results(store), pa.string()
+    cells = results.cells.filter(pc.and_(pc.equal(results.cells["kind"], "finetuned"), pc.equal(results.cells["status"], "done")))["key"].cast(text)
+    cells = cells.filter(pc.is_in(cells, pa.array(sorted(keys), text)))
+    has_all = pa.chunked_array([pa.array([True] * len(cells))])
+    for table, is_asked, others in (
+        (results.controls, sweep.controls.contexts, "random_delta"),  # which `run` makes itself
+        (results.metrics, sweep.metric, None),
+        (results.extras, has_measures, "order:"),  # as above
+    ):
+        if is_asked:
+            own = table.filter(pc.invert(pc.starts_with(table[1].cast(text), others))) if others else table
+            has_all = pc.and_(has_all, pc.is_in(cells, own[0].cast(text).combine_chunks()))
+    return len(cells) - (pc.sum(has_all).as_py() or 0)
 
 
 def _random_deltas(sweep: Sweep, store: Store, *, address: str | None, budget: Budget, is_open: bool) -> int:
@@ -191,17 +219,13 @@ def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget,
 
     for of_round in rounds(loaded, studies, results.keys, judge, compute, stopped):
         code = code or of_round
+        evaluated = sorted(results.keys() & set[str]().union(*(study.keys for study in studies)))
+        results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=evaluated, kind="search")
         if of_round not in (DONE, FAILED):
             code = of_round
             break
-    results.save_sweep(
-        digest=loaded.digest(),
-        resolved=loaded.resolved(),
-        keys=sorted(results.keys().intersection(*[set().union(*(study.keys for study in studies))])),
-        kind="search",
-    )
+    _show_studies(studies)
     if code in (DONE, FAILED):
-        _show_studies(studies)
         say(f"next: put what was found into [learning_rates], with its neighbours, and iclgd run {sweep}")
     raise typer.Exit(code)
 
@@ -214,7 +238,7 @@ def _show_studies(studies: Sequence[Study]) -> None:
         best, place, tried = study.best, study.place, [score for found in study.scores[0].values() for score in found[-1:]]
         mark = "at the edge of what was tried: widen its range" if study.is_edge else ""
         if not best:
-            mark = "none holds all constraints" if tried else "nothing could be computed"
+            mark = "none holds all constraints" if tried else "nothing was computed"
         found = (f"{best.learning_rate:.3g}", str(best.step), f"{best.objective:.4f}") if best else ("", "", "")
         name = place.model.source.rpartition("/")[2]
         table.add_row(*map(Text, (place.task, name, str(place.num_demonstrations), study.method, *found, str(len(tried)), mark)))
@@ -229,9 +253,10 @@ def measure(
     gpu_hours: GpuHours = None,
     insecure: Insecure = False,
 ) -> None:
-    """Fill in what committed cells lack: metrics and control contexts added to the sweep file since, and pairs of methods.
+    """Fill in what committed cells lack: metrics, control contexts and measures added to the sweep file since, and pairs of methods.
 
-    Metrics come from kept captures where there are any; the other cells are trained again, and only their measures are stored.
+    Metrics come from kept captures where there are any, crossed orders from these alone; for all else cells are trained again, and only what they lacked
+    is stored.
 
     Example: iclgd measure sweeps/controls.toml
     """

@@ -11,6 +11,7 @@ import pyarrow as pa
 # (name, type, meaning). Text between brackets is the unit.
 Column = tuple[str, pa.DataType, str]
 FOLDS = ("A", "B", "all")
+FLOOR_FACTOR = 10.0  # a change counts from more than this many times the noise floor
 NUM_NOISE_QUERIES = 32  # zero-shot queries that run a second time, one by one, for the noise floor
 # Similarities that have a mean over layers in the row, a mean over queries per (layer, fold), and a mean over layers per example.
 SIMILARITIES = (

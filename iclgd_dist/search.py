@@ -96,8 +96,8 @@ class Study:
 
     @property
     def best(self) -> Score | None:
-        """The best that holds all constraints, on the most evidence; None where none does."""
-        ranked = self.ranking(len(self.scores) - 1) if self.scores else []
+        """The best that holds all constraints, on the most evidence that there is: a search that was stopped has an empty rung. None where none does."""
+        ranked = next((ranked for rung in reversed(range(len(self.scores))) if (ranked := self.ranking(rung))), [])
         found = [score for score in ranked if score.violation <= 0 and math.isfinite(score.loss)]
         return found[0] if found else None
 

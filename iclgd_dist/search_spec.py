@@ -17,7 +17,7 @@ from iclgd_dist.protocol import Frozen
 from iclgd_dist.toml_text import unknown
 
 BASELINES = ("zero_shot", "icl")  # that a constraint may compare a cell with
-SMALLER_IS_BETTER = ("nll_", "kl_", "loss")  # beginnings of the names of metrics that a search makes small unless told otherwise
+SMALLER_IS_BETTER = ("nll_", "kl_", "ece", "brier")  # beginnings of the names of metrics that a search makes small unless told otherwise
 _COMPARED = {">=": operator.ge, "<=": operator.le}
 _CONSTRAINT = re.compile(r"\s*([a-z]\w*)\s*(>=|<=)\s*([A-Za-z_]\w*|[-+0-9.eE]+)\s*")
 
@@ -59,10 +59,10 @@ class Constraint:
 class Search(Frozen):
     """What `iclgd tune` does for each model, protocol, task, number of demonstrations and method."""
 
-    learning_rates: dict[str, Range]  # method -> lowest and highest; log-uniform between them
+    learning_rates: Annotated[dict[str, Range], Field(min_length=1)]  # method -> lowest and highest; log-uniform between them
     sampler: Literal["tpe", "random", "grid"] = "tpe"  # grid: evenly spaced in log
     objective: str = "nll_label"  # a metric of a cell, on fold A; reports are on fold B
-    goal: Literal["min", "max"] | None = None  # by default max, and min for nll_*, kl_* and loss
+    goal: Literal["min", "max"] | None = None  # by default max, and min for nll_*, kl_*, ece* and brier*
     step: Literal["last", "best"] = "last"  # judge a learning rate at s = k, or at the best of its steps
     constraints: tuple[str, ...] = ()  # "balanced_accuracy >= zero_shot": a metric against a number, zero_shot or icl
     samples: Count = 12  # learning rates
@@ -175,7 +175,7 @@ def _of_a_fold() -> tuple[str, ...]:
 
 
 def _judged() -> tuple[str, ...]:
-    """Return the metrics of a cell that are known on a fold: those of the fold, and those of its layers."""
-    from iclgd_dist.schema import LAYER, f64  # imports pyarrow, which most sweep files do not need
+    """Return the metrics of a cell that are known on a fold: those of the fold, and those of its layers that are."""
+    from iclgd_dist.schema import POOLED, SIMILARITIES  # imports pyarrow, which most sweep files do not need
 
-    return (*_of_a_fold(), *(name for name, kind, _ in LAYER if kind == f64))
+    return (*_of_a_fold(), *SIMILARITIES, *POOLED, "update_ratio", "relative_update", "update_norm")

@@ -84,7 +84,7 @@ def rows_of(root: Path) -> dict[str, list[dict[str, Any]]]:
     from iclgd_dist.store import read_results
 
     found = read_results(root)
-    tables = {name: getattr(found, name).to_pylist() for name in ("cells", "folds", "layers", "examples", "controls", "pairs", "metrics", "attempts")}
+    tables = {name: getattr(found, name).to_pylist() for name in ("cells", "folds", "layers", "examples", "controls", "pairs", "metrics", "extras", "attempts")}
     return {name: sorted(rows, key=repr) for name, rows in tables.items()}
 
 

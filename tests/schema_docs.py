@@ -40,8 +40,8 @@ weights = "all_linear"
 """
 HEAD = """# The store's tables
 
-`read_results(STORE)` returns nine Arrow tables: `cells`, one row per cell, and eight with several rows per cell, to be joined on the cell's key (their first
-column). They are what is stored; nothing is computed while reading.
+`read_results(STORE)` returns nine Arrow tables: `cells`, one row per cell, and seven with several rows per cell, to be joined on the cell's key (their first
+column); `attempts` holds what could not be run, by block. They are what is stored; nothing is computed while reading.
 
 - NULL means undefined or not applicable, never zero, and no column holds NaN. Where no text says more, a column is NULL in rows of the kinds that the last
   column of its table leaves out, and where a figure is undefined: similarities whose changes lie at or below ten times the noise floor, shares of nothing.

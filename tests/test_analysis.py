@@ -332,7 +332,7 @@ def test_the_figures_data_stands_beside_the_page(tmp_path: Path) -> None:
     page = write_report(make_store(tmp_path / "store", make_rows()))
     assert page == tmp_path / "store" / "report.html"
     assert sorted(p.name for p in (page.parent / "figures").iterdir()) == sorted(
-        [*FIGURES, "accuracy.csv", "paper_tables.csv", "reliability.csv", "verdict.csv"]
+        [*FIGURES, "accuracy.csv", "equal_size.csv", "paper_tables.csv", "reliability.csv", "verdict.csv"]
     )
     lines = list(csv.DictReader((page.parent / "figures" / "heatmap.csv").open()))
     assert {line["state"] for line in lines if line["learning_rate"] == "0.1" and line["step"] == "4.0"} == {"diverged"}
@@ -341,7 +341,7 @@ def test_the_figures_data_stands_beside_the_page(tmp_path: Path) -> None:
     assert all(bool(line["random_state"]) == (bool(line["value"]) and line["metric"] in ("sim_aou", "sim_aou_norm")) for line in ratios)
     elsewhere = iclgd_analysis.write_report(tmp_path / "store", tmp_path / "out" / "page.html")
     assert sorted(p.name for p in elsewhere.parent.rglob("*.*")) == sorted(
-        [*FIGURES, "accuracy.csv", "page.html", "paper_tables.csv", "reliability.csv", "verdict.csv"]
+        [*FIGURES, "accuracy.csv", "equal_size.csv", "page.html", "paper_tables.csv", "reliability.csv", "verdict.csv"]
     )
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from iclgd_analysis import controls, equal_size, load, measures, protocol_effects
-from iclgd_analysis.chosen import crossing, matched
+from iclgd_analysis import controls, equal_size, layer_profile, load, measures, protocol_effects
+from iclgd_analysis.chosen import crossing, matched, nearest_ratio
 from iclgd_analysis.intervals import Estimate, over_tasks
 from iclgd_analysis.load import Frames, planned_draws
 from iclgd_analysis.report import write_report
 from iclgd_analysis.setting import Setting, protocol_name
 from scipy import stats
 
-from tests.test_analysis import STEPS, diverged, make_cell, make_rows, make_store
+from iclgd_dist.store import Store
+from tests.test_analysis import NUM_LAYERS, STEPS, diverged, make_cell, make_rows, make_store
 
 Row = dict[str, Any]
 SEEDS = (1, 2, 3)
@@ -103,6 +104,100 @@ def test_a_draw_without_a_value_at_equal_size_says_why(tmp_path: Path, ratios: l
     assert set(found.terms["draw"]) == {"/2/0"}
 
 
+def undiverged(row: Row, size: float = 0.6) -> Row:
+    """A cell that is done, in place of one that diverged."""
+    named = {name: row[name] for name in ("task", "seed", "method", "learning_rate", "step")}
+    return make_cell("finetuned", skill=0.5, size=size, **named) if row["status"] == "diverged" else row
+
+
+def test_a_learning_rate_of_one_draw_alone_makes_no_gap_in_the_others(tmp_path: Path) -> None:
+    rows = make_rows(seeds=SEEDS, rates={"vanilla": (1e-3, 1e-2)})
+    for row in rows:
+        if row["kind"] == "finetuned" and row["step"] == LAST:
+            row["update_ratio"] = {1e-3: 0.3, 1e-2: 0.6}[row["learning_rate"]]
+    extra = make_cell("finetuned", task="trec", seed=1, skill=0.5, method="vanilla", learning_rate=5e-3, step=LAST, size=0.499)
+    frames = load(make_store(tmp_path, [*map(undiverged, rows), extra]))
+    found = matched(frames.settings()[0], "vanilla")
+    assert not found.reasons
+    assert found.terms.groupby("draw")["key"].count().to_dict() == {f"/{seed}/0": 2 for seed in SEEDS}
+    of_first = found.terms[found.terms["draw"] == "/1/0"]
+    assert extra["key"] in set(of_first["key"]) and of_first["weight"].max() > 0.98
+    assert nearest_ratio(frames.settings()[0], "vanilla") == (1e-2, pytest.approx(0.6))  # the rate of one draw does not compete
+
+
+def test_p_values_start_at_six_seeds_and_are_holms_but_the_primary_one(tmp_path: Path) -> None:
+    rows = [undiverged(row, 1.2) for row in make_rows(seeds=tuple(range(1, 7)), tasks=("trec", "subj"))]
+    table = equal_size.data(load(make_store(tmp_path, rows)))
+    part = table[(table["metric"] == "sim_aou") & table["mean"].notna()]
+    assert set(part["matched_ratio"]) == {0.5, 1.0} and set(table["matched_ratio"]) == {0.125, 0.25, 0.5, 1.0}
+    plain = {}
+    for place, line in part.set_index(["task", "matched_ratio"]).iterrows():
+        tasks = [part[(part["task"] == task) & (part["matched_ratio"] == place[1])].iloc[0] for task in ("trec", "subj")]
+        of_tasks = [((task["upper"] - task["mean"]) / stats.t.ppf(0.975, 5), 5) for task in tasks]
+        if place[0] == "all tasks":
+            error = math.sqrt(sum(e**2 for e, _ in of_tasks)) / 2
+            freedom = sum(e**2 for e, _ in of_tasks) ** 2 / sum(e**4 / f for e, f in of_tasks)
+        else:
+            error, freedom = of_tasks[("trec", "subj").index(place[0])]
+        plain[place] = 2 * stats.t.sf(abs(line["mean"]) / error, freedom)
+    primary = ("all tasks", 0.5)
+    assert [tuple(place) for place in part.loc[part["is_primary"], ["task", "matched_ratio"]].to_numpy()] == [primary]
+    found = part.set_index(["task", "matched_ratio"])["p"]
+    assert found[primary] == pytest.approx(plain.pop(primary))
+    largest = 0.0
+    for rank, place in enumerate(sorted(plain, key=plain.__getitem__)):
+        largest = max(largest, min(1.0, plain[place] * (len(plain) - rank)))
+        assert found[place] == pytest.approx(largest)
+    few = equal_size.data(load(make_store(tmp_path / "few", make_rows(seeds=SEEDS))))
+    assert few["p"].isna().all() and few["mean"].notna().any()
+
+
+def test_each_layer_at_r_star_and_bands_for_all_layers_at_once(tmp_path: Path) -> None:
+    seeds = (1, 2, 3, 4, 5)
+    rows = [row for row in make_rows(seeds=seeds) if row["method"] != "vanilla"]
+    chance = np.random.default_rng(3)
+    for row in rows:
+        for layer in row["layers"]:  # each layer has its own size, so that R* lies elsewhere in each; the last one never comes up to it
+            layer["update_ratio"] = row["update_ratio"] * (0.05 if layer["layer"] == NUM_LAYERS - 1 else 0.6 + 0.2 * layer["layer"])
+            layer["sim_aou"] = float(chance.normal(0.2, 0.05))
+    setting = (frames := load(make_store(tmp_path, rows))).settings()[0]
+    table = layer_profile.data(frames, setting)
+    own = table[table["choice"] == layer_profile.OWN].set_index("layer")
+    last = [row for row in rows if row["kind"] == "finetuned" and row["step"] == LAST]
+    expected: dict[int, list[float]] = {}
+    for number in range(NUM_LAYERS):
+        for seed in seeds:
+            here = [(r["learning_rate"], f) for r in last if r["seed"] == seed for f in r["layers"] if (f["layer"], f["fold"]) == (number, "all")]
+            line = sorted((learning_rate, f["update_ratio"], f["sim_aou"]) for learning_rate, f in here)
+            sizes = [math.log(size) for _, size, _ in line]
+            if sizes[0] < math.log(0.5) < sizes[-1]:
+                expected.setdefault(number, []).append(float(np.interp(math.log(0.5), sizes, [value for *_, value in line])))
+    assert set(own.index) == set(expected) and 0 < len(expected) < NUM_LAYERS
+    half = stats.t.ppf(1 - 0.025 / len(expected), 4)
+    for number, values in expected.items():
+        assert own.loc[number, "sim_aou"] == pytest.approx(np.mean(values)) and own.loc[number, "sim_aou_n"] == 5
+        assert own.loc[number, "sim_aou_upper"] - np.mean(values) == pytest.approx(half * np.std(values, ddof=1) / math.sqrt(5))
+    panels = layer_profile.panels(setting, table)
+    assert any(panel.title.startswith("sim_aou, each layer at R*: layer_causal (R 0.50, 5 of 5 draws)") for panel in panels)
+    assert all(any(trace.fill == "toself" for trace in panel.figure.data) for panel in panels)
+    few = load(make_store(tmp_path / "few", [row for row in rows if row["seed"] in (None, 1, 2, 3, 4)]))
+    assert layer_profile.data(few, few.settings()[0])["sim_aou_upper"].isna().all()  # fewer than 5: no band
+
+
+def test_r_of_a_fold_leaves_out_what_finetuning_does_not_change(tmp_path: Path) -> None:
+    rows = make_rows()
+    cells = [row for row in rows if row["kind"] == "finetuned" and row["status"] == "done"]
+    for row in cells:
+        for layer in row["layers"]:
+            is_still = layer["layer"] < 2 or row is cells[0]
+            layer |= {"noise_floor": 1e-3 if layer["fold"] == "all" else None, "update_norm": 9e-3 if is_still else 0.2}
+            layer["update_ratio"] = 0.0 if is_still else 0.3 + layer["layer"]
+    found = load(make_store(tmp_path, rows)).figures(pd.Series([row["key"] for row in cells]), "update_ratio", "A").tolist()
+    moved = [0.3 + number for number in range(2, NUM_LAYERS)]
+    assert found[0] == 0.0
+    assert found[1:] == [pytest.approx(math.prod(moved) ** (1 / len(moved)))] * (len(cells) - 1)
+
+
 def at_half(rows: list[Row], method: str, seed: int, **same: Any) -> tuple[float, np.ndarray]:
     """Interpolate sim_aou of a seed, and of each of its queries, at R = 1/2 by hand: the two sizes around it are .3 and .6."""
     share = math.log(0.5 / 0.3) / math.log(2)
@@ -145,7 +240,7 @@ def test_the_difference_at_equal_size_is_paired_by_seed_with_the_queries_share(s
     pairs = [(at_half(here, "layer_causal", seed), at_half(here, "vanilla", seed)) for seed in SEEDS]
     queries = np.mean([left[1] - right[1] for left, right in pairs], axis=0)
     expected = t_interval([left[0] - right[0] for left, right in pairs], float(np.var(queries, ddof=1)) / len(queries))
-    line = only(table, task="trec", init="trained", metric="sim_aou")
+    line = only(table, task="trec", init="trained", metric="sim_aou", matched_ratio=0.5)
     assert estimate_of(line) == pytest.approx(expected)
     assert (line["num_used"], line["num_planned"], line["method"]) == (3, 3, "layer_causal")
     assert line["value"] - line["vanilla"] == pytest.approx(line["mean"])
@@ -158,7 +253,7 @@ def test_on_random_weights_the_seed_of_the_weights_is_the_replicate(sized: tuple
     pairs = [(at_half(here, "layer_causal", 1, init_seed=seed), at_half(here, "vanilla", 1, init_seed=seed)) for seed in (0, 1, 2)]
     queries = np.mean([left[1] - right[1] for left, right in pairs], axis=0)
     expected = t_interval([left[0] - right[0] for left, right in pairs], float(np.var(queries, ddof=1)) / len(queries))
-    line = only(table, task="subj", init="embeddings_norms (fairseq)", metric="sim_aou")
+    line = only(table, task="subj", init="embeddings_norms (fairseq)", metric="sim_aou", matched_ratio=0.5)
     assert estimate_of(line) == pytest.approx(expected)
     assert (line["num_used"], line["num_replicates"]) == (3, 3)
     setting = setting_of(frames, task="subj", init="embeddings_norms (fairseq)")
@@ -173,8 +268,8 @@ def test_on_random_weights_the_seed_of_the_weights_is_the_replicate(sized: tuple
 
 def test_over_tasks_the_errors_add_up_and_the_freedom_is_welch_and_satterthwaites(sized: tuple[list[Row], Frames, Path]) -> None:
     table = equal_size.data(sized[1])
-    line = only(table, task="all tasks", init="trained", metric="sim_aou")
-    tasks = [only(table, task=task, init="trained", metric="sim_aou") for task in ("trec", "subj")]
+    line = only(table, task="all tasks", init="trained", metric="sim_aou", matched_ratio=0.5)
+    tasks = [only(table, task=task, init="trained", metric="sim_aou", matched_ratio=0.5) for task in ("trec", "subj")]
     errors = [(task["upper"] - task["mean"]) / T2 for task in tasks]
     error = math.sqrt(sum(e**2 for e in errors)) / 2
     freedom = sum(e**2 for e in errors) ** 2 / sum(e**4 / 2 for e in errors)
@@ -241,10 +336,11 @@ def test_a_finetuned_cell_is_compared_with_each_control_on_its_own_fold(held: tu
     rows, frames, _ = held
     table = controls.data(frames, setting_of(frames, train_on="true"))
     near = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="other_task")
-    assert (near["learning_rate"], near["fold"]) == (1e-3, "all")
+    assert (near["learning_rates"], near["fold"]) == ("1e-3", "all")
     assert estimate_of(near) == pytest.approx(t_interval([0.1 * (0.5 + 0.01 * seed) for seed in SEEDS]))
     selected = only(table, method="layer_causal", choice="selected", metric="sim_aou", against="other_task")
-    assert selected["mean"] == pytest.approx(near["mean"] + 0.03)  # fold B
+    assert selected["fold"] == "A and B"
+    assert estimate_of(selected) == pytest.approx(t_interval([0.1 * (0.5 + 0.01 * seed) + (0.5 + 0.03) / 2 for seed in SEEDS]))  # mean of both folds
     same = {r["seed"]: r for r in rows if (r["method"], r["learning_rate"], r["step"], r["train_on"]) == ("layer_causal", 1e-3, LAST, "true")}
     icl = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="in-context")
     assert icl["mean"] == pytest.approx(sum(r["sim_aou"] for r in same.values()) / 3)
@@ -264,7 +360,7 @@ def test_what_is_specific_to_the_task_is_above_the_largest_empty_context_of_each
         cell = next(r for r in rows if (r["method"], r["learning_rate"], r["step"], r["seed"], r["train_on"]) == ("vanilla", 1e-2, LAST, seed, "true"))
         largest = 0.1 * max(0.5 + 0.01 * seed, 0.45 + 0.01 * seed + 0.1 * (seed - 1))
         gaps.append(cell["sim_aou"] - largest)
-    assert line["learning_rate"] == 1e-2
+    assert line["learning_rates"] == "1e-2"
     assert estimate_of(line) == pytest.approx(t_interval(gaps))
     assert 0.1 * (0.5 + 0.01) > 0.1 * (0.45 + 0.01)  # seed 1: other_task; the others: shuffled_words
 
@@ -412,7 +508,7 @@ def test_of_two_sets_of_queries_the_larger_one_counts_and_the_reasons_of_all_tas
     half = [changed(row, num_queries=row["num_queries"] // 2) for row in rows if row["task"] == "subj"]  # the same draws on fewer queries
     eos = [changed(row, protocol=protocol(separator="eos")) for row in (*rows, *half)]
     frames = load(make_store(tmp_path, [*rows, *half, *eos]))
-    line = only(equal_size.data(frames), task="all tasks", init="trained", metric="sim_aou", protocol="clean")
+    line = only(equal_size.data(frames), task="all tasks", init="trained", metric="sim_aou", protocol="clean", matched_ratio=0.5)
     assert line["reasons"] == "above_range 3, diverged 4"  # of 3 draws of trec and 1 of subj
     assert (line["num_used"], line["num_planned"]) == (2, 2 * len(SEEDS))
     table = protocol_effects.data(frames)
@@ -452,6 +548,38 @@ def test_what_a_later_store_measured_of_the_same_cells_is_read_too(tmp_path: Pat
         assert dict(zip(controls["control"], controls["mean"], strict=True)) == {"separator": 0.1 if order[0] == "a" else 0.9, "other_draw": 0.2}
 
 
+def test_a_store_with_contexts_and_no_trained_cell_yet_has_a_page(tmp_path: Path) -> None:
+    rows = controlled(make_rows(seeds=SEEDS))
+    for name, kept in {
+        "begun": [row for row in rows if row["kind"] != "finetuned"],
+        "burnt": [diverged(r) if r["kind"] == "finetuned" else r for r in rows],
+    }.items():
+        text = write_report(make_store(tmp_path / name, kept)).read_text()
+        assert "<h3>Controls: trec" in text and "nan" not in text.split("<nav")[0]
+
+
+def test_what_two_methods_measure_stands_at_the_last_step_of_each(tmp_path: Path) -> None:
+    rows = [row for row in make_rows(seeds=SEEDS) if row["method"] != "layer_causal" or row["step"] == STEPS[0]]
+    for row in rows:
+        if row["method"] == "layer_causal":  # half as many updates as vanilla
+            row |= {"method_options": json.dumps({"base": "layer_causal", "batch_size": 2}), "measures": [measure("metric", "1", "moved", 0.25)]}
+    frames = load(make_store(tmp_path, rows))
+    table = measures.data(frames, frames.settings()[0])
+    assert set(table["method"]) == {"layer_causal"} and set(table["mean"]) == {0.25}
+
+
+def test_what_a_search_judged_on_fold_a_is_told_where_a_grid_asks_for_it(tmp_path: Path) -> None:
+    rows = make_rows()
+    found = [row for row in rows if row["kind"] == "finetuned"][:2]
+    for row in found:
+        row["origin"] = "search"
+    root = make_store(tmp_path, rows)
+    assert "2 cells found by a search are left out" in write_report(root).read_text()
+    Store(root).save_sweep(digest="00000001", resolved={"name": "grid"}, keys=[row["key"] for row in found])
+    text = write_report(root).read_text()
+    assert "2 cells of the grid were found by a search, which judged them on fold A" in text and "are left out of every mean" not in text
+
+
 # --- What is planned, and the page
 
 
@@ -482,11 +610,10 @@ def test_the_page_has_tables_of_what_the_store_holds_and_no_others(held: tuple[l
     assert page.count("<h3>Controls: trec, Tiny-135M-Instruct.Q4_1, k = 4</h3>") == 1
     assert "no control context" not in page
     assert "Descriptive: some means are over 3 seeds, fewer than 5" in page
-    assert "What the protocol moves" not in page and "Equal size of update" not in page
+    assert "What the protocol moves" not in page
     assert (held[2] / "figures" / "controls.csv").exists()
-    assert not (held[2] / "figures" / "equal_size.csv").exists()
     page = write_report(sized[2]).read_text()
-    assert "Equal size of update: trained and random weights: Tiny-135M-Instruct.Q4_1, k = 4" in page
+    assert "Equal size of update: Tiny-135M-Instruct.Q4_1, k = 4" in page
     assert "<h3>Controls" not in page
     assert "no control context" in page
     assert (sized[2] / "figures" / "equal_size.csv").exists()

@@ -167,6 +167,22 @@ def test_rungs_grow_in_queries_then_in_seeds_and_keep_the_best(swept: Callable[.
     assert sizes == {(4, 1), (8, 1), (8, 2), (8, 3)}
 
 
+def test_a_search_that_is_stopped_before_its_last_rung_still_says_what_was_best(swept: Callable[..., Sweep], made: Made) -> None:
+    sweep = swept(8, "rungs = [{ num_queries = 4 }]")
+    made.ends_after = 3  # two rounds of the first rung, and the second rung
+    made.fails = lambda cell: len(made.plans) == 3
+    study, _ = made.search(sweep)
+    assert len(study.scores) == 2 and study.best and abs(math.log10(study.best.learning_rate / 4e-3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("objective", "sign"), [("nll_raw", 1), ("kl_label_icl", 1), ("ece", 1), ("brier_batch", 1), ("balanced_accuracy", -1), ("sim_aou", -1)]
+)
+def test_what_is_better_small_is_made_small(swept: Callable[..., Sweep], objective: str, sign: int) -> None:
+    search = swept(8, f'objective = "{objective}"').search
+    assert search is not None and search.sign == sign
+
+
 def test_the_best_step_counts_where_it_is_asked_for(swept: Callable[..., Sweep]) -> None:
     worse_later = Made(lambda cell, seed, queries: bowl(cell, seed, queries) + 0.1 * cell.step)
     last, _ = worse_later.search(swept(8))
@@ -190,6 +206,8 @@ def test_a_best_at_the_end_of_its_range_is_marked(swept: Callable[..., Sweep]) -
     ("more", "said"),
     [
         ('objective = "nll_lable"', "did you mean 'nll_label'"),
+        ('objective = "loss"', "search: unknown metric 'loss'"),  # known over all queries alone
+        ('constraints = ["gradient_norm <= 1"]', "search: unknown metric 'gradient_norm'"),
         ('constraints = ["balanced_accuracy > zero_shot"]', 'must be like "balanced_accuracy >= zero_shot"'),
         ('constraints = ["balanced_accurracy >= zero_shot"]', "did you mean 'balanced_accuracy'"),
         ("rungs = [{ num_queries = 9 }]", "num_queries must be at most the sweep's 8, got 9"),
@@ -216,6 +234,7 @@ def test_ranges_are_of_methods_of_the_sweep_and_ascend(sweep_file: Path) -> None
         ("vanila = [1e-3, 1e-2]", "did you mean 'vanilla'"),
         ("vanilla = [1e-2, 1e-3]", "a lower and a higher"),
         ("vanilla = [0, 1e-3]", "greater than 0"),
+        ("", "search.learning_rates"),
     ):
         sweep_file.write_text(f"{text}\n[search.learning_rates]\n{range_}\n")
         with pytest.raises(SweepError) as caught:

@@ -78,8 +78,11 @@ def test_a_search_is_resumed_and_what_it_found_is_the_grids_once_a_grid_asks_for
         search_file.read_text()
         .replace("vanilla = [0.003, 0.05]", f"vanilla = [{rate!r}]")
         .replace("layer_causal = [0.003, 0.05]", f"layer_causal = [{rate!r}]")
+        + '\n[controls]\ncontexts = ["separator"]\n'
     )
-    iclgd("run", str(search_file), folder=folder)
+    said = iclgd("run", str(search_file), folder=folder)
+    assert "4 finetuned cells, there before this run, lack controls, metrics or measures that the sweep file asks for" in said, said
+    assert "lack controls" not in iclgd("measure", str(search_file), folder=folder) + iclgd("run", str(search_file), folder=folder)
     found = read_results(store).cells.to_pandas()
     same = found[(found.method == "vanilla") & (found.learning_rate == rate) & (found.num_queries == 8)]
     assert set(same.key) == set(whole[whole.learning_rate == rate].key), "not computed again"

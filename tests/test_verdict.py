@@ -14,6 +14,7 @@ from iclgd_analysis import load, verdict
 from iclgd_analysis.intervals import Estimate, estimate, over_tasks
 from scipy import stats
 
+from iclgd_dist.store import Store
 from tests.test_analysis import Row, diverged, make_cell, make_store
 
 TASKS, SEEDS, STEP = ("trec", "subj"), (1, 2, 3, 4, 5), 4
@@ -104,11 +105,79 @@ def test_what_never_improves_or_diverges_is_said_and_decides_nothing(tmp_path: P
     (found,) = verdict.findings(load(never))
     assert found.verdict == "undecided" and math.isnan(found.gain.mean.mean)
     assert "at equal improvement no draw could be compared." in " ".join(verdict.paragraph(found))
-    assert "no learning rate of the method improves on zero-shot" in " ".join(verdict.paragraph(found))
+    assert "(vanilla: 20 x no learning rate improves on zero-shot)" in " ".join(verdict.paragraph(found))
     burnt = world(tmp_path / "b", closer=0.06, diverges=lambda method, rank, seed: rank >= 3)[1]
     (found,) = verdict.findings(load(burnt))
-    assert found.verdict == "undecided" and found.norm.mean.used == 0 and found.norm.reasons["diverged"] == 2 * 2 * 5
-    assert "Draws used: 0 of 10 at equal size (20 diverged before R*)" in " ".join(verdict.paragraph(found))
+    assert found.verdict == "undecided" and found.norm.mean.used == 0 and found.norm.reasons["vanilla"]["diverged"] == 2 * 5
+    assert "Draws used: 0 of 10 at equal size (vanilla: 10 x diverged before R*; layer_causal: 10 x diverged before R*)" in " ".join(verdict.paragraph(found))
+
+
+def test_who_never_improves_or_always_diverges_is_named(tmp_path: Path) -> None:
+    """Where every learning rate of one method diverged there is no common improvement, and it is no result about the other method."""
+    for burnt in RATES:
+        (found,) = verdict.findings(load(world(tmp_path / burnt, closer=0.06, diverges=lambda method, rank, seed, burnt=burnt: method == burnt)[1]))
+        reasons = {method: dict(counts) for method, counts in found.gain.reasons.items() if counts}
+        assert reasons == {burnt: {"diverged": 2 * 2 * 5}}  # tasks, folds, seeds
+
+
+def test_both_levels_are_over_the_draws_of_their_difference(tmp_path: Path) -> None:
+    """Layer-causal diverges before R* in a whole task and in one seed of the other: vanilla's own figures of these draws do not count."""
+    rows, _ = world(tmp_path / "whole", closer=0.06, noise=0.05)
+    for number, row in enumerate(rows):
+        is_gone = row["method"] == "layer_causal" and (row["task"] == "subj" or row["seed"] == 3)
+        rows[number] = diverged(row) if is_gone and row["learning_rate"] >= RATES["layer_causal"][2] else row
+    (found,) = verdict.findings(load(make_store(tmp_path / "gaps", rows)))
+    levels = {method: level.mean.mean for method, level in found.levels.items()}
+    assert levels["layer_causal"] - levels["vanilla"] == pytest.approx(found.norm.mean.mean, abs=1e-12)
+    assert (found.norm.mean.used, found.levels["vanilla"].mean.used) == (4, 4)
+    assert "Draws used: 4 of 10 at equal size (layer_causal: 6 x diverged before R*)" in " ".join(verdict.paragraph(found))
+    assert "Descriptive: some figures are over 4 seeds, fewer than 5." in verdict.paragraph(found)
+    table = verdict.data([found]).set_index(["quantity", "task"])
+    for name, planned in (("trec", 5), ("subj", 5), ("all tasks", 10)):
+        assert table.loc[("D_norm", name), "num_planned"] == planned
+    assert table.loc[("balanced accuracy, zero-shot", "trec"), "num_planned"] == 1
+
+
+@pytest.mark.parametrize("left", [("other_draw",), ("other_draw", "other_task", "shuffled_words")])
+def test_without_all_contexts_that_teach_nothing_it_is_not_known_whether_it_is_about_the_task(tmp_path: Path, left: tuple[str, ...]) -> None:
+    rows, _ = world(tmp_path / "whole", closer=0.06)
+    for row in rows:
+        row["measures"] = [measure for measure in row.get("measures") or () if measure["name"] in left]
+    (found,) = verdict.findings(load(make_store(tmp_path / "few", rows)))
+    assert found.verdict == "closer, task-specific or not"
+    said = " ".join(verdict.paragraph(found))
+    assert "How much of it is specific to the task is not known" in said and "whether in what is specific to the task is not known" in said
+
+
+def test_the_first_sweep_file_of_a_setting_fixes_what_it_is_judged_by(tmp_path: Path) -> None:
+    """What a later file says of R* and the smallest effect is told, and counts for nothing; so does a file of other tasks."""
+    rows, root = world(tmp_path, closer=0.06)
+    planned = {"name": "made_up", "tasks": list(TASKS), "models": [{"source": rows[0]["model_source"]}], "num_demonstrations": [4], "num_queries": 24}
+    planned |= {"query_seed": 1, "seeds": list(SEEDS), "orders": 1, "protocol": {}}
+    others = planned | {"tasks": ["mr"], "analysis": {"smallest_effect": 0.5, "matched_ratio": 0.125}}
+    store = Store(root)
+    store.save_sweep(digest="00000001", resolved=others, keys=["0" * 64])
+    store.save_sweep(digest="00000002", resolved=planned | {"analysis": {"smallest_effect": 0.09, "matched_ratio": 0.25}}, keys=["1" * 64])
+    store.save_sweep(digest="00000003", resolved=planned | {"analysis": {"smallest_effect": 0.02, "matched_ratio": 0.5}}, keys=["2" * 64])
+    for stores in ((root,), (world(tmp_path / "later", closer=0.06)[1], root)):
+        frames = load(*stores)
+        (found,) = verdict.findings(frames)
+        assert {(one.matched_ratio, one.smallest_effect) for one in found.settings} == {(0.25, 0.09)}
+        assert found.verdict == "not closer"  # .06 is less than .09
+        said = " ".join(verdict.paragraph(found))
+        assert "at equal size of update (R = 0.25)" in said
+        assert "A later sweep file has another R* or smallest effect: what stood in the first one before its run counts (R* = 0.25, 0.09)." in said
+
+
+def test_selected_rates_at_the_edge_are_marked_and_tasks_that_are_left_out_are_named(tmp_path: Path) -> None:
+    rows, _ = world(tmp_path / "whole", closer=0.06, gains=lambda method, rank: 0.1 * rank)
+    kept = [row for row in rows if not (row["task"] == "subj" and row["method"] == "layer_causal")]
+    (found,) = verdict.findings(load(make_store(tmp_path / "few", kept)))
+    said = " ".join(verdict.paragraph(found))
+    assert "(learning rate selected by nll_label on the other fold: 1e-1; at the edge of its grid in trec: extend the grid)" in said
+    assert "Left out, as one of the two methods has no cell there: subj." in said
+    (found,) = verdict.findings(load(world(tmp_path / "inside", closer=0.06)[1]))
+    assert "edge" not in " ".join(verdict.paragraph(found)) and "Left out" not in " ".join(verdict.paragraph(found))
 
 
 def test_tasks_where_icl_shows_nothing_are_told_apart(tmp_path: Path) -> None:
@@ -193,6 +262,9 @@ def test_the_rule(norm: tuple[float, ...], gain: tuple[float, ...], expected: st
     assert verdict.verdict(Estimate(*norm), Estimate(*gain), Estimate(0.1, 0.05, 0.15), 0.02) == expected
     said = verdict.verdict(Estimate(*norm), Estimate(*gain), Estimate(0.1, -0.05, 0.15), 0.02)
     assert said == (f"{expected}, but not task-specific" if expected == "closer" else expected)
+    for unknown in (Estimate(), Estimate(-0.1, used=1, replicates=1)):  # no context, or of one draw only
+        said = verdict.verdict(Estimate(*norm), Estimate(*gain), unknown, 0.02)
+        assert said == (f"{expected}, task-specific or not" if expected == "closer" else expected)
 
 
 @pytest.mark.parametrize(("query_noise", "least", "most"), [(0.3, 0.93, 1.0), (0.0, 0.93, 0.97)])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iclgd_dist.metrics import FLOOR_FACTOR
+from iclgd_dist.schema import FLOOR_FACTOR
 from iclgd_dist.store import Store, read_results
 
 TOLERANCE = {"label_scores": 1e-3, "delta_norms": 1e-3, "cosine": 1e-3}  # a learning rate off by 1 % moves the delta norms by 1 %

@@ -116,7 +116,7 @@ def test_f18_diverged_cells_are_found_beside_equal_values_before_and_after_compa
     loose.prepare()
     for table in Store(case.store.root).part_tables(case.store.manifest().parts[0]):
         for row in table.to_pylist():
-            measures = [{"kind": kind[:-1]} | measure for kind in ("controls", "pairs", "metrics") for measure in row.pop(kind) or []]
+            measures = [{"kind": kind[:-1]} | measure for kind in ("controls", "pairs", "metrics", "extras") for measure in row.pop(kind) or []]
             loose.commit(row | {"measures": measures})
     for found in (cells, read_results(loose).cells.to_pandas()):
         diverged = found[found.status == "diverged"]
