@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from iclgd_analysis import controls, equal_size, layer_profile, load, measures, protocol_effects
 from iclgd_analysis.chosen import crossing, matched, nearest_ratio
-from iclgd_analysis.intervals import Estimate, over_tasks
+from iclgd_analysis.intervals import Estimate, holm, over_tasks
 from iclgd_analysis.load import Frames, planned_draws
 from iclgd_analysis.report import write_report
 from iclgd_analysis.setting import Setting, protocol_name
@@ -150,6 +150,12 @@ def test_p_values_start_at_six_seeds_and_are_holms_but_the_primary_one(tmp_path:
         assert found[place] == pytest.approx(largest)
     few = equal_size.data(load(make_store(tmp_path / "few", make_rows(seeds=SEEDS))))
     assert few["p"].isna().all() and few["mean"].notna().any()
+
+
+def test_holms_p_values_are_the_published_ones() -> None:
+    found = holm(pd.Series([0.01, math.nan, 0.04, 0.03, 0.005]))  # the example of the Holm-Bonferroni method's article, and one that is no member
+    assert found.tolist() == pytest.approx([0.03, math.nan, 0.06, 0.06, 0.02], nan_ok=True)
+    assert holm(pd.Series([0.6, 0.7])).tolist() == [1.0, 1.0]
 
 
 def test_each_layer_at_r_star_and_bands_for_all_layers_at_once(tmp_path: Path) -> None:

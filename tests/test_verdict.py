@@ -159,7 +159,9 @@ def test_the_first_sweep_file_of_a_setting_fixes_what_it_is_judged_by(tmp_path: 
     store.save_sweep(digest="00000001", resolved=others, keys=["0" * 64])
     store.save_sweep(digest="00000002", resolved=planned | {"analysis": {"smallest_effect": 0.09, "matched_ratio": 0.25}}, keys=["1" * 64])
     store.save_sweep(digest="00000003", resolved=planned | {"analysis": {"smallest_effect": 0.02, "matched_ratio": 0.5}}, keys=["2" * 64])
-    for stores in ((root,), (world(tmp_path / "later", closer=0.06)[1], root)):
+    later = world(tmp_path / "later", closer=0.06)[1]
+    Store(later).save_sweep(digest="00000004", resolved=planned | {"analysis": {"smallest_effect": 0.01, "matched_ratio": 1.0}}, keys=["3" * 64])
+    for stores in ((root,), (later, root)):
         frames = load(*stores)
         (found,) = verdict.findings(frames)
         assert {(one.matched_ratio, one.smallest_effect) for one in found.settings} == {(0.25, 0.09)}
