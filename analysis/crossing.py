@@ -73,19 +73,25 @@ class Pick:
 
 def picks(frames: Frames, setting: Setting) -> Iterator[Pick]:
     """Yield what stands for each method: at the learning rate that each fold selects, shown on the other; and at the one whose R is nearest R*."""
-    ratios = setting.finetuned.set_index("key")["update_ratio"]
     for name in (SELECTED, NEAREST):
         for method in setting.methods:
             if name == SELECTED:
-                found = selected(frames, setting, method)
-                rates = {fold: one.learning_rate for fold, (one, _) in found.items()}
-                terms, is_edge = {fold: terms for fold, (_, terms) in found.items()}, any(one.is_edge for one, _ in found.values())
+                found = {fold: one for fold, (one, _) in selected(frames, setting, method).items()}
+                pick = picked(
+                    setting, name, method, {fold: one.learning_rate for fold, one in found.items()}, is_edge=any(one.is_edge for one in found.values())
+                )
             else:
                 near = nearest_ratio(setting, method)
-                rates, is_edge = {"all": near[0]} if near else {}, False
-                terms = {fold: each(setting.at(method, one, setting.last_step_of(method))) for fold, one in rates.items()}
-            if terms:
-                yield Pick(name, method, rates, terms, is_edge, geometric_mean(ratios.reindex([key for part in terms.values() for key in part["key"]])))
+                pick = picked(setting, name, method, {"all": near[0]} if near else {})
+            if pick.terms:
+                yield pick
+
+
+def picked(setting: Setting, name: str, method: str, learning_rates: Mapping[str, float], *, is_edge: bool = False) -> Pick:
+    """Return the cells of a method at a learning rate for each fold that reports."""
+    cells = {fold: setting.at(method, one, setting.last_step_of(method)) for fold, one in learning_rates.items()}
+    ratio = geometric_mean(pd.concat([part["update_ratio"] for part in cells.values()])) if cells else math.nan
+    return Pick(name, method, learning_rates, {fold: each(part) for fold, part in cells.items()}, is_edge, ratio)
 
 
 def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[Selected, pd.DataFrame]]:

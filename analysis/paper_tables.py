@@ -2,8 +2,8 @@
 
 Table 2: similarities of vanilla (GD) and layer-causal (LCGD) finetuning on trained weights, by task. Table 1: vanilla finetuning on trained weights, on random
 ones that keep embeddings and norms, and on random ones; a store without random weights has no Table 1, as its one row would repeat Table 2's. A single task has
-no mean over tasks. At the largest step, at the only learning rate that the store has of a task and method (all queries), else at the one selected on fold A
-(fold B): random weights at their own. Knows the papers' layout and published.csv; compares nothing at equal size of update, which `equal_size` does.
+no mean over tasks. At the largest step, at the only learning rate that the store has of a task and method (all queries), else at the one that a fold selects,
+shown on the other, folds swapped and averaged: random weights at their own. Knows the papers' layout and published.csv; compares nothing at equal size of update, which `equal_size` does.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 import pandas as pd
 
-from .chosen import SELECTED, Choice, select
+from .chosen import SELECTED
 from .controls import EDGE
-from .intervals import ALL_TASKS, Estimate, descriptive, geometric_mean, over_tasks
+from .crossing import Pick, crossfit, picked, picks
+from .intervals import ALL_TASKS, Estimate, descriptive, over_tasks
 from .load import SETTING, Frames, load
 from .reproduction import PUBLISHED_MODEL, published
 from .setting import CLEAN, Setting
@@ -60,7 +61,7 @@ PLACE = [name for name in SETTING if name not in ("task", "num_queries", "init",
 ONLY = "only"
 RATES = {
     ONLY: "The only learning rate in the store (all queries)",
-    SELECTED: "Learning rate selected of several by the smallest nll_label on fold A (figures of fold B)",
+    SELECTED: "Learning rate selected of several by the smallest nll_label on one fold (figures of the other, folds swapped and averaged)",
 }
 NOTE = (
     "Means over layers, then draws, then tasks, at the largest step ({steps}); stored as {storage_dtype}, computed in {compute_dtype}. n/N: draws used of draws "
@@ -120,7 +121,7 @@ def _rows(frames: Frames, table: str, settings: Sequence[Setting], method: str, 
     for metric in LAYOUTS[table].metrics:
         found: list[Estimate] = []
         for setting, choice in zip(settings, choices, strict=True):
-            one = frames.estimate(choice.cells, metric, fold=choice.fold) if choice else Estimate()
+            one = crossfit(frames, choice.terms, metric) if choice else Estimate()
             found.append(one)
             named = setting.named | {"method": method, "metric": metric} | one.columns | {"num_planned": setting.num_draws}
             rows.append(named | _described(setting, choice) | _theirs(known, metric, setting.named["task"]))
@@ -132,29 +133,24 @@ def _rows(frames: Frames, table: str, settings: Sequence[Setting], method: str, 
     return rows
 
 
-def _choice(frames: Frames, setting: Setting, method: str) -> Choice | None:
-    """Return the cells at the only learning rate of the largest step, else at the selected one; None where none is defined."""
+def _choice(frames: Frames, setting: Setting, method: str) -> Pick | None:
+    """Return the cells at the only learning rate of the largest step, else at the selected ones; None where none is defined."""
     if method not in setting.methods:
         return None
     cells = setting.at_last_step(method)
     rates = cells.loc[cells["learning_rate"] > 0, "learning_rate"].unique()  # 0 is a control
     if len(rates) == 1:
-        name, fold, learning_rate, is_edge = ONLY, "all", float(rates[0]), False
-    elif picked := select(frames, setting, method):
-        name, fold, learning_rate, is_edge = SELECTED, "B", picked.learning_rate, picked.is_edge
-    else:
-        return None
-    cells = cells[cells["learning_rate"] == learning_rate]
-    return Choice(name, method, learning_rate, geometric_mean(cells["update_ratio"]), fold, is_edge, cells)
+        return picked(setting, ONLY, method, {"all": float(rates[0])})
+    return next((pick for pick in picks(frames, setting) if (pick.name, pick.method) == (SELECTED, method)), None)
 
 
-def _described(setting: Setting, choice: Choice | None) -> Row:
+def _described(setting: Setting, choice: Pick | None) -> Row:
     """Return what must be known of the cells behind a mean."""
     row = _precision(setting) | {"num_queries": int(setting.first["num_queries"])}
     if choice is None:
         return row
-    cells = choice.cells
-    row |= {"choice": choice.name, "learning_rate": choice.learning_rate, "is_edge": choice.is_edge, "fold": choice.fold, "R": choice.R}
+    cells = setting.finetuned[setting.finetuned["key"].isin([key for terms in choice.terms.values() for key in terms["key"]])]
+    row |= {"choice": choice.name, "learning_rates": choice.rates, "is_edge": choice.is_edge, "fold": choice.fold, "R": choice.R}
     row |= {"step": setting.last_step_of(choice.method), "num_cells": len(cells)}
     return row | {"num_diverged": int((cells["status"] == "diverged").sum()), "num_collapsed": int(cells["collapsed"].sum())}
 
@@ -245,7 +241,7 @@ def _by_label(rows: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, An
 
 
 def _rate(row: Mapping[str, Any]) -> str:
-    return rate(row["learning_rate"]) + (EDGE if row["is_edge"] else "")
+    return row["learning_rates"] + (EDGE if row["is_edge"] else "")
 
 
 def _share(name: str, row: Mapping[str, Any]) -> str:
