@@ -245,7 +245,7 @@ def paragraph(found: Findings) -> list[str]:
     said += [f"For scale: {', '.join(scale)}."] if scale else ["No control context was captured: what unrelated changes score is not known."]
     if math.isfinite(found.specific.mean.mean):
         said.append(f"Specific to the task (ICL less the largest of {', '.join(controls.EMPTY)}): {found.specific.mean}{found.specific.missing}.")
-    else:
+    elif scale:
         said.append(f"How much of it is specific to the task is not known: that takes the control contexts {', '.join(controls.EMPTY)} of the cells around R*.")
     said.append(_in_words(found))
     passed = [task for task, gate in found.gate.tasks.items() if gate.lower > 0]
