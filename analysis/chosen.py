@@ -20,9 +20,9 @@ from .text import number, rate
 
 SELECTED, NEAREST = "selected", "nearest R*"
 REASONS = {
-    "below_range": "R* below the smallest R of the grid",
-    "above_range": "R* above the largest R of the grid",
-    "diverged": "diverged before R*",
+    "below_range": "below the smallest R of the grid",
+    "above_range": "above the largest R of the grid",
+    "diverged": "diverged before it",
     "missing": "a neighbouring cell or its R is missing",
 }
 
@@ -122,17 +122,16 @@ class Matched:
 def matched(setting: Setting, method: str, at: float | None = None) -> Matched:
     """Return what stands at an R (R* unless given) in each draw, at the largest step: between two neighbouring learning rates, first upward crossing.
 
-    Nothing is extrapolated. Neighbours are the learning rates that the draw or half of the draws have: one that is there for a few draws makes no gap in the others.
+    Nothing is extrapolated.
     """
     ratio = setting.matched_ratio if at is None else at
     cells = setting.at_last_step(method)
     cells = cells[cells["learning_rate"] > 0]
-    counts = cells["learning_rate"].value_counts()
-    of_most = set(counts[counts >= cells["draw"].nunique() / 2].index)
+    rates = neighbours(cells)
     terms: list[dict[str, object]] = []
     reasons: Counter[str] = Counter()
     for draw, rows in cells.groupby("draw"):
-        line = rows.set_index("learning_rate").reindex(sorted(of_most.union(rows["learning_rate"])))
+        line = rows.set_index("learning_rate").reindex(rates[str(draw)])
         weights = crossing(line["update_ratio"].tolist(), ratio)
         if weights:
             keys = line["key"].tolist()
@@ -140,6 +139,13 @@ def matched(setting: Setting, method: str, at: float | None = None) -> Matched:
         else:
             reasons[_reason(line, ratio)] += 1
     return Matched(pd.DataFrame(terms, columns=["key", "weight", "draw", "replicate"]), reasons)
+
+
+def neighbours(cells: pd.DataFrame) -> dict[str, list[float]]:
+    """Return by draw the learning rates, ascending, that it or half of the draws have: one that is there for a few draws makes no gap in the others."""
+    counts = cells["learning_rate"].value_counts()
+    of_most = set(counts[counts >= cells["draw"].nunique() / 2].index)
+    return {str(draw): sorted(of_most.union(rates)) for draw, rates in cells.groupby("draw")["learning_rate"]}
 
 
 def crossing(ratios: list[float], at: float) -> dict[int, float]:

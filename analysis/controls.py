@@ -64,7 +64,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
 
 
 def _finetuned(frames: Frames, of_setting: pd.DataFrame, pick: Pick, variants: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
-    nothing = pd.Series(dtype=float)
+    nothing, ratios = pd.Series(dtype=float), dict[str, float]()  # R of what is not the cell itself
     named = {fold: by_name(frames, of_setting, terms["key"], metric, fold) for fold, terms in pick.terms.items()}
     found = {ICL: crossfit(frames, pick.terms, metric)}
     for name in dict.fromkeys(name for of_fold in named.values() for name in of_fold):
@@ -72,11 +72,14 @@ def _finetuned(frames: Frames, of_setting: pd.DataFrame, pick: Pick, variants: p
     for train_on, part in variants[variants["train_on"] != "true"].groupby("train_on"):
         trained = {fold: each(part[part["learning_rate"] == learning_rate]) for fold, learning_rate in pick.learning_rates.items()}
         found[f"{TRAINED_ON}{train_on}"] = crossfit(frames, trained, metric)
+        ratios[f"{TRAINED_ON}{train_on}"] = geometric_mean(
+            part.set_index("key")["update_ratio"].reindex([key for terms in trained.values() for key in terms["key"]])
+        )
     if one := task_specific(frames, pick.terms, named, metric):
         found[TASK_SPECIFIC] = one
     randoms = [by_name(frames, of_setting, terms["key"], "update_ratio", fold).get(RANDOM_DELTA, nothing) for fold, terms in pick.terms.items()]
-    random_R = geometric_mean(pd.concat(randoms))
-    return [{"against": name, "R": random_R if name == RANDOM_DELTA else pick.R} | value.columns for name, value in found.items()]
+    ratios[RANDOM_DELTA] = geometric_mean(pd.concat(randoms))
+    return [{"against": name, "R": ratios.get(name, pick.R)} | value.columns for name, value in found.items()]
 
 
 def task_specific(frames: Frames, terms: Mapping[str, pd.DataFrame], named: Mapping[str, Mapping[str, pd.Series]], metric: str) -> Estimate | None:

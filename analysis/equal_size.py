@@ -13,13 +13,13 @@ from .text import Grid, entry, number, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 RATIOS = (0.125, 0.25, 0.5, 1.0)  # of R, beside the sweep file's own R*
-BASE = "vanilla"
+BASE, METHOD = "vanilla", "layer_causal"
 TITLE = "Equal size of update"
 NOTE = (
     "sim_aou of each method where its R crosses a size along the learning rates (linear in log R in each draw, largest step, no extrapolation), over the draws "
     "that both have; difference: method minus vanilla, paired by draw. On random weights the replicate is the seed of the weights. Brackets: 95 % interval; "
-    f"n/N: draws used of draws planned. p: two-sided, from {MIN_SEEDS_OF_P} seeds on; that of the primary contrast (trained weights, R*, all tasks) as it is, the "
-    f"others Holm's within this table. The last column counts, over both methods, the draws that never come up to the size: "
+    f"n/N: draws used of draws planned. p: two-sided, from {MIN_SEEDS_OF_P} seeds on; that of the primary contrast (layer_causal, trained weights, R*, all "
+    f"tasks) as it is, the others Holm's within a protocol. The last column counts, over both methods, the draws that have no such point: "
     f"{'; '.join(f'{name}: {why}' for name, why in REASONS.items())}. Model, position, sink, separator, queries and seeds stand under each task's own tables."
 )
 
@@ -33,7 +33,8 @@ def data(frames: Frames) -> pd.DataFrame:
         for at, method in product(sorted({*RATIOS, setting.matched_ratio}), setting.methods[1:]):
             base, other = matched(setting, BASE, at), matched(setting, method, at)
             both = (*paired(base.terms, other.terms), difference(other.terms, base.terms))
-            named = setting.named | {"method": method, "matched_ratio": at, "is_primary": at == setting.matched_ratio and not setting.is_random}
+            is_primary = at == setting.matched_ratio and method == METHOD and not setting.is_random
+            named = setting.named | {"method": method, "matched_ratio": at, "is_primary": is_primary}
             named |= {"num_planned": setting.num_draws, "reasons": base.reasons + other.reasons}
             for metric in METRICS:
                 group = (*setting.first[[name for name in SETTING if name not in ("task", "num_queries")]].astype(str), method, metric, at)
@@ -42,9 +43,9 @@ def data(frames: Frames) -> pd.DataFrame:
     table = pd.DataFrame([row | {"reasons": ", ".join(f"{name} {row['reasons'][name]}" for name in REASONS if row["reasons"][name])} for row in made])
     if table.empty:
         return table
-    of_table = ["model", "k", "metric"]
-    has_mean = table["task"].eq(ALL_TASKS).groupby([table[name] for name in of_table]).transform("any")
-    table["is_primary"] &= table["task"].eq(ALL_TASKS) | ~has_mean
+    of_table = ["model", "k", "protocol", "metric"]
+    is_mean = table["is_primary"] & table["task"].eq(ALL_TASKS)
+    table["is_primary"] &= is_mean | ~is_mean.groupby([table[name] for name in of_table]).transform("any")
     rest = table["p"].mask(table["is_primary"])
     table["p"] = rest.groupby([table[name] for name in of_table]).transform(holm).where(~table["is_primary"], table["p"])
     return table

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from .chosen import NEAREST, SELECTED, choices, crossing
+from .chosen import NEAREST, SELECTED, choices, crossing, neighbours
 from .intervals import MIN_SEEDS, simultaneous
 from .load import Frames
 from .panels import Panel, band, colour, drawing, safe
@@ -50,22 +50,22 @@ def _profile(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _at_own_ratio(frames: Frames, setting: Setting, method: str) -> pd.DataFrame:
-    """Return per draw and layer the metrics where the layer's own update ratio crosses R* between two learning rates; no row where it does not."""
+    """Return per draw and layer the metrics where the layer's own update ratio crosses R* between two learning rates; NaN where it does not."""
     cells = setting.at_last_step(method)
     cells = cells.loc[cells["learning_rate"] > 0, ["key", "learning_rate", "draw", "replicate"]]
     layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == "all")].merge(cells, on="key")
-    line = layers.pivot(index=["replicate", "draw", "layer"], columns="learning_rate", values=["update_ratio", *METRICS])
+    rates = neighbours(cells)
     rows = []
-    for place, ratios in zip(line.index, line["update_ratio"].to_numpy() if len(line) else (), strict=True):
-        if weights := crossing(ratios.tolist(), setting.matched_ratio):
-            rows.append(
-                [*place, *(sum(weight * line.at[place, (metric, line["update_ratio"].columns[at])] for at, weight in weights.items()) for metric in METRICS)]
-            )
+    for (replicate, draw, layer), part in layers.groupby(["replicate", "draw", "layer"]):
+        line = part.set_index("learning_rate").reindex(rates[str(draw)])  # a cell that diverged has no layers, and is no neighbour
+        weights = crossing(line["update_ratio"].tolist(), setting.matched_ratio)
+        values = (sum(weight * line[metric].iloc[at] for at, weight in weights.items()) if weights else math.nan for metric in METRICS)
+        rows.append([replicate, draw, layer, *values])
     return pd.DataFrame(rows, columns=["replicate", "draw", "layer", *METRICS])
 
 
 def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
-    """Return a panel per choice and metric; the two choices of a metric share their scale."""
+    """Return a panel per choice and metric; the choices of a metric share their scale."""
     found = []
     for choice in (SELECTED, NEAREST, OWN):
         for metric in METRICS:

@@ -44,7 +44,7 @@ app = typer.Typer(
 A sweep file says what to compare. The commands in order of use:
 
 \b
-iclgd plan   sweeps/demo.toml   what it costs; nothing is written
+iclgd plan   sweeps/demo.toml   what it costs; no results are written
 iclgd run    sweeps/demo.toml   compute what is missing; again resumes
 iclgd tune   sweeps/tune.toml   search for learning rates
 iclgd status results/demo       how far it is, also while it runs

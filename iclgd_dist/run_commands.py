@@ -96,7 +96,9 @@ def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budge
         console.print(f"some cells could not be computed here; see `iclgd status {results.root}`, then run again", soft_wrap=True)
     elif code == DONE:
         if num_lacking := _num_lacking(loaded, results, planned.keys):
-            lacking = f"{counted(num_lacking, 'finetuned cell')}, there before this run, lack controls, metrics or measures that the sweep file asks for"
+            lacking = (
+                f"{counted(num_lacking, 'finetuned cell')}, there before this run, have none of the controls, metrics or measures that the sweep file asks for"
+            )
             console.print(f"{lacking}: iclgd measure {sweep} adds them", highlight=False, soft_wrap=True)
         console.print(f"next: iclgd report {results.root}", soft_wrap=True)
     raise typer.Exit(code)
@@ -110,14 +112,15 @@ def _num_lacking(sweep: Sweep, store: Store, keys: Collection[str]) -> int:
     from iclgd_dist.store import read_results
 
     has_measures = any(sweep.measures.model_dump(exclude={"orders"}).values())
-    if not (sweep.controls.contexts or sweep.metric or has_measures):
+    has_contexts = bool(set(sweep.controls.contexts) - {"shifted"})  # which many models have no use for
+    if not (has_contexts or sweep.metric or has_measures):
         return 0
     results, text = read_results(store), pa.string()
     cells = results.cells.filter(pc.and_(pc.equal(results.cells["kind"], "finetuned"), pc.equal(results.cells["status"], "done")))["key"].cast(text)
     cells = cells.filter(pc.is_in(cells, pa.array(sorted(keys), text)))
     has_all = pa.chunked_array([pa.array([True] * len(cells))])
     for table, is_asked, others in (
-        (results.controls, sweep.controls.contexts, "random_delta"),  # which `run` makes itself
+        (results.controls, has_contexts, "random_delta"),  # which `run` makes itself
         (results.metrics, sweep.metric, None),
         (results.extras, has_measures, "order:"),  # as above
     ):

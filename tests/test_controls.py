@@ -178,7 +178,8 @@ def test_each_layer_at_r_star_and_bands_for_all_layers_at_once(tmp_path: Path) -
             sizes = [math.log(size) for _, size, _ in line]
             if sizes[0] < math.log(0.5) < sizes[-1]:
                 expected.setdefault(number, []).append(float(np.interp(math.log(0.5), sizes, [value for *_, value in line])))
-    assert set(own.index) == set(expected) and 0 < len(expected) < NUM_LAYERS
+    assert set(own.index) == set(range(NUM_LAYERS)) and 0 < len(expected) < NUM_LAYERS
+    assert {number for number, mean in own["sim_aou"].items() if math.isnan(mean)} == set(range(NUM_LAYERS)) - set(expected)  # gaps, not bridges
     half = stats.t.ppf(1 - 0.025 / len(expected), 4)
     for number, values in expected.items():
         assert own.loc[number, "sim_aou"] == pytest.approx(np.mean(values)) and own.loc[number, "sim_aou_n"] == 5
@@ -186,6 +187,10 @@ def test_each_layer_at_r_star_and_bands_for_all_layers_at_once(tmp_path: Path) -
     panels = layer_profile.panels(setting, table)
     assert any(panel.title.startswith("sim_aou, each layer at R*: layer_causal (R 0.50, 5 of 5 draws)") for panel in panels)
     assert all(any(trace.fill == "toself" for trace in panel.figure.data) for panel in panels)
+    extra = make_cell("finetuned", task="trec", seed=1, skill=0.5, method="layer_causal", learning_rate=5e-4, step=LAST, size=0.001)
+    more = load(make_store(tmp_path / "more", [*rows, extra]))
+    again = layer_profile.data(more, more.settings()[0])
+    assert again.loc[again["choice"] == layer_profile.OWN, "sim_aou_n"].tolist() == own["sim_aou_n"].tolist()  # no gap in the other draws
     few = load(make_store(tmp_path / "few", [row for row in rows if row["seed"] in (None, 1, 2, 3, 4)]))
     assert layer_profile.data(few, few.settings()[0])["sim_aou_upper"].isna().all()  # fewer than 5: no band
 
@@ -324,7 +329,11 @@ def controlled(rows: list[Row]) -> list[Row]:
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], Frames, Path]:
     rows = controlled(make_rows(seeds=SEEDS))
-    rows += [changed(row, train_on="random_labels", sim_aou=row["sim_aou"] / 2, measures=[]) for row in rows if row["kind"] == "finetuned" and row["layers"]]
+    rows += [
+        changed(row, train_on="random_labels", sim_aou=row["sim_aou"] / 2, update_ratio=row["update_ratio"] * 1.5, measures=[])
+        for row in rows
+        if row["kind"] == "finetuned" and row["layers"]
+    ]
     root = make_store(tmp_path_factory.mktemp("held"), rows)
     return rows, load(root), root
 
@@ -352,7 +361,7 @@ def test_a_finetuned_cell_is_compared_with_each_control_on_its_own_fold(held: tu
     assert icl["mean"] == pytest.approx(sum(r["sim_aou"] for r in same.values()) / 3)
     assert icl["R"] == pytest.approx(math.prod(r["update_ratio"] for r in same.values()) ** (1 / 3))
     variant = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="trained on random_labels")
-    assert variant["mean"] == pytest.approx(icl["mean"] / 2)
+    assert variant["mean"] == pytest.approx(icl["mean"] / 2) and variant["R"] == pytest.approx(1.5 * icl["R"])
     random = only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against="random_delta")
     assert estimate_of(random) == pytest.approx(t_interval([0.02 + 0.01 * seed for seed in SEEDS]))
     assert random["R"] == pytest.approx(icl["R"] * 1.02)

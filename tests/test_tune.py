@@ -81,8 +81,8 @@ def test_a_search_is_resumed_and_what_it_found_is_the_grids_once_a_grid_asks_for
         + '\n[controls]\ncontexts = ["separator"]\n'
     )
     said = iclgd("run", str(search_file), folder=folder)
-    assert "4 finetuned cells, there before this run, lack controls, metrics or measures that the sweep file asks for" in said, said
-    assert "lack controls" not in iclgd("measure", str(search_file), folder=folder) + iclgd("run", str(search_file), folder=folder)
+    assert "4 finetuned cells, there before this run, have none of the controls, metrics or measures that the sweep file asks for" in said, said
+    assert "have none of" not in iclgd("measure", str(search_file), folder=folder) + iclgd("run", str(search_file), folder=folder)
     found = read_results(store).cells.to_pandas()
     same = found[(found.method == "vanilla") & (found.learning_rate == rate) & (found.num_queries == 8)]
     assert set(same.key) == set(whole[whole.learning_rate == rate].key), "not computed again"

@@ -109,7 +109,7 @@ def test_what_never_improves_or_diverges_is_said_and_decides_nothing(tmp_path: P
     burnt = world(tmp_path / "b", closer=0.06, diverges=lambda method, rank, seed: rank >= 3)[1]
     (found,) = verdict.findings(load(burnt))
     assert found.verdict == "undecided" and found.norm.mean.used == 0 and found.norm.reasons["vanilla"]["diverged"] == 2 * 5
-    assert "Draws used: 0 of 10 at equal size (vanilla: 10 x diverged before R*; layer_causal: 10 x diverged before R*)" in " ".join(verdict.paragraph(found))
+    assert "Draws used: 0 of 10 at equal size (vanilla: 10 x diverged before it; layer_causal: 10 x diverged before it)" in " ".join(verdict.paragraph(found))
 
 
 def test_who_never_improves_or_always_diverges_is_named(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_both_levels_are_over_the_draws_of_their_difference(tmp_path: Path) -> N
     levels = {method: level.mean.mean for method, level in found.levels.items()}
     assert levels["layer_causal"] - levels["vanilla"] == pytest.approx(found.norm.mean.mean, abs=1e-12)
     assert (found.norm.mean.used, found.levels["vanilla"].mean.used) == (4, 4)
-    assert "Draws used: 4 of 10 at equal size (layer_causal: 6 x diverged before R*)" in " ".join(verdict.paragraph(found))
+    assert "Draws used: 4 of 10 at equal size (layer_causal: 6 x diverged before it)" in " ".join(verdict.paragraph(found))
     assert "Descriptive: some figures are over 4 seeds, fewer than 5." in verdict.paragraph(found)
     table = verdict.data([found]).set_index(["quantity", "task"])
     for name, planned in (("trec", 5), ("subj", 5), ("all tasks", 10)):
