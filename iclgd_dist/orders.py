@@ -31,7 +31,7 @@ METRICS = ("sim_aou", "sim_am_delta")
 def cross_orders(store: Store, results: Results, blocks: Sequence[Block]) -> tuple[int, int]:
     """Compare the kept captures of whole blocks that differ in order only, and commit what is new.
 
-    Returns how many cells were measured, and how many could not be for want of a capture: their own, zero-shot's or ICL's.
+    Returns how many cells were measured, and how many could not be for want of a capture that the sweep asks for: their own, zero-shot's or ICL's.
     Errors: StoreError for a capture that is damaged.
     """
     missing, num_measured, num_without = Missing(results), 0, 0
@@ -47,7 +47,8 @@ def cross_orders(store: Store, results: Results, blocks: Sequence[Block]) -> tup
                 if other.draw.demonstrations not in shown.values():
                     shown[other.order] = other.draw.demonstrations
             for cell in block.cells:
-                if cell.kind != "finetuned" or cell.key not in missing.done or len(shown) < 2:
+                is_asked = cell.is_kept or cell.key in missing.kept  # keep = "final_step" asks for no capture of earlier ones
+                if cell.kind != "finetuned" or cell.key not in missing.done or not is_asked or len(shown) < 2:
                     continue
                 lacking = [order for order in shown if (cell.key, "extra", f"order:{order}") not in missing.known]
                 if not lacking:

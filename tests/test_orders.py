@@ -92,6 +92,18 @@ def test_orders_that_come_later_are_added_and_cells_without_captures_are_counted
     assert len({(row["cell"], row["group"], row["metric"], row["fold"]) for row in rows}) == len(rows)
 
 
+def test_earlier_steps_whose_captures_nobody_keeps_are_not_missed(sweep_file: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    three_orders(sweep_file, ORDERS + CAPTURE.replace('"all"', '"final_step"'))
+    assert 'keep = "final_step"' in sweep_file.read_text() and "steps = [2, 4]" in sweep_file.read_text()
+    blocks = make_plan(load_sweep(sweep_file)).blocks
+    lm = lm_for(blocks[0])
+    for block in blocks:
+        run_block(lm, block, store)
+    assert cross_orders(store, read_results(store), make_plan(load_sweep(sweep_file)).blocks) == (3 * 4, 0)
+
+
 def test_the_same_order_twice_is_no_other_order(sweep_file: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     store.prepare()
