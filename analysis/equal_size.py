@@ -16,8 +16,8 @@ RATIOS = (0.125, 0.25, 0.5, 1.0)  # of R, beside the sweep file's own R*
 BASE, METHOD = "vanilla", "layer_causal"
 TITLE = "Equal size of update"
 NOTE = (
-    "sim_aou of each method where its R crosses a size along the learning rates (linear in log R in each draw, largest step, no extrapolation), over the draws "
-    "that both have; difference: method minus vanilla, paired by draw. On random weights the replicate is the seed of the weights. Brackets: 95 % interval; "
+    "sim_aou of each method where its R crosses a size (R* and others) along the learning rates (linear in log R in each draw, largest step, no "
+    "extrapolation), over the draws that both have; difference: method minus vanilla, paired by draw. On random weights the replicate is the seed of the weights. Brackets: 95 % interval; "
     f"n/N: draws used of draws planned. p: two-sided, from {MIN_SEEDS_OF_P} seeds on; that of the primary contrast (layer_causal, trained weights, R*, all "
     f"tasks) as it is, the others Holm's within a protocol. The last column counts, over both methods, the draws that have no such point: "
     f"{'; '.join(f'{name}: {why}' for name, why in REASONS.items())}. Model, position, sink, separator, queries and seeds stand under each task's own tables."
@@ -34,7 +34,7 @@ def data(frames: Frames) -> pd.DataFrame:
             base, other = matched(setting, BASE, at), matched(setting, method, at)
             both = (*paired(base.terms, other.terms), difference(other.terms, base.terms))
             is_primary = at == setting.matched_ratio and method == METHOD and not setting.is_random
-            named = setting.named | {"method": method, "matched_ratio": at, "is_primary": is_primary}
+            named = setting.named | {"method": method, "matched_ratio": at, "is_star": at == setting.matched_ratio, "is_primary": is_primary}
             named |= {"num_planned": setting.num_draws, "reasons": base.reasons + other.reasons}
             for metric in METRICS:
                 group = (*setting.first[[name for name in SETTING if name not in ("task", "num_queries")]].astype(str), method, metric, at)
@@ -52,11 +52,12 @@ def data(frames: Frames) -> pd.DataFrame:
 
 
 def grids(rows: pd.DataFrame) -> list[Grid]:
-    """Return a table per model and k, trained weights first."""
+    """Return a table per model and k, trained weights first; sizes that no draw comes up to are left out, but for R*."""
     if rows.empty:
         return []
     found = []
-    for (model, k), part in rows[rows["metric"] == METRICS[0]].groupby(["model", "k"]):
+    shown = rows[(rows["metric"] == METRICS[0]) & (rows["is_star"] | rows["num_used"].gt(0))]
+    for (model, k), part in shown.groupby(["model", "k"]):
         body = []
         for row in part.sort_values("init", key=lambda init: init != "trained", kind="stable").to_dict("records"):
             weights = "trained" if row["init"] == "trained" else f"random: {row['init']}"

@@ -95,7 +95,11 @@ def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]
         if len(tasks) > 1:
             finite = [found[-1].mean for _, found in tasks if math.isfinite(found[-1].mean)]
             above = sum(mean > 0 for mean in finite)
-            named = {"task": ALL_TASKS, "num_planned": sum(named["num_planned"] for named, _ in tasks), "signs": f"above 0 in {above} of {len(finite)} tasks"}
+            named = {
+                "task": ALL_TASKS,
+                "num_planned": sum(named["num_planned"] for named, _ in tasks),
+                "signs": f"above 0 in {above} of {len(finite)} tasks" if finite else "",
+            }
             named |= {"reasons": sum((named["reasons"] for named, _ in tasks), Counter())} if "reasons" in tasks[0][0] else {}
             result.append((tasks[0][0] | named, [over_tasks(part) for part in zip(*(found for _, found in tasks), strict=True)]))
     return result

@@ -148,6 +148,8 @@ def test_p_values_start_at_six_seeds_and_are_holms_but_the_primary_one(tmp_path:
     for rank, place in enumerate(sorted(plain, key=plain.__getitem__)):
         largest = max(largest, min(1.0, plain[place] * (len(plain) - rank)))
         assert found[place] == pytest.approx(largest)
+    (shown,) = equal_size.grids(table)
+    assert {row[4] for row in shown.rows} == {"0.5", "0.5 (primary)", "1"}  # .125 and .25 lie below the grid; figures/equal_size.csv has them
     few = equal_size.data(load(make_store(tmp_path / "few", make_rows(seeds=SEEDS))))
     assert few["p"].isna().all() and few["mean"].notna().any()
 
