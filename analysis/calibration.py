@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .chosen import SELECTED, choices
+from .chosen import SELECTED
+from .crossing import FOLDS, crossfit, picks
 from .intervals import descriptive
-from .load import Frames, load
+from .load import Frames, each, load
 from .setting import Setting
-from .text import BASELINES, Grid, entry, rate, show, stores
+from .text import BASELINES, Grid, entry, show, stores
 
-FOLD = "B"  # learning rates are selected on A
 METRICS = ("balanced_accuracy", "nll_label", "ece", "ece_mass", "brier", "entropy")
 FORMS = {
     "": "as it is",
@@ -26,7 +26,7 @@ FORMS = {
 GROUPS = {"contextual": "calibration", "supervised_icl": "supervised_icl"}  # of the extras
 TITLE = "Calibration"
 NOTE = (
-    "On fold B; methods at the learning rate with the smallest nll_label on fold A, at the largest step. ECE: expected calibration error of the label-normalised "
+    "Means of both folds; methods at the largest step, on each fold at the learning rate with the smallest nll_label on the other. ECE: expected calibration error of the label-normalised "
     "probabilities, 10 bins of equal width; ece_mass: of equal number. Brackets: 95 % interval over seeds, with the queries' share where a figure has a value "
     "per query. n/N: draws used of draws planned. A calibrated row has no entropy and no ece_mass."
 )
@@ -42,46 +42,49 @@ def bin_of(confidence: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class State:
-    """What answers: a baseline, or a method at its selected learning rate."""
+    """What answers: a baseline, or a method at its selected learning rates."""
 
     name: str
-    learning_rate: float | None
-    cells: pd.DataFrame
+    rates: str  # empty for a baseline
+    terms: Mapping[str, pd.DataFrame]  # fold that reports -> key, weight, draw, replicate
 
     @property
     def title(self) -> str:
-        return BASELINES.get(self.name, self.name) + ("" if self.learning_rate is None else f" {rate(self.learning_rate)}")
+        return f"{BASELINES.get(self.name, self.name)} {self.rates}".strip()
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """Key, draw and replicate of every cell, once."""
+        return pd.concat(self.terms.values()).drop_duplicates("key")
 
 
 def states(frames: Frames, setting: Setting) -> Iterator[State]:
-    """Yield zero-shot, in-context and each method at the learning rate that fold A selects, cells that are done only."""
-    yield State("zero_shot", None, setting.zero_shot)
-    yield State("icl", None, setting.icl)
-    for chosen in choices(frames, setting):
-        if chosen.name == SELECTED:
-            yield State(chosen.method, chosen.learning_rate, chosen.cells[chosen.cells["status"] == "done"])
+    """Yield zero-shot, in-context and each method at the learning rates that the folds select."""
+    for name, cells in (("zero_shot", setting.zero_shot), ("icl", setting.icl)):
+        yield State(name, "", {fold: each(cells) for fold in FOLDS})
+    for pick in picks(frames, setting):
+        if pick.name == SELECTED:
+            yield State(pick.method, pick.rates, pick.terms)
 
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
-    """Return one row per state, form and metric on fold B; nothing for a store that is older than the figures."""
+    """Return one row per state, form and metric; nothing for a store that is older than the figures."""
     if "ece" not in frames.folds or frames.folds["ece"].isna().all():
         return pd.DataFrame()
     rows, keys = [], pd.concat([setting.zero_shot, setting.icl, setting.finetuned])["key"]
     own = frames.extras[frames.extras["group"].isin(set(GROUPS.values())) & frames.extras["cell"].isin(keys)]
     for state in states(frames, setting):
-        named: dict[str, Any] = setting.named | {"method": state.name, "learning_rate": state.learning_rate}
+        named: dict[str, Any] = setting.named | {"method": state.name, "learning_rates": state.rates}
         named["num_planned"] = setting.num_planned(state.name)
         for form in FORMS:
             for metric in METRICS:
-                values = None
+                figures = None
                 if form in GROUPS:
                     of_group = own[(own["group"] == GROUPS[form]) & own["cell"].isin(state.cells["key"])]
-                    values = frames.measured(of_group, metric, FOLD).droplevel("group")
-                    values.index = values.index.astype(str)
+                    figures = {fold: frames.measured(of_group, metric, fold).droplevel("group").rename(index=str) for fold in state.terms}
                 column = f"{metric}_{form}" if form == "batch" else metric
-                if (column in frames.folds) if values is None else len(values):
-                    found = frames.estimate(state.cells, column, fold=FOLD, values=values)
-                    rows.append(named | {"form": form, "metric": metric, "fold": FOLD} | found.columns)
+                if (column in frames.folds) if figures is None else any(map(len, figures.values())):
+                    rows.append(named | {"form": form, "metric": metric} | crossfit(frames, state.terms, column, figures=figures).columns)
     return pd.DataFrame(rows)
 
 
@@ -90,12 +93,12 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
     if rows.empty:
         return []
     body = []
-    lines = rows.assign(learning_rate=rows["learning_rate"].astype(float).fillna(-1.0)).groupby(["form", "method", "learning_rate"], sort=False)
+    lines = rows.groupby(["form", "method", "learning_rates"], sort=False)
     for form in FORMS:
-        for (this, method, learning_rate), part in lines:
+        for (this, method, rates), part in lines:
             if this == form:
                 of_metric = {row["metric"]: row for row in part.to_dict("records")}
-                named = [BASELINES.get(method, method), rate(learning_rate) if learning_rate >= 0 else ""]
+                named = [BASELINES.get(method, method), rates]
                 body.append([*named, *(entry(of_metric.get(metric, {})) for metric in METRICS), FORMS[form]])
     return [Grid(f"{TITLE}: {setting.title}", ("method", "lr", *METRICS, "form"), body, f"{setting.caption} {NOTE}{descriptive(rows)}")]
 

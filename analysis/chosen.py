@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,6 @@ import pandas as pd
 from .intervals import geometric_mean
 from .load import Frames
 from .setting import Setting
-from .text import number, rate
 
 SELECTED, NEAREST = "selected", "nearest R*"
 REASONS = {
@@ -33,23 +31,6 @@ class Selected:
 
     learning_rate: float
     is_edge: bool
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The cells of a method at one learning rate and the largest step: which rule chose it, its R (geometric mean over draws), the fold it is shown on."""
-
-    name: str
-    method: str
-    learning_rate: float
-    R: float
-    fold: str
-    is_edge: bool
-    cells: pd.DataFrame
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} {rate(self.learning_rate)} (R {number(self.R, 2)}{', edge of the grid' if self.is_edge else ''})"
 
 
 def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") -> Selected | None:
@@ -80,21 +61,6 @@ def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:
     ratios = rows.groupby("learning_rate")["update_ratio"].apply(geometric_mean)
     best = (np.log(ratios) - math.log(setting.matched_ratio)).abs().idxmin()
     return float(best), float(ratios[best])
-
-
-def choices(frames: Frames, setting: Setting) -> Iterator[Choice]:
-    """Yield what stands for each method: at the learning rate selected on fold A (shown on fold B), and at the one whose R is nearest R* (all queries)."""
-    for name in (SELECTED, NEAREST):
-        for method in setting.methods:
-            picked, near = select(frames, setting, method), nearest_ratio(setting, method)
-            if name == SELECTED and picked:
-                fold, learning_rate, is_edge = "B", picked.learning_rate, picked.is_edge
-            elif name == NEAREST and near:
-                fold, learning_rate, is_edge = "all", near[0], False
-            else:
-                continue
-            cells = setting.at(method, learning_rate, setting.last_step_of(method))
-            yield Choice(name, method, learning_rate, geometric_mean(cells["update_ratio"]), fold, is_edge, cells)
 
 
 def cited(frames: Frames) -> list[str]:

@@ -18,7 +18,7 @@ from .chosen import NEAREST, SELECTED, Matched, Selected, nearest_ratio, select
 from .intervals import Estimate, estimate, geometric_mean
 from .load import ACCURACIES, Frames, each
 from .setting import Setting
-from .text import rate
+from .text import number, rate
 
 FOLDS = {"A": "B", "B": "A"}  # fold that chooses -> fold that reports
 REASONS = {
@@ -69,6 +69,10 @@ class Pick:
     @property
     def fold(self) -> str:
         return " and ".join(sorted(self.terms))
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} {self.rates} (R {number(self.R, 2)}{', edge of the grid' if self.is_edge else ''})"
 
 
 def picks(frames: Frames, setting: Setting) -> Iterator[Pick]:

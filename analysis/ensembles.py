@@ -6,17 +6,17 @@ Source: Li et al. 2023 (arXiv 2312.13772). Nothing is run again. Knows label pro
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .calibration import FOLD, State, bin_of, states
+from .calibration import State, bin_of, states
 from .load import SETTING, Frames, load
 from .setting import Setting
-from .text import BASELINES, Grid, number, rate, show, stores
+from .text import BASELINES, Grid, number, show, stores
 
 RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "majority": lambda said_MQC: np.eye(said_MQC.shape[2])[said_MQC.argmax(2)].mean(0),
@@ -24,11 +24,12 @@ RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "max": lambda said_MQC: said_MQC.max(0) / said_MQC.max(0).sum(1, keepdims=True),
 }
 METRICS = ("balanced_accuracy", "ece", "brier")
+Group = tuple[str, list[str]]  # fold, keys of the cells that answer together
 TITLE = "Self-ensembles"
 NOTE = (
-    "On fold B. Draws: one order of each seed together. Orders: the orders of a seed together, mean over seeds. Protocols: a draw under each protocol together, mean over "
+    "Means of both folds. Draws: one order of each seed together. Orders: the orders of a seed together, mean over seeds. Protocols: a draw under each protocol together, mean over "
     "draws. Majority: share of members that predict a label; mean: of their probabilities; max: the largest that any gives, normalised. Alone: mean of the "
-    "members. Methods at the learning rate that fold A selects in each setting, at the largest step."
+    "members. Methods at the largest step, on each fold at the learning rate that the other selects in each setting."
 )
 
 
@@ -41,38 +42,46 @@ def data(frames: Frames) -> pd.DataFrame:
         place = (*setting.first[[name for name in SETTING if name != "protocol"]].astype(str), setting.train_on)
         of_protocols[place].append((setting, found))
         for state in found:
-            if state.name != "zero_shot":
-                members = state.cells[["key", "init_seed", "seed", "order"]]
+            groups: dict[str, list[Group]] = {"draws": [], "orders": []}
+            for fold, keys in _answered(frames, state).items() if state.name != "zero_shot" else ():
+                members = frames.cells.loc[frames.cells["key"].isin(keys), ["key", "init_seed", "seed", "order"]]
                 of_seed = members.groupby(["init_seed", "seed"], dropna=False)
                 firsts = members[members["order"] == of_seed["order"].transform("min")]
-                draws = [part["key"] for _, part in firsts.groupby("init_seed", dropna=False)]  # random weights of another seed are another model
-                rows += _rows(frames, setting, state, {"draws": draws, "orders": [part["key"] for _, part in of_seed]})
+                groups["draws"] += [(fold, [*part["key"]]) for _, part in firsts.groupby("init_seed", dropna=False)]  # other random weights are another model
+                groups["orders"] += [(fold, [*part["key"]]) for _, part in of_seed]
+            rows += _rows(frames, setting, state, groups)
     for together in of_protocols.values():
         if len(together) > 1:
             for name in dict.fromkeys(state.name for _, found in together for state in found):
-                by_draw = defaultdict(list)
+                by_draw = defaultdict[tuple[str, str], list[str]](list)
                 same = [(setting, state) for setting, found in together for state in found if state.name == name]
                 for _, state in same:
-                    for key, draw in zip(state.cells["key"], state.cells["draw"], strict=True):
-                        by_draw[draw].append(key)
-                rates = {state.learning_rate for _, state in same}
-                state = replace(same[0][1], learning_rate=rates.pop() if len(rates) == 1 else None)  # each protocol has selected its own
-                rows += _rows(frames, same[0][0], state, {"protocols": by_draw.values()}, protocol="all")
+                    for fold, keys in _answered(frames, state).items():
+                        for key, draw in frames.cells.loc[frames.cells["key"].isin(keys), ["key", "draw"]].itertuples(index=False):
+                            by_draw[fold, draw].append(key)
+                rates = {state.rates for _, state in same}
+                state = replace(same[0][1], rates=rates.pop() if len(rates) == 1 else "")  # each protocol has selected its own
+                rows += _rows(frames, same[0][0], state, {"protocols": [(fold, keys) for (fold, _), keys in by_draw.items()]}, protocol="all")
     return pd.DataFrame(rows)
 
 
-def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, Iterable[Sequence[str]]], **changed: Any) -> list[dict[str, Any]]:
-    rows = []
+def _answered(frames: Frames, state: State) -> dict[str, list[str]]:
+    """Return by fold the keys of the cells that did not diverge."""
+    return {fold: [key for key in terms["key"] if len(frames.positions(key))] for fold, terms in state.terms.items()}
+
+
+def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, Sequence[Group]], **changed: Any) -> list[dict[str, Any]]:
+    rows, num_folds = [], len(state.terms)
     for over, each in groups.items():
-        alike = [list(keys) for keys in each if len({frames.asked(key, FOLD) for key in keys}) == 1]  # other queries cannot be answered together
-        together = [[frames.probabilities(key, FOLD) for key in keys] for keys in alike if len(keys) > 1 and frames.asked(keys[0], FOLD)]
+        alike = [(fold, keys) for fold, keys in each if len({frames.asked(key, fold) for key in keys}) == 1]  # other queries cannot be answered together
+        together = [[frames.probabilities(key, fold) for key in keys] for fold, keys in alike if len(keys) > 1 and frames.asked(keys[0], fold)]
         if not together:
             continue
         for metric in METRICS:
             alone = float(np.mean([_figure(metric, said, gold) for found in together for said, gold in found]))
             for rule, combine in RULES.items():
                 value = float(np.mean([_figure(metric, combine(np.stack([said for said, _ in found])), found[0][1]) for found in together]))
-                named = setting.named | changed | {"method": state.name, "learning_rate": state.learning_rate, "over": over, "rule": rule, "metric": metric}
+                named = setting.named | changed | {"method": state.name, "learning_rates": state.rates, "over": over, "rule": rule, "metric": metric}
                 size = sorted({len(found) for found in together})
                 rows.append(
                     named
@@ -80,9 +89,8 @@ def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, I
                         "value": value,
                         "alone": alone,
                         "num_members": " or ".join(map(str, size)),
-                        "num_ensembles": len(together),
-                        "fold": FOLD,
-                        "num_used": sum(map(len, together)),
+                        "num_ensembles": len(together) // num_folds,
+                        "num_used": sum(map(len, together)) // num_folds,
                         "num_planned": setting.num_draws,
                     }
                 )
@@ -107,13 +115,12 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
         rows.groupby(["task", "model", "k", "train_on", "init", "protocol"], sort=False) if len(rows) else ()
     ):
         body = []
-        lines = part.assign(learning_rate=part["learning_rate"].astype(float).fillna(-1.0)).groupby(["over", "method", "learning_rate"], sort=False)
-        for (over, method, learning_rate), line in lines:
+        for (over, method, rates), line in part.groupby(["over", "method", "learning_rates"], sort=False):
             entries = []
             for metric in METRICS:
                 of_rule = line[line["metric"] == metric].set_index("rule")
                 entries += [number(of_rule["alone"].iloc[0]), *(number(of_rule["value"][rule]) for rule in RULES)]
-            named = [BASELINES.get(method, method), rate(learning_rate) if learning_rate >= 0 else "", over]
+            named = [BASELINES.get(method, method), rates, over]
             first = line.iloc[0]
             of = f"; {first['num_used']} of {first['num_planned']} draws" if over == "orders" else ""
             body.append([*named, *entries, f"{first['num_ensembles']} of {first['num_members']} members{of}"])

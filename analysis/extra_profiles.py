@@ -24,7 +24,7 @@ SHOWN = {
 }
 TITLE = "Spectra and geometry"
 NOTE = (
-    "Means over draws at the largest step, layer 0 first, all queries; methods at the learning rate with the smallest nll_label on fold A. Figures of weights are of "
+    "Means over draws at the largest step, layer 0 first, all queries; methods at the learning rates with the smallest nll_label on either fold. Figures of weights are of "
     "what training added, of changes of the attention output less zero-shot's, not centred. A gap: the change is at most 10 x the noise floor. All of them stand in "
     "figures/extra_profiles.csv."
 )
@@ -36,14 +36,14 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     rows = []
     for state in states(frames, setting) if len(own) else ():
         part = own[own["cell"].isin(state.cells["key"])].astype({"cell": str, "group": str, "metric": str})
-        part = part.merge(state.cells[["key", "replicate"]], left_on="cell", right_on="key")
+        part = part.merge(state.cells[["key", "draw", "replicate"]], left_on="cell", right_on="key")
         if part.empty:
             continue
         by = ["group", "metric", "layer"]
         means = part.groupby([*by, "replicate"], dropna=False)["mean"].mean().groupby(by).mean().rename("value").to_frame()
-        means = means.join(part.groupby(by)["mean"].count().rename("num_used")).reset_index()
+        means = means.join(part[part["mean"].notna()].groupby(by)["draw"].nunique().rename("num_used")).fillna({"num_used": 0}).reset_index()
         rows.append(
-            means.assign(**setting.named, method=state.name, learning_rate=state.learning_rate, title=state.title, num_planned=setting.num_planned(state.name))
+            means.assign(**setting.named, method=state.name, learning_rates=state.rates, title=state.title, num_planned=setting.num_planned(state.name))
         )
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .chosen import choices
+from .crossing import crossfit, picks
 from .intervals import descriptive
 from .load import Frames, load
 from .setting import Setting
@@ -23,7 +23,7 @@ MEANING = {
     **{f"order_match of {metric}": "the first less the second: above 0 where finetuning in an order is closest to ICL in that order" for metric in CROSSED},
 }
 NOTE = (
-    "At the largest step. Selected: the learning rate with the smallest nll_label on fold A, on fold B; nearest R*: the learning rate whose R is nearest R*, all "
+    "At the largest step. Selected: the learning rate with the smallest nll_label on one fold, shown on the other, folds swapped and averaged; nearest R*: the learning rate whose R is nearest R*, all "
     "queries. Brackets: 95 % interval over seeds, without the queries' share. n/N: draws used of draws planned."
 )
 
@@ -33,15 +33,19 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     is_wanted = frames.extras["group"].astype(str).str.startswith((OUTPUTS, ORDER)) & frames.extras["cell"].isin(setting.finetuned["key"])
     own = frames.extras[is_wanted].astype({"cell": str, "group": str, "metric": str})
     rows = []
-    for chosen in choices(frames, setting) if len(own) else ():
-        part = own[own["cell"].isin(chosen.cells["key"]) & (own["fold"] == chosen.fold)]
-        named = setting.named | {"choice": chosen.name, "method": chosen.method, "fold": chosen.fold, "learning_rate": chosen.learning_rate, "R": chosen.R}
-        named |= {"title": chosen.title, "num_planned": setting.num_draws}
-        outputs = part[part["group"] == OUTPUTS]
-        found = {metric: of_metric.set_index("cell")["mean"] for metric, of_metric in outputs.groupby("metric", sort=False)}
-        for group, figures in ((OUTPUTS, found), (ORDERS, _crossed(part, chosen.cells))):
-            for metric, values in figures.items():
-                rows.append(named | {"group": group, "metric": metric} | frames.estimate(chosen.cells, str(metric), values=values).columns)
+    for pick in picks(frames, setting) if len(own) else ():
+        named = setting.named | {"choice": pick.name, "method": pick.method, "fold": pick.fold, "learning_rates": pick.rates, "R": pick.R}
+        named |= {"title": pick.title, "num_planned": setting.num_draws}
+        found: dict[tuple[str, str], dict[str, pd.Series]] = {}
+        for fold, terms in pick.terms.items():
+            part = own[own["cell"].isin(terms["key"]) & (own["fold"] == fold)]
+            for metric, of_metric in part[part["group"] == OUTPUTS].groupby("metric", sort=False):
+                found.setdefault((OUTPUTS, str(metric)), {})[fold] = of_metric.set_index("cell")["mean"]
+            for metric, values in _crossed(part, setting.finetuned).items():
+                found.setdefault((ORDERS, metric), {})[fold] = values
+        for (group, metric), figures in found.items():
+            if figures.keys() == pick.terms.keys():
+                rows.append(named | {"group": group, "metric": metric} | crossfit(frames, pick.terms, metric, figures=figures).columns)
     return pd.DataFrame(rows)
 
 

@@ -6,18 +6,19 @@ import math
 
 import pandas as pd
 
-from .chosen import NEAREST, SELECTED, choices, crossing, neighbours
+from .chosen import NEAREST, SELECTED, crossing, neighbours
+from .crossing import picks
 from .intervals import MIN_SEEDS, simultaneous
 from .load import Frames
 from .panels import Panel, band, colour, drawing, safe
 from .setting import Setting
-from .text import counted, number, rate
+from .text import counted, number
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 OWN = "each layer at R*"
 TITLE = "Layer profiles"
 NOTE = (
-    "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on fold A, shown on fold B. Nearest R*: "
+    "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on one fold, shown on the other, folds swapped and averaged. Nearest R*: "
     "the learning rate of the grid whose R is nearest R* (matched_ratio of the sweep file, 1/2 unless set), no interpolation, all queries; the two methods' R are close, not equal. Each layer at R*: where the layer's own update ratio "
     "crosses R* along the learning rates, linear in its logarithm in each draw, all queries: a profile, not a model, as no learning rate has all layers there. "
     f"Bands, from {MIN_SEEDS} seeds on: 95 % for all layers of a line at once (Bonferroni), over seeds. A gap is an undefined layer."
@@ -25,15 +26,14 @@ NOTE = (
 
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
-    """Return one row per cell choice, method and layer: learning rate, R, fold, is_edge, the metrics with their bands and the draws that have each, num_planned."""
+    """Return one row per cell choice, method and layer: learning rates, R, fold, is_edge, the metrics with their bands and the draws that have each, num_planned."""
     parts = []
-    for chosen in choices(frames, setting):
-        cells = chosen.cells
-        layers = frames.layers[frames.layers["key"].isin(cells["key"]) & (frames.layers["fold"] == chosen.fold)].merge(cells[["key", "replicate"]], on="key")
-        named = setting.named | {"choice": chosen.name, "method": chosen.method, "learning_rate": chosen.learning_rate, "R": chosen.R}
-        parts.append(_profile(layers).assign(**named, fold=chosen.fold, is_edge=chosen.is_edge, num_planned=setting.num_draws))
+    for pick in picks(frames, setting):
+        of_folds = [frames.layers[frames.layers["fold"] == fold].merge(terms, on="key") for fold, terms in pick.terms.items()]
+        named = setting.named | {"choice": pick.name, "method": pick.method, "learning_rates": pick.rates, "R": pick.R}
+        parts.append(_profile(pd.concat(of_folds)).assign(**named, fold=pick.fold, is_edge=pick.is_edge, num_planned=setting.num_draws))
     for method in setting.methods:
-        named = setting.named | {"choice": OWN, "method": method, "learning_rate": math.nan, "R": setting.matched_ratio}
+        named = setting.named | {"choice": OWN, "method": method, "learning_rates": "", "R": setting.matched_ratio}
         if len(layers := _at_own_ratio(frames, setting, method)):
             parts.append(_profile(layers).assign(**named, fold="all", is_edge=False, num_planned=setting.num_draws))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -41,8 +41,9 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
 
 def _profile(layers: pd.DataFrame) -> pd.DataFrame:
     """Return per layer the mean of each metric over replicates, the draws that have it, and its band."""
-    by_seed = layers.groupby(["layer", "replicate"])[list(METRICS)].mean()
-    found = by_seed.groupby("layer").mean().join(layers.groupby("layer")[list(METRICS)].count().add_suffix("_n"))
+    by_draw = layers.groupby(["layer", "replicate", "draw"])[list(METRICS)].mean()  # the folds of a draw first
+    by_seed = by_draw.groupby(["layer", "replicate"]).mean()
+    found = by_seed.groupby("layer").mean().join(by_draw.groupby("layer").count().add_suffix("_n"))
     for metric in METRICS:
         half = simultaneous(by_seed[metric].unstack("replicate"))
         found[f"{metric}_lower"], found[f"{metric}_upper"] = found[metric] - half, found[metric] + half
@@ -77,8 +78,9 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
                 at = line.iloc[0]
                 used = sorted({int(line[f"{metric}_n"].min()), int(line[f"{metric}_n"].max())} - {0}) or [0]
                 counts = f"{' to '.join(map(str, used))} of {counted(setting.num_draws, 'draw')}"
-                of_rate = "" if choice == OWN else f" {rate(at['learning_rate'])}"
-                named.append(f"{method}{of_rate} (R {number(at['R'], 2)}, {counts}{', edge of the grid' if at['is_edge'] else ''})")
+                named.append(
+                    f"{method} {at['learning_rates']}".rstrip() + f" (R {number(at['R'], 2)}, {counts}{', edge of the grid' if at['is_edge'] else ''})"
+                )
                 shade, layers = colour(str(method)), line["layer"].tolist()
                 values = [None if pd.isna(value) else float(value) for value in line[metric]]
                 data += band(layers, line[f"{metric}_lower"].tolist(), line[f"{metric}_upper"].tolist(), shade)

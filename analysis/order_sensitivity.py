@@ -5,24 +5,25 @@ Source: Shen et al. 2024 (arXiv 2310.08540), who take the standard deviation ove
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .chosen import choices
+from .crossing import FOLDS, picks
 from .intervals import Estimate, descriptive, estimate
-from .load import Frames, load
+from .load import Frames, each, load
 from .setting import Setting
-from .text import BASELINES, Grid, entry, rate, show, stores
+from .text import BASELINES, Grid, entry, show, stores
 
 METRICS = ("sd_orders", "changed", "sd_draws")
 SEED = ["init_seed", "seed"]  # orders of the same weights and the same demonstrations
 TITLE = "Sensitivity to the order of the demonstrations"
 NOTE = (
     "sd_orders: standard deviation over the orders of a seed of the gold label's probability, mean over queries, then over seeds. changed: share of queries whose "
-    "prediction is not the same in all orders of a seed. sd_draws: the standard deviation over seeds, orders as drawn, for comparison. In-context on the same fold as "
-    "what it stands beside. Selected: on fold B; nearest R*: all queries. Brackets: 95 % interval over seeds. n/N: draws used of draws planned."
+    "prediction is not the same in all orders of a seed. sd_draws: the standard deviation over seeds, orders as drawn, for comparison. Selected: at the learning rate with the "
+    "smallest nll_label on one fold, on the other, folds swapped and averaged; nearest R*: all queries; in-context in both ways. Brackets: 95 % interval over seeds. n/N: draws used of draws planned."
 )
 
 
@@ -32,12 +33,15 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     if not distinct.duplicated(SEED).any():
         return pd.DataFrame()
     rows = []
-    places: list[tuple[str, str, float | None, str, pd.DataFrame]] = [("icl", "", None, fold, setting.icl) for fold in ("B", "all")]
-    places += [(chosen.method, chosen.name, chosen.learning_rate, chosen.fold, chosen.cells) for chosen in choices(frames, setting)]
-    for method, choice, learning_rate, fold, cells in places:
-        named: dict[str, Any] = setting.named | {"method": method, "choice": choice, "learning_rate": learning_rate, "fold": fold}
-        counting = cells[cells["draw"].isin(distinct["draw"]) & (cells["status"] == "done")]
-        for metric, found in _sensitivity(frames, counting, fold).items():
+    places: list[tuple[str, str, str, Mapping[str, pd.DataFrame]]] = [
+        ("icl", "", "", {fold: each(setting.icl) for fold in folds}) for folds in (FOLDS, ("all",))
+    ]
+    places += [(pick.method, pick.name, pick.rates, pick.terms) for pick in picks(frames, setting)]
+    every = pd.concat([setting.icl, setting.finetuned])
+    done = every[every["draw"].isin(distinct["draw"]) & (every["status"] == "done")]
+    for method, choice, rates, terms in places:
+        named: dict[str, Any] = setting.named | {"method": method, "choice": choice, "learning_rates": rates, "fold": " and ".join(sorted(terms))}
+        for metric, found in _sensitivity(frames, {fold: done[done["key"].isin(part["key"])] for fold, part in terms.items()}).items():
             rows.append(named | {"metric": metric} | found.columns | {"num_planned": setting.num_draws})
     return pd.DataFrame(rows)
 
@@ -51,11 +55,12 @@ def _distinct(icl: pd.DataFrame) -> pd.DataFrame:
     return ordered[~ordered.duplicated([*SEED, "shown"])]
 
 
-def _sensitivity(frames: Frames, cells: pd.DataFrame, fold: str) -> dict[str, Estimate]:
-    """Return the estimates by metric; answers to other queries than the rest's are left out."""
+def _sensitivity(frames: Frames, cells: Mapping[str, pd.DataFrame]) -> dict[str, Estimate]:
+    """Return the estimates by metric, the folds averaged; answers to other queries than the rest's are left out."""
     spreads, moved, firsts = dict[float, list[float]](), dict[float, list[float]](), dict[Any, list[tuple[tuple[int, ...], np.ndarray]]]()
-    num_used = 0
-    for (init_seed, _), part in cells.sort_values("order", kind="stable").groupby(SEED, dropna=False):
+    used = set[str]()
+    of_seeds = [(fold, seeds, part) for fold, some in cells.items() for seeds, part in some.sort_values("order", kind="stable").groupby(SEED, dropna=False)]
+    for fold, (init_seed, _), part in of_seeds:
         keys = part["key"].tolist()
         asked = [frames.asked(key, fold) for key in keys]
         said = [frames.probabilities(key, fold) for key in keys]
@@ -63,20 +68,20 @@ def _sensitivity(frames: Frames, cells: pd.DataFrame, fold: str) -> dict[str, Es
             continue
         gold = said[0][1]
         chances = np.stack([of_order[np.arange(len(gold)), gold] for of_order, _ in said])
-        firsts.setdefault(None if pd.isna(init_seed) else init_seed, []).append((asked[0], chances[0]))
+        firsts.setdefault((fold, None if pd.isna(init_seed) else init_seed), []).append((asked[0], chances[0]))
         if len(keys) > 1:
             predicted = np.stack([of_order.argmax(1) for of_order, _ in said])
             replicate = part["replicate"].iloc[0]
             spreads.setdefault(replicate, []).append(float(chances.std(0, ddof=1).mean()))
             moved.setdefault(replicate, []).append(float((predicted != predicted[0]).any(0).mean()))
-            num_used += len(keys)
+            used |= set(part["draw"])
     found = {}
     for metric, values in (("sd_orders", spreads), ("changed", moved)):
-        found[metric] = estimate(pd.Series({replicate: np.mean(of_seeds) for replicate, of_seeds in values.items()}, dtype=float), used=num_used)
+        found[metric] = estimate(pd.Series({replicate: np.mean(some) for replicate, some in values.items()}, dtype=float), used=len(used))
     between = [np.stack([each for _, each in of_weights]) for of_weights in firsts.values() if len(of_weights) > 1 and len({a for a, _ in of_weights}) == 1]
     if between:
         mean = float(np.mean([each.std(0, ddof=1).mean() for each in between]))
-        found["sd_draws"] = Estimate(mean, used=sum(map(len, between)), replicates=max(map(len, between)))
+        found["sd_draws"] = Estimate(mean, used=sum(map(len, between)) // len(cells), replicates=max(map(len, between)))
     return found
 
 
@@ -87,12 +92,11 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
     body = []
     for (method, choice, fold), part in rows.groupby(["method", "choice", "fold"], sort=False):
         of_metric = {row["metric"]: row for row in part.to_dict("records")}
-        learning_rate = part["learning_rate"].iloc[0]
-        where = ", ".join(filter(None, (choice, f"fold {fold}" if fold != "all" else "all queries")))
+        where = ", ".join(filter(None, (choice, f"folds {fold}" if fold != "all" else "all queries")))
         body.append(
             [
                 BASELINES.get(method, method),
-                "" if pd.isna(learning_rate) else rate(learning_rate),
+                part["learning_rates"].iloc[0],
                 *(entry(of_metric.get(metric, {})) for metric in METRICS),
                 where,
             ]

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .calibration import FOLD, NUM_BINS, bin_of, states
+from .calibration import NUM_BINS, bin_of, states
 from .load import Frames
 from .panels import GREY, Panel, colour, drawing, safe
 from .setting import Setting
-from .text import BASELINES, counted, number, rate
+from .text import BASELINES, counted, number
 
 TITLE = "Reliability"
 NOTE = (
-    "Queries of fold B of all draws, in 10 bins by the probability of the predicted label: its mean against the share that is right, a point's area as the number of "
+    "Queries of all draws, in 10 bins by the probability of the predicted label: its mean against the share that is right, a point's area as the number of "
     "queries. On the dashed line what is said holds; below it the model is surer than it should be. Pooled ECE: mean distance from the line, weighted by queries; the table has the mean over draws of each draw's own. Methods "
-    "at the learning rate selected on fold A, at the largest step."
+    "at the largest step, on each fold at the learning rate that the other selects."
 )
 
 
@@ -26,8 +26,13 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     """Return one row per state and bin that holds queries: bounds, number of queries, mean probability of the predicted label, share right."""
     rows = []
     for state in states(frames, setting):
-        found = [frames.probabilities(key, FOLD) for key in state.cells["key"]]
-        found = [(said, gold) for said, gold in found if len(said)]
+        found, draws = [], set()
+        for fold, terms in state.terms.items():
+            for key, draw in zip(terms["key"], terms["draw"], strict=True):
+                said, gold = frames.probabilities(key, fold)
+                if len(said):
+                    found.append((said, gold))
+                    draws.add(draw)
         if not found:
             continue
         confidence = np.concatenate([said.max(1) for said, _ in found])
@@ -35,12 +40,12 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         place = bin_of(confidence)
         for number_of_bin in np.unique(place):
             inside = place == number_of_bin
-            named: dict[str, Any] = setting.named | {"method": state.name, "learning_rate": state.learning_rate, "fold": FOLD}
+            named: dict[str, Any] = setting.named | {"method": state.name, "learning_rates": state.rates}
             named |= {
                 "lower": number_of_bin / NUM_BINS,
                 "upper": (number_of_bin + 1) / NUM_BINS,
                 "num_queries": int(inside.sum()),
-                "num_used": len(found),
+                "num_used": len(draws),
                 "num_planned": setting.num_planned(state.name),
             }
             rows.append(named | {"confidence": confidence[inside].mean(), "accuracy": right[inside].mean()})
@@ -73,10 +78,10 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
             shapes=[line],
             showlegend=False,
         )
-        at = "" if pd.isna(first["learning_rate"]) else f" {rate(first['learning_rate'])}"
+        at = f" {first['learning_rates']}".rstrip()
         found.append(
             Panel(
-                f"{name}{at}: pooled ECE {number(error)} of {total:,} answers to fold B; {first['num_used']} of {counted(int(first['num_planned']), 'draw')}",
+                f"{name}{at}: pooled ECE {number(error)} of {total:,} answers; {first['num_used']} of {counted(int(first['num_planned']), 'draw')}",
                 figure,
             )
         )

@@ -47,18 +47,30 @@ class Whole:
             run_block(lm, block, self.store)
         cross_orders(self.store, read_results(self.store), make_plan(sweep).blocks)
         results = read_results(self.store)
-        self.cells, self.examples, self.extras = (table.to_pylist() for table in (results.cells, results.examples, results.extras))
+        self.cells, self.folds, self.examples, self.extras = (t.to_pylist() for t in (results.cells, results.folds, results.examples, results.extras))
         self.frames = load(str(self.store.root))
         self.setting = next(setting for setting in self.frames.settings() if setting.named["protocol"] == "clean")
 
-    def said(self, key: str, fold: str = "B") -> tuple[np.ndarray, np.ndarray]:
+    def said(self, key: str, fold: str) -> tuple[np.ndarray, np.ndarray]:
         rows = [row for row in self.examples if row["key"] == key and fold in (row["fold"], "all")]
+        assert rows
         scores = np.exp(np.array([row["label_scores"] for row in rows]))
         return scores / scores.sum(1, keepdims=True), np.array([row["gold"] for row in rows])
 
     def clean(self, **wanted: Any) -> list[dict[str, Any]]:
         rows = [row for row in self.cells if json.loads(row["protocol"])["separator"] == "newline"]
         return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+    def picked(self, method: str) -> list[tuple[str, dict[str, Any]]]:
+        """Return (fold that reports, row) of the cells with the smallest loss on the other fold."""
+        found = []
+        for chooses, reports in (("A", "B"), ("B", "A")):
+            loss: dict[float, list[float]] = {}
+            for row in self.clean(method=method):
+                loss.setdefault(row["learning_rate"], []).append(next(f["nll_label"] for f in self.folds if (f["key"], f["fold"]) == (row["key"], chooses)))
+            best = min(loss, key=lambda rate: np.mean(loss[rate]))
+            found += [(reports, row) for row in self.clean(method=method, learning_rate=best)]
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +91,18 @@ def error(said: np.ndarray, gold: np.ndarray) -> float:
 def test_the_table_of_calibration_holds_means_over_seeds(whole: Whole) -> None:
     rows = calibration.data(whole.frames, whole.setting)
     icl = rows[(rows["method"] == "icl") & (rows["form"] == "")].set_index("metric")
-    seeds = [np.mean([error(*whole.said(row["key"])) for row in whole.clean(kind="icl", seed=seed)]) for seed in (1, 2)]
+    seeds = [np.mean([error(*whole.said(row["key"], fold)) for row in whole.clean(kind="icl", seed=seed) for fold in "AB"]) for seed in (1, 2)]
     assert icl["mean"]["ece"] == pytest.approx(np.mean(seeds)) and icl["num_used"]["ece"] == 4
-    entropies = [-(said * np.log(said)).sum(1).mean() for said, _ in (whole.said(row["key"]) for row in whole.clean(kind="icl"))]
+    entropies = [-(said * np.log(said)).sum(1).mean() for said, _ in (whole.said(row["key"], fold) for row in whole.clean(kind="icl") for fold in "AB")]
     assert icl["mean"]["entropy"] == pytest.approx(np.mean(entropies))
     contextual = rows[(rows["method"] == "zero_shot") & (rows["form"] == "contextual") & (rows["metric"] == "brier")]
     (key,) = {row["key"] for row in whole.clean(kind="zero_shot")}
-    stored = [r["mean"] for r in whole.extras if (r["cell"], r["group"], r["metric"], r["fold"]) == (key, "calibration", "brier", "B")]
-    assert contextual["mean"].tolist() == pytest.approx(stored)
+    stored = [r["mean"] for r in whole.extras if (r["cell"], r["group"], r["metric"]) == (key, "calibration", "brier") and r["fold"] in ("A", "B")]
+    assert len(stored) == 2 and contextual["mean"].tolist() == pytest.approx([np.mean(stored)])
+    method = rows[(rows["method"] == "vanilla") & (rows["form"] == "")].set_index("metric")
+    picked = whole.picked("vanilla")
+    crossed = [np.mean([error(*whole.said(row["key"], fold)) for fold, row in picked if row["seed"] == seed]) for seed in (1, 2)]
+    assert method["mean"]["ece"] == pytest.approx(np.mean(crossed)) and method["num_used"]["ece"] == 4
     forms = set(rows.loc[rows["method"] == "vanilla", "form"])
     assert forms == {"", "batch", "contextual", "supervised_icl"} and "supervised_icl" not in set(rows.loc[rows["method"] == "icl", "form"])
     (grid,) = calibration.grids(whole.setting, rows)
@@ -96,32 +112,35 @@ def test_the_table_of_calibration_holds_means_over_seeds(whole: Whole) -> None:
 def test_the_reliability_diagram_is_scikit_learns(whole: Whole) -> None:
     rows = reliability.data(whole.frames, whole.setting)
     icl = rows[rows["method"] == "icl"]
-    answers = [whole.said(row["key"]) for row in whole.clean(kind="icl")]
+    answers = [whole.said(row["key"], fold) for row in whole.clean(kind="icl") for fold in "AB"]
     confidence = np.concatenate([said.max(1) for said, _ in answers])
     right = np.concatenate([said.argmax(1) == gold for said, gold in answers])
     accuracy, mean = calibration_curve(right, confidence, n_bins=10)
     assert icl["accuracy"].tolist() == pytest.approx(accuracy.tolist()) and icl["confidence"].tolist() == pytest.approx(mean.tolist())
-    assert icl["num_queries"].sum() == len(right)
+    assert icl["num_queries"].sum() == len(right) == 4 * 24 and set(icl["num_used"]) == {4}
     assert len(reliability.panels(whole.setting, rows)) == 4
 
 
 def test_ensembles_of_draws_orders_and_protocols_are_those_of_a_plain_loop(whole: Whole) -> None:
     rows = ensembles.data(whole.frames)
     icl = rows[(rows["method"] == "icl") & (rows["protocol"].isin(["clean", "all"]))].set_index(["over", "rule", "metric"])
-    members = [whole.said(row["key"]) for row in whole.clean(kind="icl", order=0)]
-    gold = members[0][1]
-    mean = sum(said for said, _ in members) / len(members)
-    assert icl["value"]["draws", "mean", "ece"] == pytest.approx(error(mean, gold))
-    assert icl["value"]["draws", "mean", "balanced_accuracy"] == pytest.approx(balanced_accuracy_score(gold, mean.argmax(1)))
-    assert icl["alone"]["draws", "mean", "ece"] == pytest.approx(np.mean([error(said, gold) for said, _ in members]))
-    votes = np.array([[np.mean([said[q].argmax() == label for said, _ in members]) for label in range(2)] for q in range(len(gold))])
-    assert icl["value"]["draws", "majority", "brier"] == pytest.approx(((votes - np.eye(2)[gold]) ** 2).sum(1).mean())
-    of_seeds = []
-    for seed in (1, 2):
-        both = [whole.said(row["key"]) for row in whole.clean(kind="icl", seed=seed)]
-        largest = np.maximum(both[0][0], both[1][0])
-        of_seeds.append(error(largest / largest.sum(1, keepdims=True), gold))
-    assert icl["value"]["orders", "max", "ece"] == pytest.approx(np.mean(of_seeds)) and icl["num_ensembles"]["orders", "max", "ece"] == 2
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for fold in "AB":
+        members = [whole.said(row["key"], fold) for row in whole.clean(kind="icl", order=0)]
+        gold = members[0][1]
+        mean = sum(said for said, _ in members) / len(members)
+        found.setdefault(("value", "draws", "mean ece"), []).append(error(mean, gold))
+        found.setdefault(("value", "draws", "mean balanced_accuracy"), []).append(balanced_accuracy_score(gold, mean.argmax(1)))
+        found.setdefault(("alone", "draws", "mean ece"), []).append(float(np.mean([error(said, gold) for said, _ in members])))
+        votes = np.array([[np.mean([said[q].argmax() == label for said, _ in members]) for label in range(2)] for q in range(len(gold))])
+        found.setdefault(("value", "draws", "majority brier"), []).append(((votes - np.eye(2)[gold]) ** 2).sum(1).mean())
+        for seed in (1, 2):
+            both = [whole.said(row["key"], fold) for row in whole.clean(kind="icl", seed=seed)]
+            largest = np.maximum(both[0][0], both[1][0])
+            found.setdefault(("value", "orders", "max ece"), []).append(error(largest / largest.sum(1, keepdims=True), gold))
+    for (column, over, named), values in found.items():
+        assert icl[column][(over, *named.split(" "))] == pytest.approx(np.mean(values)), (column, over, named)
+    assert icl["num_ensembles"]["orders", "max", "ece"] == 2 and icl["num_ensembles"]["draws", "max", "ece"] == 1
     assert icl["num_ensembles"]["protocols", "mean", "ece"] == 4, "each draw under both protocols"
     assert all(len(line) == len(grid.headers) for grid in ensembles.grids(rows) for line in grid.rows)
 
@@ -138,6 +157,13 @@ def test_sensitivity_to_the_order_is_that_of_a_plain_loop(whole: Whole) -> None:
     firsts = [whole.said(row["key"], "all") for row in whole.clean(kind="icl", order=0)]
     between = np.std([[said[q, gold[q]] for q in range(len(gold))] for said, gold in firsts], axis=0, ddof=1).mean()
     assert icl["mean"]["sd_draws"] == pytest.approx(between) and icl["num_used"]["sd_draws"] == 2
+    method = rows[(rows["method"] == "vanilla") & (rows["choice"] == "selected")].set_index("metric")
+    changed = []
+    for seed in (1, 2):
+        for fold in "AB":
+            a, b = (whole.said(row["key"], fold)[0] for reports, row in whole.picked("vanilla") if (reports, row["seed"]) == (fold, seed))
+            changed.append(np.mean(a.argmax(1) != b.argmax(1)))
+    assert method["mean"]["changed"] == pytest.approx(np.mean(changed)) and set(method["num_used"]) == {4, 2}
     (grid,) = order_sensitivity.grids(whole.setting, rows)
     assert all(len(line) == len(grid.headers) for line in grid.rows)
 
@@ -145,14 +171,17 @@ def test_sensitivity_to_the_order_is_that_of_a_plain_loop(whole: Whole) -> None:
 def test_figures_of_the_whole_model_and_of_layers_are_means_of_the_stored_ones(whole: Whole) -> None:
     rows = extras.data(whole.frames, whole.setting)
     at = rows[(rows["method"] == "vanilla") & (rows["choice"] == "nearest R*")].set_index("metric")
-    keys = [row["key"] for row in whole.clean(method="vanilla", learning_rate=at["learning_rate"].iloc[0])]
+    keys = [row["key"] for row in whole.clean(method="vanilla", learning_rate=float(at["learning_rates"].iloc[0]))]
     stored = [r["mean"] for r in whole.extras if (r["group"], r["metric"], r["fold"]) == ("outputs", "kl_output", "all") and r["cell"] in keys]
     assert at["mean"]["kl_output"] == pytest.approx(np.mean(stored)) and at["num_used"]["kl_output"] == 4
     matches = []
-    for row in whole.clean(method="vanilla", learning_rate=at["learning_rate"].iloc[0]):
+    for row in whole.clean(method="vanilla", learning_rate=float(at["learning_rates"].iloc[0])):
         of_order = {r["group"]: r["mean"] for r in whole.extras if (r["cell"], r["metric"], r["fold"]) == (row["key"], "sim_aou", "all")}
         matches.append(of_order[f"order:{row['order']}"] - of_order[f"order:{1 - row['order']}"])
     assert at["mean"]["order_match of sim_aou"] == pytest.approx(np.mean(matches)) and at["num_used"]["order_match of sim_aou"] == 4
+    selected = rows[(rows["method"] == "vanilla") & (rows["choice"] == "selected")].set_index("metric")
+    overlap = {(r["cell"], r["fold"]): r["mean"] for r in whole.extras if (r["group"], r["metric"]) == ("outputs", "top10_overlap")}
+    assert selected["mean"]["top10_overlap"] == pytest.approx(np.mean([overlap[row["key"], fold] for fold, row in whole.picked("vanilla")]))
     assert [grid.title.split(":")[0] for grid in extras.grids(whole.setting, rows)] == ["Next tokens beside ICL's", "Orders crossed"]
     layers = extra_profiles.data(whole.frames, whole.setting)
     one = layers[(layers["metric"] == "intrinsic_dimension") & (layers["method"] == "icl") & (layers["layer"] == 1)]
