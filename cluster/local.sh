@@ -8,7 +8,8 @@
 #   kill -TERM "$(cat /tmp/iclgd-local-$UID/worker2.pid)"    with notice: it drains for up to 10 s
 #   kill -KILL "$(cat /tmp/iclgd-local-$UID/worker2.pid)"    without
 #
-# Linux, with the project set up (`make setup`). ICLGD_LOCAL_DIR, ICLGD_LOCAL_PORT, ICLGD_LOCAL_DASHBOARD_PORT and PYTHON replace the defaults below.
+# Linux, with the project set up (`make setup`). ICLGD_LOCAL_DIR, ICLGD_LOCAL_PORT, ICLGD_LOCAL_DASHBOARD_PORT, ICLGD_LOCAL_CPUS and PYTHON replace the defaults
+# below: sweeps/demo.toml, whose actor has two CPUs, needs ICLGD_LOCAL_CPUS=2.
 # Tried by tests/faults/test_jobs.py (`make faults`), and by tests/test_cluster_files.py with a stand-in for Ray.
 set -euo pipefail
 umask 077
@@ -18,6 +19,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 state=${ICLGD_LOCAL_DIR:-/tmp/iclgd-local-$UID} # short: Ray puts sockets below it, whose paths may have 107 bytes
 port=${ICLGD_LOCAL_PORT:-6380}
 dashboard_port=${ICLGD_LOCAL_DASHBOARD_PORT:-8265}
+cpus=${ICLGD_LOCAL_CPUS:-1} # of each worker, as Ray counts them
 start_seconds=60
 stop_seconds=15 # more than the 10 s of draining
 
@@ -102,8 +104,8 @@ up() {
   echo "starting a head and two workers: half a minute"
   start_node head --head --node-ip-address=127.0.0.1 --port="$port" --ray-client-server-port="$((port + 1))" \
     --dashboard-host=127.0.0.1 --dashboard-port="$dashboard_port" --num-cpus=0
-  start_node worker1 --address="127.0.0.1:$port" --num-cpus=1
-  start_node worker2 --address="127.0.0.1:$port" --num-cpus=1 # after the first: both would choose the same names of sockets
+  start_node worker1 --address="127.0.0.1:$port" --num-cpus="$cpus"
+  start_node worker2 --address="127.0.0.1:$port" --num-cpus="$cpus" # after the first: both would choose the same names of sockets
   timeout "$start_seconds" "$python" - "127.0.0.1:$port" <<'PY' || fail "the head does not report three nodes"
 import sys
 import time
