@@ -49,14 +49,15 @@ fail() {
 answers() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 is_running() { # name: whether the process of that node is there and is the one that `up` started
-  [[ -r $state/$1.pid ]] && grep -qzF -- "--temp-dir=$state/ray" "/proc/$(<"$state/$1.pid")/cmdline" 2>/dev/null
+  [[ -r $state/$1.pid ]] && grep -qzF -- "--temp-dir=$state/$1" "/proc/$(<"$state/$1.pid")/cmdline" 2>/dev/null
 }
 
 start_node() { # name, options of ray start
   local name=$1 waited pid
   shift
+  # A directory of its own: in a shared one the second node unpacks a job's files anew, and takes them from under the driver that runs there.
   # setsid: a process group of its own, whose number is the pid. Ports: all that Ray would give to every node alike are left to the system.
-  setsid "$python" -c "$ray_start" start --block --temp-dir="$state/ray" --num-gpus=0 --object-store-memory=200000000 \
+  setsid "$python" -c "$ray_start" start --block --temp-dir="$state/$name" --num-gpus=0 --object-store-memory=200000000 \
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 "$@" </dev/null >"$state/$name.log" 2>&1 &
   pid=$!
   echo "$pid" >"$state/$name.pid"

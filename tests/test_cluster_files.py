@@ -216,7 +216,9 @@ def test_local_starts_three_nodes_behind_a_private_token_and_ends_them_alone(loc
     for name, pid in pids.items():
         environment = Path(f"/proc/{pid}/environ").read_bytes()
         assert b"RAY_AUTH_MODE=token" in environment and b"of another cluster" not in environment
-        assert ("--head" in Path(f"/proc/{pid}/cmdline").read_text()) == (name == "head")
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        assert ("--head" in command) == (name == "head")
+        assert f"--temp-dir={state}/{name}" in command  # nodes that share one take a job's files from each other
     assert "cannot make" in local("up").stderr, "a second cluster leaves the first alone"
     assert all(map(is_alive, pids.values()))
     other = subprocess.Popen(["sleep", "600"])
