@@ -101,7 +101,7 @@ def matched(setting: Setting, method: str, at: float | None = None) -> Matched:
         weights = crossing(line["update_ratio"].tolist(), ratio)
         if weights:
             keys = line["key"].tolist()
-            terms += [{"key": keys[at], "weight": weight, "draw": draw, "replicate": rows["replicate"].iloc[0]} for at, weight in weights.items()]
+            terms += [{"key": keys[place], "weight": weight, "draw": draw, "replicate": rows["replicate"].iloc[0]} for place, weight in weights.items()]
         else:
             reasons[_reason(line, ratio)] += 1
     return Matched(pd.DataFrame(terms, columns=["key", "weight", "draw", "replicate"]), reasons)
