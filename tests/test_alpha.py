@@ -6,19 +6,15 @@ import math
 import random
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from iclgd_analysis import alpha, load
 from iclgd_analysis.report import write_report
 from scipy import stats
 
-from tests.test_analysis import STEPS, make_rows, make_store
-from tests.test_controls import measure, only
-from tests.test_figures import of_fold
+from tests.made import LAST, Row, make_rows, make_store, measure, of_fold, only
 
-Row = dict[str, Any]
-SEEDS, LAST = (1, 2, 3), STEPS[-1]
+SEEDS = (1, 2, 3)
 RATES = {"vanilla": (1e-3, 1e-2, 1e-1), "layer_causal": (1e-4, 1e-3, 1e-2)}
 
 

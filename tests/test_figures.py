@@ -19,11 +19,9 @@ from iclgd_analysis import accuracy, gradient_norms, load, pareto, ratio, table
 from iclgd_analysis.report import main, write_report
 from scipy import stats
 
-from tests.test_analysis import RATES, STEPS, diverged, figure, make_cell, make_rows, make_store
-from tests.test_controls import changed, only
+from tests.made import LAST, RATES, STEPS, Row, changed, diverged, figure, make_cell, make_rows, make_store, of_fold, only
 
-Row = dict[str, Any]
-SEEDS, TASKS, LAST = (1, 2, 4), ("subj", "trec"), STEPS[-1]
+SEEDS, TASKS = (1, 2, 4), ("subj", "trec")
 METRICS = ("accuracy", "balanced_accuracy")
 CROSS = "\N{MULTIPLICATION SIGN}"
 
@@ -31,10 +29,6 @@ CROSS = "\N{MULTIPLICATION SIGN}"
 def cells_of(rows: list[Row], task: str, method: str, learning_rate: float | None = None, step: int | None = LAST) -> list[Row]:
     found = [row for row in rows if (row["task"], row["method"]) == (task, method)]
     return [row for row in found if row["step"] == step and learning_rate in (None, row["learning_rate"])]
-
-
-def of_fold(row: Row, fold: str, metric: str) -> float:
-    return next(each[metric] for each in row["folds"] if each["fold"] == fold)
 
 
 def selected_by_hand(rows: list[Row], task: str, method: str, fold: str) -> float:

@@ -16,10 +16,8 @@ from iclgd_analysis import explorer
 from iclgd_analysis.report import write_report
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.test_analysis import NUM_LAYERS, NUM_QUERIES, RATES, STEPS, make_rows, make_store
-from tests.test_controls import changed
+from tests.made import NUM_LAYERS, NUM_QUERIES, RATES, STEPS, Row, changed, make_rows, make_store
 
-Row = dict[str, Any]
 TASKS, SEEDS = ("subj", "trec"), (1, 2, 3)
 HOSTILE = "</script><script>window.wrong = 1</script><b>bold</b> & <img src=http://127.0.0.1:9/x onerror='window.wrong = 1'>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -18,12 +18,10 @@ from iclgd_analysis.report import write_report
 from iclgd_analysis.text import NULL, Grid
 from scipy import stats
 
-from tests.test_analysis import STEPS, diverged, make_rows, make_store
-from tests.test_controls import changed, only, protocol, untrained
+from tests.made import LAST, Row, changed, diverged, make_rows, make_store, only, protocol, untrained
 from tests.test_reproduction import make_run, published_runs, read_published
 
-Row = dict[str, Any]
-SEEDS, TASKS, LAST = (1, 2, 3), ("trec", "subj"), STEPS[-1]
+SEEDS, TASKS = (1, 2, 3), ("trec", "subj")
 RATES = {"vanilla": (1e-3, 1e-2, 1e-1), "layer_causal": (1e-3,)}  # the largest of vanilla diverges
 METRICS = {"table_2": ("sim_aou_norm", "sim_aou", "sim_am", "sim_am_delta"), "table_1": ("sim_aou", "sim_am_delta")}
 PUBLISHED = "fairseq-dense-1.3B"

@@ -16,7 +16,7 @@ from iclgd_analysis import load, reproduction
 from iclgd_analysis.reproduction import compare, main, profile, published, verdict
 
 from iclgd_dist.schema import LAYER
-from tests.test_analysis import diverged, empty, make_cell, make_store
+from tests.made import diverged, empty, make_cell, make_store
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = json.dumps({"preset": "reference", "sink": "bos", "sink_token": "</s>", "separator": "eos", "record_position": "label", "first_layer": "count"})

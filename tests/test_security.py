@@ -45,7 +45,7 @@ from iclgd_dist.schema import ATTEMPT
 from iclgd_dist.store import Store, read_results
 from tests import bad_inputs
 from tests.bad_inputs import CASES, Case
-from tests.test_analysis import make_rows, make_store
+from tests.made import make_rows, make_store
 from tests.test_bad_inputs import run
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from iclgd_analysis.intervals import Estimate, estimate, over_tasks
 from scipy import stats
 
 from iclgd_dist.store import Store
-from tests.test_analysis import Row, diverged, make_cell, make_store
+from tests.made import Row, diverged, make_cell, make_store
 
 TASKS, SEEDS, STEP = ("trec", "subj"), (1, 2, 3, 4, 5), 4
 RATES = {"vanilla": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "layer_causal": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}

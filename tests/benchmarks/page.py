@@ -16,7 +16,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from iclgd_dist.store import Store
 from tests.benchmarks.grid import say
-from tests.test_analysis import make_rows, make_store
+from tests.made import make_rows, make_store
 
 PAINT_SECONDS, FILTER_MS = 2.0, 200.0
 RATES = [10 ** (-5 + number / 4) for number in range(20)]
