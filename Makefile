@@ -1,8 +1,8 @@
 # make demo   a real model on real text, from nothing to results/demo/report.html
-# make test   all tests
+# make test   all tests but the long ones: some 20 minutes
 # make check  formatting, lint, types
 # make audit  exact versions, hashes, licences, and known vulnerabilities where a network answers
-# make faults every accident a sweep may have, on a Ray of three nodes: some 25 minutes
+# make faults every accident a sweep may have, on a Ray of three nodes: some 45 minutes
 # make soak   accidents at random for 10 minutes
 # make fuzz   damaged and hostile files for every reader, for 10 minutes
 # Each target sets up .venv by itself; it needs Python 3.11 or newer, make and a package index. Another Python in an environment of its own:

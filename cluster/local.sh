@@ -91,6 +91,7 @@ down() {
   stop_nodes worker1 worker2
   stop_nodes head
   rm -rf -- "$state"
+  echo "in shells that had its exports: unset RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 }
 
 up() {

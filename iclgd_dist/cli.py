@@ -89,6 +89,8 @@ def status(
     if (store is None) == (address is None):
         raise typer.BadParameter("give a store, e.g. results/demo, or the --address of a cluster's dashboard")
     if address is not None:
+        if as_json:
+            raise typer.BadParameter("--json is for a store; leave it out with --address")
         job_commands.show_jobs(address, is_open=insecure)
     else:
         store_commands.show_status(existing(str(store)), as_json=as_json)

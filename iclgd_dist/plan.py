@@ -85,6 +85,8 @@ def make_plan(
     if num_cells > MAX_CELLS:
         raise SweepError(f"a sweep has at most {MAX_CELLS:,} cells, got {num_cells:,}; ask for fewer seeds, orders or learning rates")
     said = _Said(list(sweep.warnings))
+    if searched := [method for method, rates in sweep.learning_rates.items() if not rates]:
+        said.warnings.append(f"{', '.join(searched)}: no learning rates but those that [search] looks for, which only `iclgd tune` does")
     tasks: dict[str, Task | None] = {}
     parts = [_planned(each, finished, said, tasks, tolerate_unreachable, progress, choose) for each in sweep.of_each_protocol()]
     said.refuse()

@@ -98,7 +98,7 @@ def show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
         "tokens": f"{cost['training_tokens']:,} trained, {cost['capture_tokens']:,} captured (times learning rates and steps)",
         "FLOPs": f"{cost['flops']:.2e}",
         "memory": f"about {cost['peak_gib']:.1f} GiB per actor",
-        "time": f"about {in_words(cost['seconds'])} on this machine alone ({cost['gflops']:.0f} GFLOP/s measured; 60 % of it assumed)",
+        "time": f"about {in_words(cost['seconds'])} on this machine's CPU alone ({cost['gflops']:.0f} GFLOP/s measured; 60 % of it assumed)",
     }
     if cost["kept_captures"]:
         rows["captures"] = f"{decimal(cost['kept_bytes'])} kept, of {cost['kept_captures']:,} cells"

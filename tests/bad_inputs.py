@@ -1372,6 +1372,12 @@ case(
 )
 case("status of nothing", nothing, "Invalid value: give a store, e.g. results/demo, or the --address of a cluster's dashboard", "status")
 case(
+    "status of a cluster as JSON",
+    nothing,
+    "Invalid value: --json is for a store; leave it out with --address",
+    "status --address http://127.0.0.1:9 --json",
+)
+case(
     "status of a store that is missing",
     nothing,
     "results/tiny: no such store; `iclgd run SWEEP` makes one, by default results/<name of the sweep>",

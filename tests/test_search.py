@@ -13,7 +13,7 @@ import pytest
 
 from iclgd_dist.blocks import Cell, Judged
 from iclgd_dist.config import Sweep, SweepError, load_sweep
-from iclgd_dist.plan import Plan
+from iclgd_dist.plan import Plan, make_plan
 from iclgd_dist.search import Study, check_sampler, rounds, rungs_of, studies_of
 from iclgd_dist.search_spec import Search
 
@@ -104,6 +104,12 @@ def test_each_method_gets_its_samples_inside_its_range(swept: Callable[..., Swee
         assert min(asked) < 5e-4 and max(asked) > 2e-2, "the whole range is looked at"
         assert [score.step for score in study.scores[0][asked[0]]] == [2, 4]
     assert [len(plan.blocks) for plan in made.plans] == [2, 2, 2], "both methods of a draw train together: a block for each seed"
+
+
+def test_a_plan_says_what_only_a_search_looks_for(swept: Callable[..., Sweep]) -> None:
+    assert make_plan(swept()).warnings == ()
+    (warning,) = make_plan(swept(replace=("layer_causal = [0.003, 0.05]\n\n", "\n"))).warnings
+    assert warning == "layer_causal: no learning rates but those that [search] looks for, which only `iclgd tune` does"
 
 
 def test_the_best_is_found_with_few_samples(swept: Callable[..., Sweep]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from iclgd_analysis import load
 from iclgd_analysis.chosen import matched
 
 from iclgd_dist import Store, load_sweep, plan_sweep, read_results, run_block
 from tests.benchmarks.grid import loaded, say
 
-GOAL, RATIO, WITHIN, MOST_ROUNDS = 0.01, 0.5, 0.02, 8
+GOAL, RATIO, WITHIN, MOST_ROUNDS, SEED = 0.01, 0.5, 0.02, 8, 1
 TASKS = ("mr_snippets", "subj_snippets", "sst5_snippets", "trec", "sms_spam", "bbc_news")
 GRID = {"vanilla": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "layer_causal": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 SWEEP = """
@@ -45,15 +47,19 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("--tasks", nargs="*", default=TASKS)
     made.add_argument("--queries", type=int, default=100)
+    made.add_argument("--store", help="a store of that sweep, whose cells are taken as they are; it stays as it is")
     options = made.parse_args(arguments)
     found: dict[str, dict[str, Any]] = {}
     lm: Any = None
     with tempfile.TemporaryDirectory(prefix="iclgd-matched-") as name:
+        store, path = Store(Path(name) / "store"), Path(name) / "matched.toml"
+        if options.store:
+            shutil.copytree(options.store, store.root, ignore=shutil.ignore_patterns("claims"))
+        store.prepare()
         for task, method in product(options.tasks, GRID):
-            store, path, since = Store(Path(name) / f"{task}-{method}"), Path(name) / "matched.toml", time.perf_counter()
-            store.prepare()
+            since = time.perf_counter()
 
-            def computed(rates: Sequence[float], task: str = task, method: str = method, store: Store = store, path: Path = path) -> list[Point]:
+            def computed(rates: Sequence[float], task: str = task, method: str = method) -> list[Point]:
                 """Return the points of all learning rates so far, ascending; those that diverged are none."""
                 nonlocal lm
                 path.write_text(SWEEP.format(task=task, method=method, queries=options.queries, rates=[*rates]))
@@ -61,15 +67,18 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
                     lm = lm or loaded(block)
                     run_block(lm, block, store)
                 cells = read_results(store).cells.to_pandas()
-                cells = cells[(cells["kind"] == "finetuned") & (cells["status"] == "done")].sort_values("learning_rate")
+                wanted = {"task": task, "method": method, "seed": SEED, "step": 16, "num_queries": options.queries, "train_on": "true", "status": "done"}
+                cells = cells[(cells[[*wanted]] == pd.Series(wanted)).all(axis=1)].sort_values("learning_rate")
                 return list(cells[["learning_rate", "update_ratio", "sim_aou"]].itertuples(index=False, name=None))
 
             points, frames = computed(GRID[method]), load(str(store.root))
-            of = matched(frames.settings()[0], method, RATIO)
-            if of.terms.empty:
+            (setting,) = [each for each in frames.settings() if each.named["task"] == task and each.named["train_on"] == "true"]
+            of = matched(setting, method, RATIO)
+            terms = of.terms[of.terms["draw"] == f"/{SEED}/0"]
+            if terms.empty:
                 found[f"{task}, {method}"] = {"none": dict(of.reasons)}
                 continue
-            between = frames.contrast(of.terms, "sim_aou").mean
+            between = frames.contrast(terms, "sim_aou").mean
             exact = _exact(points, computed)
             found[f"{task}, {method}"] = {
                 "interpolated": between,
