@@ -17,7 +17,7 @@ from .crossing import crossfit, selected
 from .intervals import ALL_TASKS, Estimate, descriptive, with_all_tasks
 from .load import ACCURACIES, SETTING, Frames, load
 from .reproduction import published
-from .setting import CLEAN, Setting
+from .setting import Setting, called
 from .text import BASELINES, Grid, counted, entry, number, rate, show, stores
 
 PUBLISHED_MODEL = "fairseq-dense-1.3B"  # last part of its hub id, and of a directory that holds it
@@ -45,9 +45,7 @@ def data(frames: Frames) -> pd.DataFrame:
             theirs = _published(setting)
             for method in ("zero_shot", *setting.methods, "icl"):
                 columns, found = _line(frames, setting, method)
-                named = (
-                    {"table": table} | setting.named | {name: setting.first[name] for name in ("storage_dtype", "compute_dtype", "query_seed", "num_queries")}
-                )
+                named = {"table": table} | setting.named | {name: setting.first[name] for name in ("storage_dtype", "compute_dtype", "query_seed")}
                 for metric, one in found.items():
                     line = named | {"method": method, "metric": metric} | columns
                     line["published"] = theirs.get(method, math.nan) if metric == "accuracy" else math.nan
@@ -87,6 +85,7 @@ def _line(frames: Frames, setting: Setting, method: str) -> tuple[dict[str, Any]
         cells = setting.finetuned[setting.finetuned["key"].isin([key for part in terms.values() for key in part["key"]])]
     columns: dict[str, Any] = {"num_planned": setting.num_planned(method)}
     columns |= {f"selected_on_{on}": picked[reports][0].learning_rate if picked else math.nan for on, reports in (("A", "B"), ("B", "A"))}
+    columns["why_none"] = "" if picked or method in BASELINES else setting.no_rate(method)
     columns |= {"num_edges": int(any(one.is_edge for one, _ in picked.values())), "num_cells": len(cells)}
     return columns | {"num_collapsed": int(cells["collapsed"].sum()), "num_diverged": int((cells["status"] == "diverged").sum())}, found
 
@@ -121,9 +120,7 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
             body.append([task, BASELINES.get(method, method), ", ".join(rates), *scored, *theirs, _marks(of["balanced_accuracy"])])
         headers = ("task", "method", "lr", "balanced accuracy", "accuracy", *(["published accuracy"] if is_published else []), "marks")
         first = part.iloc[0]
-        title = f"{TITLE}: {first['model']}, k = {first['k']}" + ("" if first["init"] == "trained" else f", random weights: {first['init']}")
-        title += "" if first["protocol"] == CLEAN else f", protocol {first['protocol']}"
-        title += "" if first["train_on"] == "true" else f", trained on {first['train_on']}"
+        title = f"{TITLE}: {called(first)}"
         note = f"Stored as {first['storage_dtype']}, computed in {first['compute_dtype']}; query seed {first['query_seed']:.0f}. {NOTE}"
         note += (PUBLISHED_NOTE if is_published else "") + descriptive(part[part["method"] != "zero_shot"])
         found.append(Grid(title, headers, body, note))
@@ -140,7 +137,7 @@ def _marks(row: Mapping[str, Any]) -> str:
     if is_all:
         said.append(f"{row['num_tasks_used']} of {counted(row['num_tasks'], 'task')}")
     elif row["method"] not in BASELINES and math.isnan(row["selected_on_A"]):
-        said.append("no learning rate without divergence")
+        said.append(row["why_none"])
     if row["num_edges"]:
         where = f" in {counted(row['num_edges'], 'task')}" if is_all else ""
         said.append(f"edge of the grid{where}: extend the grid")

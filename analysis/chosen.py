@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ REASONS = {
     "below_range": "below the smallest R of the grid",
     "above_range": "above the largest R of the grid",
     "diverged": "diverged before it",
-    "missing": "a neighbouring cell or its R is missing",
+    "missing": "a neighbouring cell is missing, or its R is undefined or in the noise",
 }
 
 
@@ -115,13 +116,17 @@ def neighbours(cells: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def crossing(ratios: list[float], at: float) -> dict[int, float]:
-    """Return position -> weight of the point where R first comes up to `at` between neighbours; nothing where it does not. NaN and 0 are no neighbours."""
-    logs = [math.log(ratio / at) if ratio > 0 else math.nan for ratio in ratios]
-    for position, log in enumerate(logs):
-        if log == 0:
+    """Return position -> weight of the point where R, in logarithms, first comes up to `at` between neighbours; nothing where it does not. 0 is no neighbour."""
+    return upward([math.log(ratio / at) if ratio > 0 else math.nan for ratio in ratios])
+
+
+def upward(values: Sequence[float]) -> dict[int, float]:
+    """Return position -> weight of the point where values first come up to 0 between neighbours; nothing where they do not. NaN is no neighbour."""
+    for position, value in enumerate(values):
+        if value == 0:
             return {position: 1.0}
-        if position and logs[position - 1] < 0 < log:
-            share = logs[position - 1] / (logs[position - 1] - log)
+        if position and values[position - 1] < 0 < value:
+            share = values[position - 1] / (values[position - 1] - value)
             return {position - 1: 1 - share, position: share}
     return {}
 
@@ -134,7 +139,9 @@ def _reason(line: pd.DataFrame, at: float) -> str:
     after = line[is_below.cumsum().eq(is_below.sum())].iloc[1:]  # above the last learning rate whose R is too small
     if (after["status"] == "diverged").any():
         return "diverged"
-    return "missing" if after["update_ratio"].isna().any() else "above_range"
+    if len(after):  # undefined there, or 0, the last that is too small: it lies in the noise
+        return "missing"
+    return "below_range" if line["update_ratio"].iloc[0] > at else "above_range"
 
 
 def paired(left: pd.DataFrame, right: pd.DataFrame) -> list[pd.DataFrame]:

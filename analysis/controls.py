@@ -5,10 +5,12 @@ A similarity says something of the task only where it exceeds that of changes th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 import pandas as pd
+
+from iclgd_dist.axes import Context
 
 from .crossing import Pick, crossfit, picks
 from .intervals import Estimate, descriptive, estimate, geometric_mean
@@ -106,6 +108,13 @@ def by_name(frames: Frames, of_setting: pd.DataFrame, keys: pd.Series, metric: s
     names = values.index.get_level_values("control").astype(str).str.replace(rf"^{RANDOM_DELTA}_\d+$", RANDOM_DELTA, regex=True)
     means = values.groupby([names, values.index.get_level_values("cell").astype(str)]).mean()
     return {name: means[name] for name in sorted(set(names), key=_rank)}
+
+
+def contexts(frames: Frames, settings: Iterable[Setting]) -> list[str]:
+    """Return the kinds of control contexts that some settings were held against."""
+    keys = [key for setting in settings for key in (*setting.icl["key"], *setting.finetuned["key"])]
+    names = frames.controls.loc[frames.controls["cell"].isin(keys), "control"].unique()
+    return [name for name in get_args(Context) if name in set(map(kind_of, names))]
 
 
 def kind_of(name: str) -> str:

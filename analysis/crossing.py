@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .chosen import NEAREST, SELECTED, Matched, Selected, nearest_ratio, select
+from .chosen import NEAREST, SELECTED, Matched, Selected, nearest_ratio, select, upward
 from .intervals import Estimate, estimate, geometric_mean
 from .load import ACCURACIES, Frames, each
 from .setting import Setting
@@ -108,14 +108,19 @@ def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[S
 
 
 def gains(frames: Frames, setting: Setting, method: str, fold: str) -> pd.Series:
-    """Return G by learning rate, ascending: mean over seeds of the mean over their draws; of learning rates that diverge in no draw more than others do."""
+    """Return G by learning rate, ascending: mean over seeds of the mean over their draws; NaN for learning rates that have fewer draws than others have.
+
+    A learning rate that a few draws alone have is none of them: as in `neighbours`, it would make a gap in the others.
+    """
     cells = setting.at_last_step(method)
     cells = cells[cells["learning_rate"] > 0]
     zero_shot = float(frames.figures(setting.zero_shot["key"], "nll_label", fold).mean())
     table = cells.assign(gain=zero_shot - frames.figures(cells["key"], "nll_label", fold).to_numpy()).dropna(subset=["gain"])
     counts = table.groupby("learning_rate")["gain"].count()
     table = table[table["learning_rate"].isin(counts[counts == counts.max()].index)]
-    return table.groupby(["learning_rate", "replicate"])["gain"].mean().groupby("learning_rate").mean().sort_index()
+    there = cells["learning_rate"].value_counts()
+    usual = there[there >= cells["draw"].nunique() / 2].index.union(table["learning_rate"].unique())
+    return table.groupby(["learning_rate", "replicate"])["gain"].mean().groupby("learning_rate").mean().reindex(usual.sort_values())
 
 
 def at_equal_gain(frames: Frames, setting: Setting, methods: Sequence[str]) -> dict[str, dict[str, Matched]]:
@@ -128,15 +133,16 @@ def at_equal_gain(frames: Frames, setting: Setting, methods: Sequence[str]) -> d
             cells = setting.at_last_step(method)
             terms, reasons = [], Counter[str]()
             if not target > 0:
-                why = "diverged" if not math.isfinite(largest[method]) else "never_improves"
+                none = "diverged" if (cells["status"] == "diverged").any() else "missing"
+                why = "never_improves" if math.isfinite(largest[method]) else none
                 reasons[why] += cells["draw"].nunique() if not largest[method] > 0 else 0  # else it is the other method that has none
             else:
-                curve = gains(frames, setting, method, reports)
-                weights = _upward(curve, target)
+                curve = gains(frames, setting, method, reports) - target
+                weights = {curve.index[place]: weight for place, weight in upward(curve.tolist()).items()}
                 for draw, rows in cells.groupby("draw"):
                     keys = rows.set_index("learning_rate")["key"].reindex(list(weights))
                     if not weights:
-                        reasons["below_range" if len(curve) and curve.iloc[0] >= target else "above_range"] += 1
+                        reasons[_without(curve)] += 1
                     elif keys.isna().any() or frames.figures(keys, "nll_label", reports).isna().any():
                         reasons["missing"] += 1
                     else:
@@ -148,11 +154,9 @@ def at_equal_gain(frames: Frames, setting: Setting, methods: Sequence[str]) -> d
     return found
 
 
-def _upward(curve: pd.Series, target: float) -> dict[float, float]:
-    """Return learning rate -> weight of the point where a curve first comes up to a value between neighbours; nothing where it starts above or never does."""
-    values, rates = curve.to_list(), curve.index.to_list()
-    for at in range(1, len(values)):
-        if values[at - 1] < target <= values[at]:
-            share = (target - values[at - 1]) / (values[at] - values[at - 1])
-            return {rates[at - 1]: 1 - share, rates[at]: share} if share < 1 else {rates[at]: 1.0}
-    return {}
+def _without(curve: pd.Series) -> str:
+    """Return why a curve never comes up to 0 between two neighbouring learning rates."""
+    there = curve.dropna()
+    if len(there) and there.iloc[0] > 0:
+        return "below_range"
+    return "missing" if (there > 0).any() else "above_range"

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from .calibration import State, bin_of, states
+from .intervals import descriptive
 from .load import SETTING, Frames, load
-from .setting import Setting
+from .setting import Setting, called
 from .text import BASELINES, Grid, number, show, stores
 
 RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -29,7 +30,8 @@ TITLE = "Self-ensembles"
 NOTE = (
     "Means of both folds. Draws: one order of each seed together. Orders: the orders of a seed together, mean over seeds. Protocols: a draw under each protocol together, mean over "
     "draws. Majority: share of members that predict a label; mean: of their probabilities; max: the largest that any gives, normalised. Alone: mean of the "
-    "members. Methods at the largest step, on each fold at the learning rate that the other selects in each setting."
+    "members. Methods at the largest step, on each fold at the learning rate that the other selects in each setting. Draws that diverged are no members. "
+    "Model, position, sink, separator, queries and seeds stand under each task's own tables."
 )
 
 
@@ -81,7 +83,9 @@ def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, S
             alone = float(np.mean([_figure(metric, said, gold) for found in together for said, gold in found]))
             for rule, combine in RULES.items():
                 value = float(np.mean([_figure(metric, combine(np.stack([said for said, _ in found])), found[0][1]) for found in together]))
-                named = setting.named | changed | {"method": state.name, "learning_rates": state.rates, "over": over, "rule": rule, "metric": metric}
+                named = setting.named | changed
+                title = f"{named['task']}, {called(named)}" if changed else setting.title
+                named |= {"title": title, "method": state.name, "learning_rates": state.rates, "over": over, "rule": rule, "metric": metric}
                 size = sorted({len(found) for found in together})
                 rows.append(
                     named
@@ -92,6 +96,7 @@ def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, S
                         "num_ensembles": len(together) // num_folds,
                         "num_used": sum(map(len, together)) // num_folds,
                         "num_planned": setting.num_draws,
+                        "num_replicates": len(setting.replicates),
                     }
                 )
     return rows
@@ -111,9 +116,7 @@ def _figure(metric: str, said: np.ndarray, gold: np.ndarray) -> float:
 def grids(rows: pd.DataFrame) -> list[Grid]:
     """Return a table per setting: a line per state and what is put together, each rule beside the members alone."""
     found = []
-    for (task, model, k, train_on, init, protocol), part in (
-        rows.groupby(["task", "model", "k", "train_on", "init", "protocol"], sort=False) if len(rows) else ()
-    ):
+    for _, part in rows.groupby(["task", "model", "k", "train_on", "init", "protocol", "variant", "num_queries"], sort=False) if len(rows) else ():
         body = []
         for (over, method, rates), line in part.groupby(["over", "method", "learning_rates"], sort=False):
             entries = []
@@ -122,14 +125,10 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
                 entries += [number(of_rule["alone"].iloc[0]), *(number(of_rule["value"][rule]) for rule in RULES)]
             named = [BASELINES.get(method, method), rates, over]
             first = line.iloc[0]
-            of = f"; {first['num_used']} of {first['num_planned']} draws" if over == "orders" else ""
+            of = f"; {first['num_used']} of {first['num_planned']} draws" if over != "protocols" else ""
             body.append([*named, *entries, f"{first['num_ensembles']} of {first['num_members']} members{of}"])
         headers = ("method", "lr", "over", *(f"{metric} {rule}" for metric in METRICS for rule in ("alone", *RULES)), "ensembles")
-        title = f"{TITLE}: {task}, {model}, k = {k}" + ("" if init == "trained" else f", random weights: {init}")
-        title += {"clean": "", "all": ", protocols together"}.get(protocol, f", protocol {protocol}") + (
-            "" if train_on == "true" else f", trained on {train_on}"
-        )
-        found.append(Grid(title, headers, body, NOTE))
+        found.append(Grid(f"{TITLE}: {part['title'].iloc[0]}", headers, body, NOTE + descriptive(part)))
     return found
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from .chosen import REASONS, difference, matched, paired
 from .intervals import ALL_TASKS, MIN_SEEDS_OF_P, descriptive, holm, with_all_tasks
 from .load import SETTING, Frames, load, of_most_queries
+from .setting import called
 from .text import Grid, entry, number, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
@@ -43,7 +44,7 @@ def data(frames: Frames) -> pd.DataFrame:
     table = pd.DataFrame([row | {"reasons": ", ".join(f"{name} {row['reasons'][name]}" for name in REASONS if row["reasons"][name])} for row in made])
     if table.empty:
         return table
-    of_table = ["model", "k", "protocol", "metric"]
+    of_table = ["model", "k", "protocol", "variant", "metric"]
     is_mean = table["is_primary"] & table["task"].eq(ALL_TASKS)
     table["is_primary"] &= is_mean | ~is_mean.groupby([table[name] for name in of_table]).transform("any")
     rest = table["p"].mask(table["is_primary"])
@@ -57,7 +58,7 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
         return []
     found = []
     shown = rows[(rows["metric"] == METRICS[0]) & (rows["is_star"] | rows["num_used"].gt(0))]
-    for (model, k), part in shown.groupby(["model", "k"]):
+    for _, part in shown.groupby(["model", "k", "variant"]):
         body = []
         for row in part.sort_values("init", key=lambda init: init != "trained", kind="stable").to_dict("records"):
             weights = "trained" if row["init"] == "trained" else f"random: {row['init']}"
@@ -66,7 +67,7 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
             why = "; ".join(filter(None, (row["signs"], row["reasons"])))
             body.append([*names, number(row["vanilla"]), number(row["value"]), entry(row), number(row["p"]), why])
         headers = ("weights", "protocol", "task", "method", "R", "vanilla", "method's", "difference", "p", "signs, or draws without")
-        found.append(Grid(f"{TITLE}: {model}, k = {k}", headers, body, f"{NOTE}{descriptive(part)}"))
+        found.append(Grid(f"{TITLE}: {called(part.iloc[0].drop(['init', 'protocol']))}", headers, body, f"{NOTE}{descriptive(part)}"))
     return found
 
 

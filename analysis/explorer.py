@@ -56,7 +56,10 @@ def data(frames: Frames, settings: Sequence[Setting]) -> dict[str, Any]:
     columns |= {"setting": cells["setting"].tolist(), "method": [methods.index(name) for name in cells["method"].fillna(cells["kind"])]}
     columns |= {"seed": _numbers(cells["replicate"]), "draw": cells["draw"].tolist(), "key": cells["key"].str[:16].tolist(), "place": places}
     columns |= {name: flags.astype(int).tolist() for name, flags in (("collapsed", cells["collapsed"]), ("diverged", cells["status"] == "diverged"))}
-    named = [{"name": BASELINES.get(method, method), "safe": safe(BASELINES.get(method, method)), "colour": colour(method)} for method in methods]
+    named = [
+        {"name": BASELINES.get(method, method), "safe": safe(BASELINES.get(method, method)), "colour": colour(method, settings[0].own_methods)}
+        for method in methods
+    ]
     page = {"settings": described, "methods": named, "columns": columns, "figures": FIGURES, "layered": LAYERED, "predicted": PREDICTED}
     return {"json": Markup(_safe(page)), "packed": packed, "note": _note(frames, len(finished) - len(detailed))}
 
@@ -65,7 +68,7 @@ def _described(setting: Setting) -> dict[str, Any]:
     words = setting.first["label_words"]
     shown = {draw: _texts(texts) for draw, texts in zip(setting.icl["draw"], setting.icl["demonstrations"], strict=True)}
     named = setting.named
-    model = setting.model + (f" ({named['init']})" if setting.is_random else "")
+    model = setting.model + (f" ({named['init']})" if setting.is_random else "") + (f", {setting.variant}" if setting.variant else "")
     first = setting.first
     facets = {"model": model, "task": named["task"], "k": named["k"], "protocol": named["protocol"], "trained on": named["train_on"]}
     facets |= {"queries": f"{first['num_queries']:.0f} (seed {first['query_seed']:.0f})", "weights": str(first["model_hash"])[:8]}

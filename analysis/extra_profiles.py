@@ -57,7 +57,7 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
             continue
         lines, named = [], []
         for method, line in part.groupby("method", sort=False):
-            shade = colour(str(method))
+            shade = colour(str(method), setting.own_methods)
             used = sorted({int(line["num_used"].min()), int(line["num_used"].max())})
             of = f"{' to '.join(map(str, used))} of {counted(int(line['num_planned'].iloc[0]), 'draw')}"
             named.append(f"{line['title'].iloc[0]} {number(line['value'].mean(), 2)} ({of})")

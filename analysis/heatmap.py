@@ -28,7 +28,23 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for metric in METRICS:
         part = grid[
-            ["task", "model", "k", "train_on", "init", "protocol", "method", "learning_rate", "step", "num_cells", "num_draws", "num_diverged", "num_collapsed"]
+            [
+                "task",
+                "model",
+                "k",
+                "train_on",
+                "init",
+                "protocol",
+                "variant",
+                "num_queries",
+                "method",
+                "learning_rate",
+                "step",
+                "num_cells",
+                "num_draws",
+                "num_diverged",
+                "num_collapsed",
+            ]
         ]
         part = part.assign(metric=metric, value=grid[metric], num_used=grid[f"{metric}_n"], state="value")
         part.loc[part["value"].isna(), "state"] = "undefined"

@@ -84,7 +84,7 @@ def over_tasks(found: Sequence[Estimate]) -> Estimate:
 def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]]]) -> list[tuple[dict[str, Any], list[Estimate]]]:
     """Return the rows (group, names, estimates of one task), group by group; after a group of several tasks a row of the means over them.
 
-    Its `signs` says in how many tasks the last estimate, a difference, lies above 0; `num_planned`, and `reasons` (counts) where there are any, add up.
+    Its `signs` says in how many tasks the last estimate, a difference, lies above 0; `num_planned`, `num_queries`, and `reasons` (counts) where there are any, add up.
     """
     groups: dict[Hashable, list[tuple[dict[str, Any], list[Estimate]]]] = {}
     for group, named, found in rows:
@@ -97,7 +97,7 @@ def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]
             above = sum(mean > 0 for mean in finite)
             named = {
                 "task": ALL_TASKS,
-                "num_planned": sum(named["num_planned"] for named, _ in tasks),
+                **{name: sum(named[name] for named, _ in tasks) for name in ("num_planned", "num_queries")},
                 "signs": f"above 0 in {above} of {len(finite)} tasks" if finite else "",
             }
             named |= {"reasons": sum((named["reasons"] for named, _ in tasks), Counter())} if "reasons" in tasks[0][0] else {}

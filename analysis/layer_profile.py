@@ -19,7 +19,7 @@ OWN = "each layer at R*"
 TITLE = "Layer profiles"
 NOTE = (
     "Means over draws at the largest step, layer 0 first. Selected: the learning rate with the smallest nll_label on one fold, shown on the other, folds swapped and averaged. Nearest R*: "
-    "the learning rate of the grid whose R is nearest R* (matched_ratio of the sweep file, 1/2 unless set), no interpolation, all queries; the two methods' R are close, not equal. Each layer at R*: where the layer's own update ratio "
+    "the learning rate of the grid whose R is nearest R* (matched_ratio of the sweep file, 1/2 unless set), no interpolation, all queries; each method's R stands in the title: they are not equal. Each layer at R*: where the layer's own update ratio "
     "crosses R* along the learning rates, linear in its logarithm in each draw, all queries: a profile, not a model, as no learning rate has all layers there. "
     f"Bands, from {MIN_SEEDS} seeds on: 95 % for all layers of a line at once (Bonferroni), over seeds. A gap is an undefined layer."
 )
@@ -81,7 +81,7 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
                 named.append(
                     f"{method} {at['learning_rates']}".rstrip() + f" (R {number(at['R'], 2)}, {counts}{', edge of the grid' if at['is_edge'] else ''})"
                 )
-                shade, layers = colour(str(method)), line["layer"].tolist()
+                shade, layers = colour(str(method), setting.own_methods), line["layer"].tolist()
                 values = [None if pd.isna(value) else float(value) for value in line[metric]]
                 data += band(layers, line[f"{metric}_lower"].tolist(), line[f"{metric}_upper"].tolist(), shade)
                 style = {"line": {"color": shade, "width": 2}, "marker": {"size": 5}, "mode": "lines+markers"}

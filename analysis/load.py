@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy.special import softmax
 
+from iclgd_dist.extensions import METHODS
 from iclgd_dist.schema import FLOOR_FACTOR, IDENTITY
 from iclgd_dist.store import Results, Store, read_results
 
@@ -36,6 +37,14 @@ ACCURACIES = ("accuracy", "balanced_accuracy")
 BASELINE = ["key", *ACCURACIES, "nll_label", "collapsed", "status"]  # what a finetuned cell carries of its baselines
 _SCORE_CHANGES = ("sim_am_delta", "sim_am_delta_prefix", "alpha")  # layer 0 holds at most a shift of position
 _MEASURES = ("controls", "pairs", "metrics", "extras")
+DISTINCT: dict[str, Callable[[Any], str]] = {  # what tells settings of one model apart beside what names them, and how it is written
+    "model_hash": lambda value: f"weights {str(value)[:8]}",
+    "storage_dtype": lambda value: f"stored as {value}",
+    "compute_dtype": lambda value: f"computed in {value}",
+    "tf32": lambda value: "TF32" if value else "",
+    "deterministic": lambda value: "deterministic" if value else "",
+    "query_seed": lambda value: f"query seed {value:.0f}",
+}
 _NOWHERE = np.array([], dtype=int)
 
 
@@ -61,7 +70,7 @@ class Frames:
     num_missing: int = 0  # planned, not in the store
     sweeps: tuple[Mapping[str, Any], ...] = ()  # resolved
     num_search: int = 0  # cells found by a search: out of curves and of means over the grid
-    num_superseded: int = 0  # cells that equal a later one in every named column (an edited template, other data)
+    num_superseded: int = 0  # cells that equal a later one in every named column (an edited template, other data), and those with such a baseline
     _rows: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)  # key -> positions in examples
     _scores: tuple[np.ndarray, np.ndarray] = field(
         default=(np.array([]), np.array([0])), repr=False
@@ -69,6 +78,10 @@ class Frames:
 
     def settings(self) -> list[Setting]:
         """Return one Setting per model, weights, task, k, protocol, queries and train_on, in the order of their titles."""
+        return [*self._settings]
+
+    @cached_property
+    def _settings(self) -> tuple[Setting, ...]:
         found = []
         drawn = self.cells[self.cells["kind"] == "icl"]
         pairs = pd.concat([drawn[SETTING], self.finetuned[SETTING]]).drop_duplicates()
@@ -77,12 +90,17 @@ class Frames:
             icl, finetuned = like(drawn, row, SETTING), like(self.finetuned, row, SETTING)
             for train_on in finetuned["train_on"].dropna().unique() if len(finetuned) else ["true"]:
                 rows = finetuned[finetuned["train_on"] == train_on]
-                cells = pd.concat([icl, rows])
-                planned = [(sweep.get("analysis", {}), draws) for sweep in self.sweeps if (draws := planned_draws(sweep, cells.iloc[0]))]
+                cells = rows if len(rows) else icl
+                planned = [(sweep.get("analysis", {}), draws) for sweep in self.sweeps if (draws := planned_draws(sweep, cells.iloc[0], str(train_on)))]
                 num_draws = len(set(cells["draw"]).union(*(draws for _, draws in planned)))
                 found.append(Setting(zero_shot, icl, rows, str(train_on), num_draws, **_registered([analysis for analysis, _ in planned])))
-        return sorted(
-            found, key=lambda setting: (setting.model, *map(setting.named.get, ("task", "k", "init", "protocol")), setting.train_on != "true", setting.train_on)
+        place = ("task", "k", "init", "protocol", "variant")
+        told = told_apart(found)
+        return tuple(
+            sorted(
+                told,
+                key=lambda setting: (setting.model, *map(setting.named.get, place), setting.train_on != "true", setting.train_on, setting.named["num_queries"]),
+            )
         )
 
     def positions(self, key: str) -> np.ndarray:
@@ -160,7 +178,8 @@ class Frames:
         sides = [terms[terms["weight"] > 0], terms[terms["weight"] < 0]]
         if has_queries and all(map(len, sides)):
             of_sides = [self.per_query(side, metric, fold) for side in sides]
-            if len(per_query) < max(map(len, of_sides)):  # not the same queries: the variances of the two sides add up, and `estimate` divides by the groups
+            if len(per_query) < max(map(len, of_sides)) and len({frozenset(q for key in side["key"] for q in self.asked(key, fold)) for side in sides}) > 1:
+                # Not the same queries: the variances of the two sides add up, and `estimate` divides by the groups.
                 groups = [2 * values for side in of_sides for values in _groups(side, by_label)]
         is_share = values is None and metric in ACCURACIES and bool((terms["weight"] > 0).all())
         return estimate(found["mean"], used=int(found["count"].sum()), groups=groups, is_share=is_share)
@@ -237,7 +256,8 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = (), *, with_searc
     is_search = (cells["origin"] == "search") & ~cells["key"].isin(planned) & (not with_search)
     named = [name for name, _, _ in IDENTITY if name not in ("key", "model", "model_source", "model_notes", "num_context_demonstrations", "origin", "sweep")]
     grid = cells[~is_search].sort_values("created_at", kind="stable")
-    latest = grid[~grid.duplicated(named, keep="last")].sort_values(
+    is_old = grid.duplicated(named, keep="last")
+    latest = grid[~is_old & ~_is_of_old_baselines(grid, is_old, sweeps)].sort_values(
         ["model", "task", "method", "learning_rate", "step", "init_seed", "seed", "order"], kind="stable"
     )
     zero_shot, icl = (latest[latest["kind"] == kind] for kind in ("zero_shot", "icl"))
@@ -271,6 +291,18 @@ def frames(results: Any, sweeps: Sequence[Mapping[str, Any]] = (), *, with_searc
     )
 
 
+def _is_of_old_baselines(grid: pd.DataFrame, is_old: pd.Series, sweeps: Sequence[Mapping[str, Any]]) -> pd.Series:
+    """Return which cells no sweep plans but those whose own baseline was superseded: an edited template makes other cells of everything."""
+    found = pd.Series(data=False, index=grid.index)
+    for kind, place in (("zero_shot", BASE), ("icl", BASE + DRAW)):
+        for _, row in grid[is_old & grid["kind"].eq(kind)].iterrows():
+            with_it = [set(sweep["keys"]) for sweep in sweeps if row["key"] in sweep["keys"]]
+            others = set().union(*(sweep["keys"] for sweep in sweeps if row["key"] not in sweep["keys"]))
+            keys = set().union(*with_it) - others
+            found.loc[like(grid[grid["kind"].ne("zero_shot") & grid["key"].isin(keys)], row, place).index] = True
+    return found
+
+
 def _groups(per_query: pd.Series, by_label: bool) -> list[np.ndarray]:
     return [part.to_numpy() for _, part in per_query.groupby(level=0)] if by_label else [per_query.to_numpy()]
 
@@ -295,9 +327,11 @@ def draw_of(init_seed: float | None, seed: float | None, order: float | None) ->
     return "/".join("" if value is None or math.isnan(value) else f"{value:.0f}" for value in (init_seed, seed, order))
 
 
-def planned_draws(sweep: Mapping[str, Any], cell: pd.Series) -> set[str]:
+def planned_draws(sweep: Mapping[str, Any], cell: pd.Series, train_on: str = "true") -> set[str]:
     """Return the draws that a resolved sweep plans for the setting of a cell; none if it plans other settings."""
     protocol, task = json.loads(cell["protocol"]), cell["task"]
+    if train_on not in sweep.get("controls", {}).get("train_on", ("true",)):
+        return set()
     planned = sweep.get("protocols") or [sweep.get("protocol", {})]
     if task not in sweep.get("tasks", ()) or not any(all(protocol.get(name, value) == value for name, value in each.items()) for each in planned):
         return set()
@@ -314,6 +348,21 @@ def _registered(planned: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return R* and the smallest effect as the oldest sweep file set them, before its run, and whether a later one sets others."""
     said = [(of.get("matched_ratio", MATCHED_RATIO), of.get("smallest_effect", SMALLEST_EFFECT)) for of in planned] or [(MATCHED_RATIO, SMALLEST_EFFECT)]
     return {"matched_ratio": float(said[0][0]), "smallest_effect": float(said[0][1]), "is_amended": len({*said}) > 1}
+
+
+def told_apart(settings: Sequence[Setting]) -> list[Setting]:
+    """Return the settings with what tells those of one model apart that are alike in all that names them, and with the methods of one's own in all of them."""
+    values: dict[tuple[str, str], set[Any]] = defaultdict(set)
+    for setting in settings:
+        for name in DISTINCT:
+            values[setting.named["model"], name].add(setting.first[name])
+    found = []
+    own = tuple(sorted({method for setting in settings for method in setting.methods} - {*METHODS}))
+    for setting in settings:
+        said = (spell(setting.first[name]) for name, spell in DISTINCT.items() if len(values[setting.named["model"], name]) > 1)
+        found.append(replace(setting, variant=", ".join(filter(None, said)), own_methods=own))
+    names = Counter(setting.title for setting in found)
+    return [replace(setting, has_twin=names[setting.title] > 1) for setting in found]
 
 
 def each(cells: pd.DataFrame) -> pd.DataFrame:

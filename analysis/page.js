@@ -12,6 +12,8 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
+const scroll = (label, ...children) => make("div", {className: "scroll", tabIndex: 0, role: "region", ariaLabel: label}, ...children);
+
 // --- Figures of the sections: drawn when they come near the window, and all of them, narrow, before the page is printed.
 const panels = [...document.querySelectorAll("[data-figure]")];
 function drawPanel(el) {
@@ -277,7 +279,7 @@ function explore() {
     const summary = make("table", {}, make("thead", {}, make("tr", {}, make("th", {scope: "col"}, "figure"), ...columns.map(j => header(j, chooser.get(j))))), make("tbody", {}, ...figures.map(name =>
       make("tr", {}, make("th", {scope: "row"}, labels[name] ?? name), ...columns.map(j => make("td", {}, figure(name, C[name][j])))))));
     const parts = [make("div", {className: "head"}, heading, close), make("p", {className: "note"}, `Cell ${C.key[i]}${C.diverged[i] ? "; diverged: no figures" : C.collapsed[i] ? "; collapsed" : ""}. `
-      + (chooser.size ? "Other methods: the same draw and step, at first the learning rate with the smallest nll_label there." : "")), make("div", {className: "scroll"}, summary)];
+      + (chooser.size ? "Other methods: the same draw and step, at first the learning rate with the smallest nll_label there." : "")), scroll("Table: figures of the cell", summary)];
     const shownTexts = setting.demonstrations[C.draw[i]];
     if (shownTexts) parts.push(make("details", {}, make("summary", {}, `${shownTexts.length} demonstrations`), make("ol", {className: "texts"}, ...shownTexts.map(text => make("li", {}, text)))));
     const plots = make("div", {className: "panels"});
@@ -329,7 +331,7 @@ function explore() {
     const head = [...["prompt", "fold", "gold"].map(plain), ...there.map(([j]) => header(j)), ...["nll_label", "sim_aou"].map(plain)];
     return make("div", {}, make("h4", {}, "Queries"), make("label", {}, only, " only where the predictions differ"),
       setting.prompts ? "" : make("p", {className: "note"}, "The store holds no prompts ([capture] texts = false, or written before they were kept)."),
-      make("div", {className: "scroll"}, make("table", {className: "queries"}, make("thead", {}, make("tr", {}, ...head)), body)), more);
+      scroll("Table: queries of the cell", make("table", {className: "queries"}, make("thead", {}, make("tr", {}, ...head)), body)), more);
   }
 
   function follow() { // the address may name a cell

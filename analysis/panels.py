@@ -11,10 +11,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-# Okabe and Ito: told apart with any colour vision.
-OTHERS = ("#CC79A7", "#E69F00", "#56B4E9")
+# After Okabe and Ito: told apart with any colour vision. Each has a contrast of 3 or more with the page, light and dark.
 GREY = "#8a8a8a"
-COLOURS = {"vanilla": "#0072B2", "layer_causal": "#D55E00", "layer_causal_attn": "#009E73", "zero_shot": GREY, "icl": OTHERS[2]}
+COLOURS = {"vanilla": "#0072B2", "layer_causal": "#D55E00", "layer_causal_attn": "#008F68", "zero_shot": GREY, "icl": "#B07D00"}
+OTHERS = ("#C2629A", "#7B6FD0", "#8C6D46", "#5B8C2A", "#2F8F9D", "#C0504D")  # methods of one's own
 LINE, CLEAR = "rgba(128,128,128,0.35)", "rgba(0,0,0,0)"
 AXIS = {"gridcolor": LINE, "linecolor": LINE, "zerolinecolor": GREY, "automargin": True, "tickfont": {"size": 10}}
 LEGEND = {"orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}
@@ -28,8 +28,9 @@ class Panel:
     figure: go.Figure
 
 
-def colour(method: str) -> str:
-    return COLOURS.get(method) or OTHERS[sum(method.encode()) % len(OTHERS)]
+def colour(method: str, own: Sequence[str]) -> str:
+    """Return the colour of a method or baseline; of those of one's own, `own`, by their place among them."""
+    return COLOURS.get(method) or OTHERS[own.index(method) % len(OTHERS)]
 
 
 def safe(text: object) -> str:

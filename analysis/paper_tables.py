@@ -22,7 +22,7 @@ from .crossing import Pick, crossfit, picked, picks
 from .intervals import ALL_TASKS, Estimate, descriptive, over_tasks
 from .load import SETTING, Frames, load
 from .reproduction import PUBLISHED_MODEL, published
-from .setting import CLEAN, Setting
+from .setting import Setting, called
 from .text import NULL, Grid, number, rate, show, stores
 
 Row = dict[str, Any]
@@ -128,7 +128,11 @@ def _rows(frames: Frames, table: str, settings: Sequence[Setting], method: str, 
         if has_mean:
             tasks = {setting.named["task"] for setting, one in zip(settings, found, strict=True) if math.isfinite(one.mean)}
             named = settings[0].named | {"method": method, "metric": metric, "task": ALL_TASKS} | over_tasks(found).columns
-            named |= {"num_planned": sum(setting.num_draws for setting in settings), "num_tasks": len(tasks)}
+            named |= {
+                "num_planned": sum(setting.num_draws for setting in settings),
+                "num_queries": sum(setting.named["num_queries"] for setting in settings),
+                "num_tasks": len(tasks),
+            }
             rows.append(named | _precision(settings[0]) | (_theirs(known, metric, ALL_TASKS) if tasks == {*TASKS} else {}))
     return rows
 
@@ -146,7 +150,7 @@ def _choice(frames: Frames, setting: Setting, method: str) -> Pick | None:
 
 def _described(setting: Setting, choice: Pick | None) -> Row:
     """Return what must be known of the cells behind a mean."""
-    row = _precision(setting) | {"num_queries": int(setting.first["num_queries"])}
+    row = _precision(setting)
     if choice is None:
         return row
     cells = setting.finetuned[setting.finetuned["key"].isin([key for terms in choice.terms.values() for key in terms["key"]])]
@@ -181,8 +185,8 @@ def _grid(table: str, part: pd.DataFrame) -> Grid:
             body.append([metric, _label(table, init, method), *map(_cell, found), _draws(found)])
     headers = ("metric", "method" if table == "table_2" else "weights", *("mean" if task == ALL_TASKS else str(task) for task in tasks), "n/N")
     first = part.iloc[0]
-    title = f"{LAYOUTS[table].title} of the papers: {first['model']}, k = {first['k']}"
-    return Grid(title + ("" if first["protocol"] == CLEAN else f", protocol {first['protocol']}"), headers, body, _note(table, part))
+    title = f"{LAYOUTS[table].title} of the papers: {called(first.drop('init'))}"
+    return Grid(title, headers, body, _note(table, part))
 
 
 def _label(table: str, init: str, method: str) -> str:

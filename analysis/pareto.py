@@ -64,8 +64,8 @@ def panels(setting: Setting, rows: pd.DataFrame, table: pd.DataFrame) -> list[Pa
             texts.append(
                 f"{safe(method)}, lr {rate(row.learning_rate)}<br>{ACCURACY} {number(row.balanced_accuracy)}, {SIMILARITY} {number(row.sim_aou)}; {counts}"
             )
-        marker = {"symbol": ["circle-open" if count else "circle" for count in part["num_collapsed"]], "size": 8, "color": colour(method)}
-        marker |= {"opacity": [1 if competes else 0.4 for competes in part["competes"]], "line": {"width": 2, "color": colour(method)}}
+        marker = {"symbol": ["circle-open" if count else "circle" for count in part["num_collapsed"]], "size": 8, "color": colour(method, setting.own_methods)}
+        marker |= {"opacity": [1 if competes else 0.4 for competes in part["competes"]], "line": {"width": 2, "color": colour(method, setting.own_methods)}}
         points = {"type": "scatter", "mode": "markers", "name": safe(method), "hovertext": texts, "hoverinfo": "text", "marker": marker}
         data.append({**points, "x": part[ACCURACY].tolist(), "y": part[SIMILARITY].tolist()})
     front = drawn[drawn["is_front"]].sort_values([ACCURACY, SIMILARITY], ascending=[True, False])

@@ -14,7 +14,7 @@ from iclgd_dist.patterns import KINDS
 from .crossing import crossfit, selected
 from .intervals import Estimate, descriptive
 from .load import SETTING, Frames, load, of_most_queries
-from .setting import CLEAN, Setting
+from .setting import Setting, called
 from .text import BASELINES, Grid, entry, show, stores
 
 METRIC = "balanced_accuracy"
@@ -22,7 +22,7 @@ TITLE = "Implicit patterns"
 NOTE = (
     "Balanced accuracy with the pattern, without it, and the difference of the two means, which is of different queries and has no interval. Zero-shot stands at k = 0. "
     "Methods at the largest step, learning rate selected on one fold, scored on the other, mean of both. Brackets: 95 % interval over seeds with the queries' share. "
-    "n/N: draws used of draws planned."
+    "n/N: draws used of draws planned. Model, position, sink, separator, queries and seeds stand under each task's own tables."
 )
 
 
@@ -60,8 +60,7 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
             difference = f"{gap:+.3f}".replace("-", "\N{MINUS SIGN}") if gap == gap else ""
             body.append([str(k), BASELINES.get(method, method), *(entry(of_form.get(form, {})) for form in ("pattern", "plain")), difference])
         first = part.iloc[0]
-        title = f"{TITLE}: {kind}, {first['model']}" + ("" if first["init"] == "trained" else f", random weights: {first['init']}")
-        title += "" if first["protocol"] == CLEAN else f", protocol {first['protocol']}"
+        title = f"{TITLE}: {kind}, {called(first.drop('k'))}"
         note = f"With: {KINDS[kind].with_pattern}; without: {KINDS[kind].without}. {NOTE}{descriptive(part[part['method'] != 'zero_shot'])}"
         found.append(Grid(title, ("k", "method", "with the pattern", "without", "difference"), body, note))
     return found

@@ -9,7 +9,7 @@ import pandas as pd
 from .chosen import difference
 from .intervals import ALL_TASKS, descriptive, with_all_tasks
 from .load import SETTING, Frames, each, load, of_most_queries
-from .setting import CLEAN, Setting
+from .setting import CLEAN, Setting, called
 from .text import Grid, entry, number, rate, show, stores
 
 PLACE = ["method", "learning_rate", "step"]
@@ -48,15 +48,13 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
     if rows.empty:
         return []
     found = []
-    for (model, init, k, train_on, task), part in rows[rows["is_last_step"]].groupby(["model", "init", "k", "train_on", "task"], sort=False):
+    for (*_, task), part in rows[rows["is_last_step"]].groupby(["model", "init", "k", "train_on", "variant", "task"], sort=False):
         body = []
         for row in part.sort_values(["protocol", "method", "learning_rate"], kind="stable").to_dict("records"):
             named = [row["protocol"], row["method"], rate(row["learning_rate"]), row["metric"]]
             body.append([*named, number(row[CLEAN]), entry(row), row["signs"]])
         headers = ("protocol", "method", "lr", "metric", CLEAN, "difference", "signs" if task == ALL_TASKS else "")
-        title = f"{TITLE}: {task}, {model}, k = {k}" + ("" if init == "trained" else f", random weights: {init}")
-        title += "" if train_on == "true" else f", trained on {train_on}"
-        found.append(Grid(title, headers, body, NOTE + descriptive(part)))
+        found.append(Grid(f"{TITLE}: {task}, {called(part.iloc[0].drop('protocol'))}", headers, body, NOTE + descriptive(part)))
     return found
 
 

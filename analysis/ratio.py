@@ -61,14 +61,19 @@ def _panel(setting: Setting, metric: str, rows: pd.DataFrame, table: pd.DataFram
             for row in part.itertuples()
         ]
         symbols = ["circle-open" if count else "circle" for count in part["num_collapsed"]]
-        marker = {"symbol": symbols, "size": 8, "color": colour(method), "line": {"width": 2, "color": colour(method)}}
+        marker = {
+            "symbol": symbols,
+            "size": 8,
+            "color": colour(method, setting.own_methods),
+            "line": {"width": 2, "color": colour(method, setting.own_methods)},
+        }
         points = {"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "name": safe(method), "hovertext": text, "hoverinfo": "text"}
         if len(setting.replicates) > 1:
             above, below = part["upper"] - part["value"], part["value"] - part["lower"]
             points["error_y"] = {"array": above.tolist(), "arrayminus": below.tolist(), "thickness": 1, "width": 2}
-        data.append({**points, "line": {"color": colour(method), "width": 2}, "marker": marker})
+        data.append({**points, "line": {"color": colour(method, setting.own_methods), "width": 2}, "marker": marker})
         if part["random_state"].notna().any():
-            dots = {"color": colour(method), "width": 1.5, "dash": "dot"}
+            dots = {"color": colour(method, setting.own_methods), "width": 1.5, "dash": "dot"}
             data.append({"type": "scatter", "mode": "lines", "x": x, "y": part["random_state"].tolist(), "name": f"random, {safe(method)}", "line": dots})
         ranges.append(f"{method} {number(y[0], 2)} to {number(y[-1], 2)}")
     shapes = [

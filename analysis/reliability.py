@@ -59,7 +59,7 @@ def panels(setting: Setting, rows: pd.DataFrame) -> list[Panel]:
         first, total = part.iloc[0], part["num_queries"].sum()
         error = ((part["confidence"] - part["accuracy"]).abs() * part["num_queries"]).sum() / total
         name = BASELINES.get(str(method), str(method))
-        shade = colour(str(method))
+        shade = colour(str(method), setting.own_methods)
         text = [
             f"said {number(row.confidence)}, right {number(row.accuracy)}<br>{counted(row.num_queries, 'query') if row.num_queries == 1 else f'{row.num_queries:,} queries'}"
             for row in part.itertuples()

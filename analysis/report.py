@@ -74,17 +74,17 @@ ACROSS_SETTINGS: dict[str, Any] = {
 SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
 
 
-def write_report(store: str | Path, out: Path | None = None, *, only: str | None = None) -> Path:
+def write_report(store: str | Path, out: Path | None = None, *, only: str | None = None, frames: Frames | None = None) -> Path:
     """Write the page and <page's folder>/figures/*.csv; return the page's path.
 
-    `only` names one of PARTS and makes a page of that part alone (default figures/<only>.html).
+    `only` names one of PARTS and makes a page of that part alone (default figures/<only>.html). `frames`: the store, where it is loaded already.
     Errors: StoreError as the store raises it; ValueError for a store elsewhere without `out`.
     """
     if out is None and "://" in str(store):
         raise ValueError(f"{store}: the report of a store that is not a local directory needs a path to write to (--out)")
     folder = Path(out).parent if out else Path(store)
     page = Path(out) if out else folder / (f"figures/{only}.html" if only else "report.html")
-    return write_page(load(store), page, figures=page.parent if only else folder / "figures", name=str(store), only=only)
+    return write_page(frames or load(store), page, figures=page.parent if only else folder / "figures", name=str(store), only=only)
 
 
 def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: str | None = None) -> Path:
@@ -144,7 +144,7 @@ def write_page(frames: Frames, page: Path, *, figures: Path, name: str, only: st
         sections=sections,
         cells=explorer.data(frames, settings) if only is None and settings else None,
         across=across,
-        has_controls=len(frames.controls) > 0,
+        has_controls=bool(controls.contexts(frames, settings)),
         headers=table.HEADERS,
         table_note=table.NOTE,
         provenance=provenance(frames) if only is None else [],
@@ -182,7 +182,9 @@ def lead(frames: Frames) -> list[str]:
     if frames.num_search:
         text.append(f"{counted(frames.num_search, 'cell')} found by a search are left out of every mean and curve.")
     if frames.num_superseded:
-        text.append(f"{counted(frames.num_superseded, 'cell')} equal a later one in every named column (an edited template or other data) and are left out.")
+        text.append(
+            f"{counted(frames.num_superseded, 'cell')} of an earlier template, or of other data, are left out: they equal a later one in every named column, or their baseline does."
+        )
     return text
 
 
@@ -199,7 +201,7 @@ def sentence(frames: Frames, setting: Setting, rows: pd.DataFrame) -> str:
     for method in setting.methods:
         on_a, on_b = select(frames, setting, method), select(frames, setting, method, fold="B")
         if not on_a or not on_b:
-            shown.append(f"{method} has no learning rate without divergence")
+            shown.append(f"{method} has {setting.no_rate(method)}")
             continue
         there = frames.estimate(setting.at(method, on_a.learning_rate, setting.last_step_of(method)), "balanced_accuracy", fold="B")
         back = frames.estimate(setting.at(method, on_b.learning_rate, setting.last_step_of(method)), "balanced_accuracy", fold="A")

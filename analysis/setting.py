@@ -40,6 +40,9 @@ class Setting:
     matched_ratio: float = MATCHED_RATIO  # R*: where methods are compared at equal size of update
     smallest_effect: float = SMALLEST_EFFECT  # the smallest difference that matters
     is_amended: bool = False  # a later sweep file says otherwise of the two; what stood there before the first run counts
+    variant: str = ""  # of its model's settings in the same store, what tells it apart: computed in bfloat16, query seed 2
+    own_methods: tuple[str, ...] = ()  # of the whole store: those that are not built in
+    has_twin: bool = False  # another setting differs in the number of queries alone
 
     @property
     def first(self) -> pd.Series:
@@ -56,7 +59,8 @@ class Setting:
         first = self.first
         scheme = f" ({first['init_scheme']})" if isinstance(first["init_scheme"], str) else ""
         found = {"task": str(first["task"]), "model": first["model"], "k": int(first["num_demonstrations"]), "train_on": self.train_on}
-        return found | {"init": first["init"] + scheme, "protocol": protocol_name(first["protocol"])}
+        found |= {"init": first["init"] + scheme, "protocol": protocol_name(first["protocol"])}
+        return found | {"variant": self.variant, "num_queries": int(first["num_queries"])}
 
     @property
     def seeds(self) -> list[int]:
@@ -98,15 +102,20 @@ class Setting:
 
     def num_planned(self, method: str) -> int:
         """Return how many draws of a baseline or method are planned; zero-shot has one, or one for each set of random weights."""
+        if method == "icl":  # of every train_on
+            return max(self.num_draws, self.icl["draw"].nunique())
         return max(1, self.zero_shot["draw"].nunique()) if method == "zero_shot" else self.num_draws
 
     @property
     def title(self) -> str:
         named = self.named
-        text = f"{named['task']}, {named['model']}, k = {named['k']}"
-        text += f", random weights: {named['init']}" if self.is_random else ""
-        text += "" if named["protocol"] == CLEAN else f", protocol {named['protocol']}"
-        return text + ("" if self.train_on == "true" else f", trained on {self.train_on}")
+        return f"{named['task']}, {called(named)}" + (f", {named['num_queries']} queries" if self.has_twin else "")
+
+    def no_rate(self, method: str) -> str:
+        """Return why no learning rate of a method can be selected."""
+        cells = self.at_last_step(method)
+        is_empty = not (cells["learning_rate"] > 0).any()
+        return f"no cell at step {self.last_step_of(method)} yet" if is_empty else "no learning rate without divergence"
 
     @property
     def caption(self) -> str:
@@ -136,6 +145,15 @@ class Setting:
 
     def at_last_step(self, method: str) -> pd.DataFrame:
         return self.finetuned[(self.finetuned["method"] == method) & (self.finetuned["step"] == self.last_step_of(method))]
+
+
+def called(named: Mapping[str, Any]) -> str:
+    """Return what a setting, or a table over tasks, is called beside its task, from the columns that name it; those that it lacks are left out."""
+    text = str(named["model"]) + (f", k = {named['k']}" if "k" in named else "")
+    text += "" if named.get("init", "trained") == "trained" else f", random weights: {named['init']}"
+    text += {CLEAN: "", "all": ", protocols together"}.get(protocol := str(named.get("protocol", CLEAN)), f", protocol {protocol}")
+    text += "" if named.get("train_on", "true") == "true" else f", trained on {named['train_on']}"
+    return text + (f", {named['variant']}" if named.get("variant") else "")
 
 
 def resolved(protocol: str) -> str:

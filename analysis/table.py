@@ -22,7 +22,7 @@ SHOWN = ("nll_label", "sim_aou", "sim_aou_norm", "sim_am_delta", "sim_aou_pooled
 HEADERS = ("method", "lr", "step", "n", "balanced accuracy", "accuracy", *SHOWN[:-1], "R", "marks")
 NARROW, WIDE = ("method", "lr", "step", "balanced accuracy", "sim_aou", "R", "marks"), 180
 NOTE = (
-    "n: draws used of draws in this setting (a draw is a seed and an order). Brackets: 95 % interval. R: update ratio, geometric mean. "
+    "n: draws used of draws planned (a draw is a seed and an order); a figure of fewer draws has their number behind it. Brackets: 95 % interval. R: update ratio, geometric mean. "
     "collapsed: one label predicted for nearly all queries. An en dash is undefined or not applicable, never zero. "
     "Means leave out diverged draws, which sit at high learning rates."
 )
@@ -81,7 +81,8 @@ def display(frames: Frames, setting: Setting, table: pd.DataFrame) -> list[list[
             accuracies.append(number(row[metric]) + interval)
         position = [rate(row["learning_rate"]), f"{row['step']:.0f}"] if pd.notna(row["step"]) else ["", ""]
         used = f"{row['accuracy_n']}/{row['num_draws']}"
-        rows.append([BASELINES.get(method, method), *position, used, *accuracies, *(number(row[metric]) for metric in SHOWN), "; ".join(note)])
+        figures = [number(row[metric]) + (f" ({row[f'{metric}_n']})" if 0 < row[f"{metric}_n"] != row["accuracy_n"] else "") for metric in SHOWN]
+        rows.append([BASELINES.get(method, method), *position, used, *accuracies, *figures, "; ".join(note)])
     return rows
 
 

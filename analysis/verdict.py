@@ -66,6 +66,7 @@ class Findings:
     specific: Compared  # of layer-causal at R*: in-context less the largest empty context
     scale: Mapping[str, Compared]  # other_draw, other_task, random_delta
     untrained: Mapping[str, Compared]  # initialisation -> the difference at R*
+    contexts: Sequence[str]  # kinds of control contexts that were captured
 
     @property
     def verdict(self) -> str:
@@ -169,6 +170,7 @@ def _found(frames: Frames, settings: Sequence[Setting], without: Sequence[str], 
             "random weights of the same effect": over(lambda setting: _line(tables[setting.named["task"]], METHOD, controls.RANDOM_DELTA)),
         },
         untrained={init: _untrained(frames, some) for init, some in untrained.items()},
+        contexts=controls.contexts(frames, settings),
     )
 
 
@@ -222,6 +224,7 @@ def paragraph(found: Findings) -> list[str]:
     tasks, seeds = [setting.named["task"] for setting in found.settings], min(len(setting.replicates) for setting in found.settings)
     steps = " or ".join(dict.fromkeys(setting.last_step for setting in found.settings))
     protocol = "" if first.named["protocol"] == "clean" else f", protocol {first.named['protocol']}"
+    protocol += f", {first.variant}" if first.variant else ""
     norm, gain = found.norm.mean, found.gain.mean
     said = [
         f"On {', '.join(tasks)} ({counted(seeds, 'draw')}), {first.model}, k = {first.named['k']}, step {steps}{protocol}: at equal size of update (R = {ratio:g}) "
@@ -242,10 +245,15 @@ def paragraph(found: Findings) -> list[str]:
             f"A later sweep file has another R* or smallest effect: what stood in the first one before its run counts (R* = {ratio:g}, {first.smallest_effect:g})."
         )
     scale = [f"{name} {number(one.mean.mean)}{one.missing}" for name, one in found.scale.items() if math.isfinite(one.mean.mean)]
-    said += [f"For scale: {', '.join(scale)}."] if scale else ["No control context was captured: what unrelated changes score is not known."]
+    if scale:
+        said.append(f"For scale: {', '.join(scale)}.")
+    elif found.contexts:
+        said.append(f"Control contexts: {', '.join(found.contexts)}; none that shows ICL with other demonstrations or another task's, nor random weights.")
+    else:
+        said.append("No control context was captured: what unrelated changes score is not known.")
     if math.isfinite(found.specific.mean.mean):
         said.append(f"Specific to the task (ICL less the largest of {', '.join(controls.EMPTY)}): {found.specific.mean}{found.specific.missing}.")
-    elif scale:
+    elif scale or found.contexts:
         said.append(f"How much of it is specific to the task is not known: that takes the control contexts {', '.join(controls.EMPTY)} of the cells around R*.")
     said.append(_in_words(found))
     passed = [task for task, gate in found.gate.tasks.items() if gate.lower > 0]
@@ -294,7 +302,7 @@ def data(every: Sequence[Findings]) -> pd.DataFrame:
     """Return one row per model, quantity and task (and over all tasks): mean, interval, draws used of draws planned, the verdict."""
     rows: list[dict[str, Any]] = []
     for found in every:
-        named = {name: value for name, value in found.settings[0].named.items() if name not in ("task", "train_on")}
+        named = {name: value for name, value in found.settings[0].named.items() if name not in ("task", "train_on", "num_queries")}
         quantities = {"ICL less zero-shot, balanced accuracy": found.gate, "D_norm": found.norm, "D_gain": found.gain, "task_specific": found.specific}
         quantities |= {f"balanced accuracy, {name}": one for name, one in found.accuracies.items()} | {
             f"{METRIC} at R*, {m}": one for m, one in found.levels.items()

@@ -113,8 +113,9 @@ def report(
 
     if out is None and "://" in root:
         raise SweepError(f"{root}: is no directory to write the page to; give --out PAGE.html")
-    show(load(root), console)
-    say(f"page: {write_report(root, out)}")
+    frames = load(root)
+    show(frames, console)
+    say(f"page: {write_report(root, out, frames=frames)}")
 
 
 @app.command("check-method")

@@ -288,6 +288,17 @@ def test_two_protocols_with_other_queries_add_up_what_the_queries_vary_on_both_s
     assert estimate_of(line) == pytest.approx(t_interval([0.01 * seed for seed in SEEDS], shared))
 
 
+def test_a_query_that_one_protocol_leaves_undefined_leaves_the_others_paired(tmp_path: Path) -> None:
+    rows = make_rows(seeds=SEEDS)
+    other = [changed(row, protocol=protocol(undefined="eps")) for row in rows]
+    for row in rows:
+        if row["kind"] == "finetuned" and row["status"] == "done":
+            row["examples"] = [query | {"sim_aou_norm": None if number == 3 else query["sim_aou_norm"]} for number, query in enumerate(row["examples"])]
+    table = protocol_effects.data(load(make_store(tmp_path, rows + other)))
+    line = only(table, method="layer_causal", learning_rate=1e-3, step=LAST, metric="sim_aou_norm")
+    assert estimate_of(line) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)  # every query that both define is the same
+
+
 def test_what_a_later_store_measured_of_the_same_cells_is_read_too(tmp_path: Path) -> None:
     (row, *_) = [row for row in make_rows(seeds=(1,)) if row["kind"] == "finetuned" and row["status"] == "done"]
     early, late = measure("control", "separator", "sim_aou", 0.1, layer=0), measure("control", "other_draw", "sim_aou", 0.2, layer=0)

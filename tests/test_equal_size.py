@@ -57,6 +57,8 @@ def test_a_crossing_lies_between_neighbours_in_the_logarithm_and_nowhere_else() 
         ([0.1, "diverged", 0.9], "diverged"),
         (["diverged"] * 3, "diverged"),
         ([0.1, None, 0.9], "missing"),
+        ([0.0, 0.7, 0.8], "missing"),
+        ([0.9, 0.3, 0.2], "below_range"),
     ],
 )
 def test_a_draw_without_a_value_at_equal_size_says_why(tmp_path: Path, ratios: list[Any], reason: str) -> None:

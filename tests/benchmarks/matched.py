@@ -11,14 +11,14 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from itertools import pairwise, product
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from iclgd_analysis import load
-from iclgd_analysis.chosen import matched
+from iclgd_analysis.chosen import crossing, matched
 
 from iclgd_dist import Store, load_sweep, plan_sweep, read_results, run_block
 from tests.benchmarks.grid import loaded, say
@@ -88,20 +88,25 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
                 "apart": abs(between - exact[2]),
             }
             say(f"{task}, {method}: {between:.4f} between, {exact[2]:.4f} at {exact[0]:.3g} (R {exact[1]:.3f}), {time.perf_counter() - since:.0f} s")
-    apart = [one["apart"] for one in found.values() if "apart" in one]
+    apart = [one["apart"] for one in found.values() if "apart" in one and abs(one["R"] / RATIO - 1) <= WITHIN]
     value = max(apart) if apart else None
-    return {"value": value, "goal": GOAL, "holds": value is not None and value <= GOAL, "num_compared": len(apart), "found": found}
+    holds = value is not None and value <= GOAL and len(apart) == sum("none" not in one for one in found.values())
+    return {"value": value, "goal": GOAL, "holds": holds, "num_compared": len(apart), "num_planned": len(found), "found": found}
 
 
-def _exact(points: list[Point], computed: Any) -> Point:
+def _exact(points: list[Point], computed: Callable[[Sequence[float]], list[Point]]) -> Point:
     """Return the point nearest R*, once learning rates between the two around the first upward crossing came within 2 % of it, or after MOST_ROUNDS."""
-    low, high = next((low, high) for low, high in pairwise(points) if low[1] < RATIO <= high[1])
+    at = max(crossing([ratio for _, ratio, _ in points], RATIO))
+    low, high = points[max(at - 1, 0)], points[at]
+
+    def best() -> Point:
+        return min((low, high), key=lambda point: abs(math.log(point[1] / RATIO)))
+
     for _ in range(MOST_ROUNDS):
-        best = min((low, high), key=lambda point: abs(math.log(point[1] / RATIO)))
-        if abs(best[1] / RATIO - 1) <= WITHIN:
+        if abs(best()[1] / RATIO - 1) <= WITHIN:
             break
         share = math.log(RATIO / low[1]) / math.log(high[1] / low[1])
         rate = float(f"{low[0] * (high[0] / low[0]) ** min(max(share, 0.1), 0.9):.4e}")
         new = next(point for point in computed([rate]) if point[0] == rate)
         low, high = (new, high) if new[1] < RATIO else (low, new)
-    return best
+    return best()
