@@ -26,7 +26,7 @@ from iclgd_dist.extensions import members
 from iclgd_dist.machine import empty_cache, is_out_of_memory
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.packing import Parts, budget_gib, num_neighbours
+from iclgd_dist.packing import Parts, budget_gib, elsewhere_gib, num_neighbours
 from iclgd_dist.probes import QueryPass
 from iclgd_dist.random_deltas import random_measures
 from iclgd_dist.store import Store
@@ -75,7 +75,8 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
     commit = Committer(lm, block, store, encoded)
     if block.random_targets:
         encoded = replace(encoded, control_contexts={})
-    parts = Parts(block, encoded, budget_gib(lm.input_device, num_neighbours(block)))
+    counted_twice = 0.0 if block.resources.device_map == "disk" else elsewhere_gib(lm)  # a block's cost has all weights, but of a model on disk
+    parts = Parts(block, encoded, budget_gib(lm.input_device, num_neighbours(block)) + counted_twice)
     share = _Shares(block)
     probed = [] if block.random_targets else block.seen()
     baselines: Baselines | None = None
@@ -91,9 +92,10 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
             bottom_up = [ride for ride in rides if ride.is_bottom_up]
             yield from _up_together(lm, baselines if baseline is None else None, bottom_up, progress, share)
             if baseline is None:
-                baseline = baselines.compare()
+                made = baselines.compare()
                 progress.num_baselines += 2
-                progress.num_cells += commit.baselines(baselines, baseline)
+                progress.num_cells += commit.baselines(baselines, made)
+                baseline = made  # now that its cells are there: until then memory that runs out is that of baselines
             for ride in bottom_up:
                 yield from _commit_passes(ride, baselines, baseline, commit, progress)
             for ride in rides:
@@ -112,10 +114,14 @@ def block_steps(lm: LanguageModel, block: Block, store: Store) -> Iterator[Progr
             yield progress.at("out of memory; half as many lanes")
     if block.random_targets:
         assert baseline is not None
-        for stage, rows in random_measures(lm, block, encoded, baseline):
-            commit.measures(rows)
-            progress.num_cells += len({row["key"] for row in rows})
-            yield progress.at(stage, (block.cost.flops - block.cost.baseline_flops) / 8)
+        for number, target in enumerate(block.random_targets, 1):  # one after another: a cell's three draws are as many lanes as memory has to hold
+            for stage, rows in random_measures(lm, replace(block, random_targets=(target,)), encoded, baseline):
+                commit.measures(rows)
+                progress.num_cells += len({row["key"] for row in rows})
+                yield progress.at(
+                    f"random weights {number}/{len(block.random_targets)}, {stage}",
+                    (block.cost.flops - block.cost.baseline_flops) / (5 * len(block.random_targets)),
+                )
     parts.check()
     if commit.problems:
         raise MetricError("; ".join(dict.fromkeys(commit.problems)))
@@ -229,6 +235,7 @@ class _Ride:
         assert isinstance(self.method, BottomUp)
         rates, steps = self.trajectory.learning_rates, self.trajectory.steps
         for probe in self.method.train_layer(self.lm, index, layer, self.inputs, rates, steps=steps, seed=self.block.seed):
+            check_names(self.lm, probe.deltas, index)
             self.trajectory.add_layer(self.lm, index, probe)
             self.capture(layer, index, probe, self.passes[probe.step])
             yield probe.step

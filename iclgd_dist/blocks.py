@@ -32,6 +32,13 @@ class Cell:
     step: int | None = None
     train_on: str = "true"  # what finetuning saw
     is_kept: bool = False  # whether its capture stays beside the store
+    is_last: bool = False  # whether its step is the last that the sweep has of its method
+
+    @property
+    def point(self) -> tuple[str, int, float | None]:
+        """(train_on, step, learning rate), in which cells of two methods must agree to be compared; at their methods' last steps what they trained on suffices."""
+        assert self.step is not None
+        return (self.train_on, LAST, None) if self.is_last else (self.train_on, self.step, self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,6 @@ class Block:
 
     def steps(self, method: str, train_on: str = "true") -> list[int]:
         return sorted({cell.step for cell in self._trained(method, train_on) if cell.step is not None})
-
-    def point(self, cell: Cell) -> tuple[str, int, float | None]:
-        """Return (train_on, step, learning rate) in which cells of two methods must agree to be compared; at their methods' last steps these alone suffice."""
-        assert cell.step is not None
-        is_last = cell.step == max(self.steps(cell.method or "", cell.train_on))
-        return (cell.train_on, LAST, None) if is_last else (cell.train_on, cell.step, cell.learning_rate)
 
     def num_trained(self, method: str, step: int) -> int:
         """Return how many different demonstrations a method has seen at a step."""
@@ -168,11 +169,12 @@ def with_cells(block: Block, cells: tuple[Cell, ...], encoded: Encoded) -> Block
 def split(blocks: Sequence[Block], num_actors: int) -> tuple[Block, ...]:
     """Split the lanes of the largest blocks until there is one for each actor; a learning rate of both methods stays together.
 
-    Each part repeats its block's baselines: that is what splitting costs.
+    Each part repeats its block's baselines: that is what splitting costs. Blocks that measure stay whole, but for random weights: a pair of two learning
+    rates that a split tore apart is made where both are.
     """
     parts = list(blocks)
     while 0 < len(parts) < num_actors:
-        wide = [number for number, part in enumerate(parts) if len(halve(part)) == 2]
+        wide = [number for number, part in enumerate(parts) if len(halve(part)) == 2 and (part.random_targets or not part.is_measuring)]
         if not wide:
             break
         largest = max(wide, key=lambda number: (parts[number].cost.flops, -number))

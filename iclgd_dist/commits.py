@@ -57,7 +57,7 @@ class Committer:
         self.num_context_demonstrations = encoded.num_context_demonstrations
         self.cells = {(cell.train_on, cell.method, cell.learning_rate, cell.step, cell.kind): cell for cell in block.cells}
         finetuned = [cell for cell in block.cells if cell.kind == "finetuned"]
-        self.points = {cell.key: block.point(cell) for cell in finetuned}
+        self.points = {cell.key: cell.point for cell in finetuned}
         self.to_come = Counter((self.points[cell.key], cell.method) for cell in finetuned)
         self.held: dict[Point, dict[str, Held]] = {}  # by key: a cell that runs twice, after memory ran out, is held once
         self.figures: dict[str, dict[str, float]] = {}  # of the step committed last, where a tracker asks for them: method and learning rate -> figures

@@ -152,7 +152,8 @@ def cost_of(
     widest = _widest(encoded)
     capture = num_queries * sizes.layers * (sizes.width + widest * sizes.width / 64)  # attention outputs, and scores at 64 channels a head
     # On disk: one layer, as it is stored and as it computes; captures and hidden states between layers rest there too.
-    weights = sizes.layer_weights * (2 if is_on_disk else sizes.layers) + sizes.width * sizes.vocabulary
+    tables = sizes.width * sizes.vocabulary * (1 if config.get("tie_word_embeddings", True) else 2)
+    weights = sizes.layer_weights * (2 if is_on_disk else sizes.layers) + tables
     resting = 0.0 if is_on_disk else states * capture + ((states - 2) * query_tokens + rising) * sizes.width
     resting += 12 * 2**22 if has_outputs else 0  # logits of some queries, in float64: outputs.MOST_LOGITS
     number = 8 if compute_dtype == "float64" else 4

@@ -101,12 +101,13 @@ def zeros(
     return made
 
 
-def check_names(lm: LanguageModel, deltas: Deltas) -> None:
-    """Errors: SweepError for a delta of something that is no projection, which would be attached nowhere."""
-    known = {site.name for index in range(lm.num_layers) for site in sites(lm, index, ALL_PARTS).values()}
+def check_names(lm: LanguageModel, deltas: Deltas, index: int | None = None) -> None:
+    """Errors: SweepError for a delta of something that is no projection, of layer `index` or of any, which would be attached nowhere; for no delta of any."""
+    layers = range(lm.num_layers) if index is None else [index]
+    known = {site.name for layer in layers for site in sites(lm, layer, ALL_PARTS).values()}
     if strange := sorted(deltas.keys() - known):
         raise SweepError(f"a delta must be named after a projection, such as {sorted(known)[0]!r}, got {strange[0]!r}")
-    if not deltas:
+    if not deltas and index is None:
         raise SweepError("a method must yield deltas of some projection, got none")
 
 

@@ -77,10 +77,6 @@ class Encoded:
         first = [ids[training.first_item :] for ids in training.sequences[:num_trained]]
         return _context(self.prefix_ids, first, self.separator_ids), self._items(first)
 
-    @property
-    def training_sequences(self) -> tuple[Ids, ...]:
-        return self.training.sequences
-
     def training_for(self, train_on: str) -> Training:
         return self.training if train_on == "true" else self.trainings[train_on]
 

@@ -16,7 +16,6 @@ from iclgd_dist.toml_text import meant
 
 METHOD_VERSIONS = {"vanilla": 2, "layer_causal": 2, "layer_causal_attn": 1}  # raised when a method's numbers change; part of a cell's key
 METHODS = tuple(METHOD_VERSIONS)
-WEIGHTS = ("attn_k", "attn_v", "attn_kv", "attn_q", "attn_o", "mlp", "all_linear")
 
 Option = bool | int | float | str
 

@@ -26,10 +26,7 @@ Figures = Mapping[str, Tensor]  # metric -> (L, Q), or (Q,) for a figure of the 
 
 
 class Metric(Protocol):
-    """A figure of the user's own. `needs` names the fields of Capture that it reads; means, folds and NULLs are the caller's."""
-
-    name: str
-    needs: frozenset[str]
+    """A figure of the user's own; means, folds and NULLs are the caller's."""
 
     def __call__(self, zero_shot: Capture, in_context: Capture, finetuned: Capture) -> Tensor: ...  # (L, Q) or (Q,), NaN = undefined
 
@@ -185,9 +182,6 @@ def make_metric(spec: MetricSpec) -> Metric:
     metric = own_code.made(spec)
     if not callable(metric):
         raise SweepError(f"{spec.name}: {spec.code} must be callable as metric(zero_shot, in_context, finetuned), got {type(metric).__name__}")
-    known = frozenset(Capture.__dataclass_fields__)
-    if strange := sorted(frozenset(getattr(metric, "needs", ())) - known):
-        raise SweepError(f"{spec.name}: needs must name fields of Capture ({', '.join(sorted(known))}), got {', '.join(strange)}")
     return metric  # type: ignore[no-any-return]
 
 

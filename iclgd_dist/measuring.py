@@ -28,10 +28,6 @@ from iclgd_dist.store import Results, Store
 OF_CONTEXTS = ("other_query", "centred")  # controls that come with any context
 
 
-def has_absolute_positions(model_type: str) -> bool:
-    return family_of(model_type).position in ("learned", "sinusoidal")
-
-
 class Missing:
     """What is there, what a block lacks of it, and what of that kept captures can give."""
 
@@ -55,12 +51,12 @@ class Missing:
             if cell.key in self.done and (groups := groups_of(cell.kind, block.measured)):
                 wanted.setdefault(cell, set()).update(("extra", group) for group in groups)
         contexts = set(encoded.control_contexts)
-        if "shifted" in block.controls.contexts and has_absolute_positions(block.model.model_type):
+        if "shifted" in block.controls.contexts and not family_of(block.model.model_type).has_relative_positions:
             contexts.add("shifted")
         for cell in [*finetuned, *(cell for cell in block.cells if cell.kind == "icl" and cell.key in self.done)]:
             others = set(OF_CONTEXTS) if contexts and cell.kind == "finetuned" else set()
             wanted.setdefault(cell, set()).update(("control", name) for name in contexts | others)
-        points = {cell.key: block.point(cell) for cell in finetuned}
+        points = {cell.key: cell.point for cell in finetuned}
         for number, cell in enumerate(finetuned):
             for other in finetuned[:number]:
                 is_pair = other.method != cell.method and points[other.key] == points[cell.key]
@@ -117,7 +113,7 @@ def kept_baseline(block: Block, zero_shot: Capture, in_context: Capture, *, nois
         folds_Q=[query.fold for query in queries],
         query_ids=[query.id for query in queries],
         label_words=block.draw.label_words,
-        is_first_layer_still=not has_absolute_positions(block.model.model_type),
+        is_first_layer_still=family_of(block.model.model_type).has_relative_positions,
         counts_first_layer=block.protocol.first_layer == "count",
         has_eps=block.protocol.undefined == "eps",
     )

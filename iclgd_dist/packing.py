@@ -16,7 +16,9 @@ import torch
 
 from iclgd_dist.blocks import Block, halve, with_cells
 from iclgd_dist.encoding import Encoded
+from iclgd_dist.model import LanguageModel
 
+GROUP = Path("/sys/fs/cgroup")  # of this container
 SHARE = 0.9  # of the memory at hand that a block is planned for
 
 
@@ -82,14 +84,14 @@ def budget_gib(device: torch.device, num_neighbours: int = 1) -> float:
     held = psutil.Process().memory_info().rss
     at_hand = psutil.virtual_memory().available
     if (limit := _limit_of_group()) is not None:
-        at_hand = min(at_hand, max(0, limit - held))
+        at_hand = min(at_hand, max(0, limit - num_neighbours * held))  # the others hold as much
     return SHARE * (held + at_hand / num_neighbours) / 2**30
 
 
 def _limit_of_group() -> int | None:
     """Return the memory limit of this container in bytes, which psutil does not see; None where there is none."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
-        path = Path("/sys/fs/cgroup") / name
+        path = GROUP / name
         if path.is_file() and (text := path.read_text().strip()).isdigit() and int(text) < psutil.virtual_memory().total:
             return int(text)
     return None
@@ -98,5 +100,24 @@ def _limit_of_group() -> int | None:
 def num_neighbours(block: Block) -> int:
     """Return how many actors of this sweep a machine like this one holds."""
     resources = block.resources
-    here = max(1, (os.cpu_count() or 1) // resources.cpus_per_actor)
+    here = max(1, _num_cpus() // resources.cpus_per_actor)
     return min(here, resources.max_actors) if resources.max_actors else here
+
+
+def _num_cpus() -> int:
+    """Return how many CPUs this process may use: those it is bound to, or as many as its container's quota pays for."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup 2, cgroup 1
+        if all((GROUP / name).is_file() for name in names):
+            quota, period = " ".join((GROUP / name).read_text() for name in names).split()[:2]
+            if quota.isdigit():  # else "max", or -1
+                here = min(here, max(1, int(quota) // int(period)))
+    return here
+
+
+def elsewhere_gib(lm: LanguageModel) -> float:
+    """Return what a model's layers take that rest on other devices than the one that is planned for, but for the largest that comes in for a while [GiB]."""
+    away = [[weight for weight in layer.parameters() if weight.device != lm.input_device] for layer in lm.layers]
+    sizes = [sum(weight.numel() * weight.element_size() for weight in weights) for weights in away]
+    comes_in = max((size for size, weights in zip(sizes, away, strict=True) if any(weight.is_meta for weight in weights)), default=0)
+    return (sum(sizes) - comes_in) / 2**30

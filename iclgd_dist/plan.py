@@ -375,7 +375,7 @@ def _cells(sweep: Sweep, spec: ModelSpec, model: ModelIdentity, storage: str, dr
         for rate, step in product(rates, steps):
             point = sweep.method_spec(method).key() | {"learning_rate": float(rate).hex(), "step": step}
             is_kept = keeps == "all" or (keeps == "final_step" and step == steps[-1])
-            cells.append(Cell(key_of(trained | variants[train_on] | point), "finetuned", method, rate, step, train_on, is_kept))
+            cells.append(Cell(key_of(trained | variants[train_on] | point), "finetuned", method, rate, step, train_on, is_kept, is_last=step == steps[-1]))
     return tuple(cells)
 
 

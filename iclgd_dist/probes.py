@@ -158,7 +158,7 @@ class QueryPass:
         lead = () if context else tuple(lead)
         by_length = sorted(numbers, key=lambda number: len(query_ids[number]))
         self.batches = []
-        for some in _packed(by_length, query_ids, label_ids, num_lanes, len(lead), tokens_per_batch):
+        for some in _packed(by_length, query_ids, label_ids, num_lanes, len(lead), tokens_per_batch, at_label=at_label):
             rows = _rows(query_ids, label_ids, some, set(recorded), at_label=at_label)
             ids_RT = torch.zeros(len(rows), len(lead) + max(len(row.ids) for row in rows), dtype=torch.long)
             for n, row in enumerate(rows):
@@ -314,15 +314,23 @@ class QueryPass:
 
 
 def _packed(
-    by_length: Sequence[int], query_ids: Sequence[Sequence[int]], label_ids: Sequence[Sequence[int]], num_lanes: int, lead: int, tokens_per_batch: int
+    by_length: Sequence[int],
+    query_ids: Sequence[Sequence[int]],
+    label_ids: Sequence[Sequence[int]],
+    num_lanes: int,
+    lead: int,
+    tokens_per_batch: int,
+    *,
+    at_label: bool,
 ) -> list[list[int]]:
     """Return queries, shortest first, in groups whose tokens over all lanes, padding included, stay within the budget (one query at least).
 
     Of all such groups those that cost least: the tokens of all, and for each group as many more as its calls take the time of.
     """
-    longest_label = max(len(ids) for ids in label_ids)
-    rows = max(1, sum(len(ids) > 1 for ids in label_ids)) * num_lanes
-    tokens_n = rows * np.array([lead + len(query_ids[number]) + longest_label - 1 for number in by_length])
+    num_long = sum(len(ids) > 1 for ids in label_ids)
+    longest_label = max(max(map(len, label_ids)) - 1, len(label_ids[0]) if at_label else 0)  # of a label what predicts its last token, of the recorded one all
+    rows = max(1, num_long + (at_label and len(label_ids[0]) == 1)) * num_lanes  # with the row that the label is recorded in
+    tokens_n = rows * np.array([lead + len(query_ids[number]) + longest_label for number in by_length])
     best_n, start_n = np.zeros(len(tokens_n) + 1), [0] * (len(tokens_n) + 1)  # of the first n queries: their cost, and where their last group starts
     for n, tokens in enumerate(tokens_n, 1):
         first = max(0, n - max(1, tokens_per_batch // tokens))

@@ -78,7 +78,7 @@ def random_measures(lm: LanguageModel, block: Block, encoded: Encoded, baseline:
                 continue
             still.append(lane)
         searching = still
-        yield f"random weights, search {attempt}: {len(lanes) - len(still)} of {len(lanes)} found", []
+        yield f"search {attempt}: {len(lanes) - len(still)} of {len(lanes)} found", []
         if not still:
             break
     everything, searching = range(len(encoded.queries)), lanes
@@ -95,7 +95,7 @@ def random_measures(lm: LanguageModel, block: Block, encoded: Encoded, baseline:
             else:
                 rows += [{"key": lane.target.key, **row} for row in _rows(baseline, lane, capture, ratio)]
         searching = off
-        yield f"random weights, {len(lanes) - len(off)} of {len(lanes)} compared", [] if off else rows
+        yield f"{len(lanes) - len(off)} of {len(lanes)} compared", [] if off else rows
         if not off:
             break
 

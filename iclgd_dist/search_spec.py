@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from iclgd_dist.toml_text import unknown
 
 BASELINES = ("zero_shot", "icl")  # that a constraint may compare a cell with
 SMALLER_IS_BETTER = ("nll_", "kl_", "ece", "brier")  # beginnings of the names of metrics that a search makes small unless told otherwise
+AGAINST_BASELINES = ("rec2ftp", "rec2ftp_base", "jaccard_changed", "agreement_icl", "kappa_icl", "kl_label_icl")  # of a fold, which compare a cell with these
 _COMPARED = {">=": operator.ge, "<=": operator.le}
 _CONSTRAINT = re.compile(r"\s*([a-z]\w*)\s*(>=|<=)\s*([A-Za-z_]\w*|[-+0-9.eE]+)\s*")
 
@@ -51,7 +53,7 @@ class Constraint:
         if match:
             with contextlib.suppress(ValueError):
                 bound = match[3] if match[3] in BASELINES else float(match[3])
-        if match is None or bound is None:
+        if match is None or bound is None or (isinstance(bound, float) and not math.isfinite(bound)):
             raise ValueError(f'must be like "balanced_accuracy >= zero_shot" or "update_ratio <= 1.0", got {text!r:.80}')
         return Constraint(match[1], match[2], bound)
 
@@ -123,6 +125,10 @@ class Search(Frozen):
         for keys, metric in ((("objective",), self.objective), *((("constraints", n), bound.metric) for n, bound in enumerate(self.bounds))):
             if metric not in known:
                 yield At(f"search: {unknown('metric', metric, known)}", *keys)
+        of_baselines = [name for name in _of_a_fold() if name not in AGAINST_BASELINES]
+        for number, bound in enumerate(self.bounds):
+            if isinstance(bound.bound, str) and bound.metric in known and bound.metric not in of_baselines:
+                yield At(f"search.constraints: {bound.bound} has no {bound.metric}; it has {', '.join(of_baselines)}", "constraints", number)
         for number, rung in enumerate(self.rungs):
             for name, limit in (("num_queries", num_queries), ("num_seeds", num_seeds)):
                 if limit and getattr(rung, name) > limit:

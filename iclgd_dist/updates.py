@@ -22,7 +22,7 @@ from iclgd_dist import own_code
 from iclgd_dist.attention import recording_queries
 from iclgd_dist.config import SweepError
 from iclgd_dist.deltas import Delta, Deltas, LowRank, attached, zeros
-from iclgd_dist.extensions import BUILTIN, MethodSpec, members
+from iclgd_dist.extensions import MethodSpec, members
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.losses import lane_losses
 from iclgd_dist.model import LanguageModel
@@ -348,7 +348,7 @@ class LayerCausalAttention(LayerCausal):
         output = attrgetter(lm.family.output)(lm.layers[index])
         handle = output.register_forward_hook(lambda _module, _args, hidden_BTD: seen.append(hidden_BTD))
         try:
-            yield lambda: entered_BTD + seen[0] if self.residual else seen[0]
+            yield lambda: entered_BTD.to(seen[0].device) + seen[0] if self.residual else seen[0]
         finally:
             handle.remove()
 
@@ -373,9 +373,6 @@ def make_method(spec: MethodSpec) -> Method:
     options: dict[str, Any] = {"residual": spec.residual} if spec.base == "layer_causal_attn" else {}
     options |= {name: getattr(spec, name) for name in ("weights", "layers", "optimizer", "rank", "batch_size")}
     return _BASES[spec.base](name=spec.name, **options)
-
-
-METHODS: Mapping[str, Method] = {name: make_method(spec) for name, spec in BUILTIN.items()}
 
 
 @contextlib.contextmanager

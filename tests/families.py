@@ -24,9 +24,9 @@ from iclgd_dist.metrics import Capture
 from iclgd_dist.model import LanguageModel, default_dtype, load
 from iclgd_dist.probes import Context, QueryPass
 from iclgd_dist.sites import WEIGHTS, sites
-from iclgd_dist.updates import METHODS, TrainingSequence
+from iclgd_dist.updates import TrainingSequence
 from tests import plain
-from tests.tiny import VARIANTS, config, ids, tiny
+from tests.tiny import METHODS, VARIANTS, config, ids, tiny
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # float32: two orders of summation of the same products
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

@@ -35,7 +35,8 @@ from iclgd_dist.model import LanguageModel, default_dtype, load
 from iclgd_dist.probes import Context, QueryPass
 from iclgd_dist.ranking import compare_attention
 from iclgd_dist.sites import sites
-from iclgd_dist.updates import METHODS, BottomUp, LaneInputs, TrainingSequence
+from iclgd_dist.updates import BottomUp, LaneInputs, TrainingSequence
+from tests.tiny import METHODS
 
 DTYPES = {"f64": "float64", "f32": "float32"}
 TOLERANCE = {"f64": 1e-8, "f32": 1e-4}  # float32: the published code's own float32 numbers are 4e-5 off its float64 ones

@@ -13,8 +13,8 @@ from iclgd_dist.deltas import norms
 from iclgd_dist.layerwise import Prefix, Replay
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.probes import Context, QueryPass
-from iclgd_dist.updates import METHODS, LaneInputs, TrainingSequence
-from tests.tiny import ids, tiny
+from iclgd_dist.updates import LaneInputs, TrainingSequence
+from tests.tiny import METHODS, ids, tiny
 
 META = torch.device("meta")
 FAMILIES = ["llama", "gpt2", "gemma2", "phi3", "bloom", "falcon", "opt", "cohere"]

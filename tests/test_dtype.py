@@ -18,10 +18,10 @@ from iclgd_dist.model import LanguageModel, default_dtype, load
 from iclgd_dist.probes import Context, QueryPass
 from iclgd_dist.sites import sites
 from iclgd_dist.store import Store, read_results
-from iclgd_dist.updates import METHODS, TrainingSequence
+from iclgd_dist.updates import TrainingSequence
 from tests import plain
 from tests.test_block import lm_for, planned
-from tests.tiny import ids, tiny
+from tests.tiny import METHODS, ids, tiny
 
 LEAD = [1, 5]  # sink and separator
 DEMONSTRATIONS = [ids(n, seed=n) for n in (9, 4, 14, 6)]

@@ -49,7 +49,7 @@ def test_sequences_are_put_together_from_prompts_labels_sink_and_separator():
     assert encoded.prefix_ids == (bos, *newline)
     assert encoded.label_ids == (ids(" No"), ids(" Yes"))
     assert encoded.queries == (ids("Q: first A:"), ids("Q: and a second one A:"))
-    assert encoded.training_sequences[1] == (bos, *newline, *ids("Q: demo 1 A: Yes"))
+    assert encoded.training.sequences[1] == (bos, *newline, *ids("Q: demo 1 A: Yes"))
     assert encoded.context_ids == (bos, *newline, *ids("Q: demo 0 A: No\nQ: demo 1 A: Yes\nQ: demo 2 A: No\n"))
 
 
@@ -142,7 +142,7 @@ def test_a_special_token_inside_a_text_is_text():
 def test_an_encoded_draw_without_demonstrations_is_zero_shot():
     encoded = encode(small_draw(num_demonstrations=0), byte_tokenizer(), protocol=CLEAN, max_positions=64)
     assert encoded.context_ids == encoded.prefix_ids
-    assert encoded.training_sequences == ()
+    assert encoded.training.sequences == ()
 
 
 @pytest.mark.parametrize("text", ["plain", "\u00e9\U0001f600", ""])
@@ -198,7 +198,7 @@ def test_the_clean_preset_by_hand():
     encoded = encode(small_draw(num_demonstrations=2), tokenizer, protocol=CLEAN, max_positions=200)
     assert encoded.prefix_ids == spelled(tokenizer, "<s>", "\n")
     assert encoded.context_ids == spelled(tokenizer, "<s>", "\n", f"{D0} No", "\n", f"{D1} Yes", "\n")
-    assert encoded.training_sequences == (spelled(tokenizer, "<s>", "\n", f"{D0} No"), spelled(tokenizer, "<s>", "\n", f"{D1} Yes"))
+    assert encoded.training.sequences == (spelled(tokenizer, "<s>", "\n", f"{D0} No"), spelled(tokenizer, "<s>", "\n", f"{D1} Yes"))
     assert encoded.training.first_loss == (2, 2)
     assert encoded.training.items == ((2, 17), (2, 18))
     assert encoded.context_items == ((2, 17), (18, 34))
@@ -211,7 +211,7 @@ def test_the_reference_preset_by_hand():
     encoded = encode(small_draw(num_demonstrations=2), tokenizer, protocol=REFERENCE, max_positions=200)
     assert encoded.prefix_ids == spelled(tokenizer, "<s>")
     assert encoded.context_ids == spelled(tokenizer, "<s>", f"{D0} No", "</s>", f"{D1} Yes", "</s>")
-    assert encoded.training_sequences == (spelled(tokenizer, "<s>", f"{D0} No"), spelled(tokenizer, "<s>", f"{D1} Yes"))
+    assert encoded.training.sequences == (spelled(tokenizer, "<s>", f"{D0} No"), spelled(tokenizer, "<s>", f"{D1} Yes"))
     assert encoded.training.first_loss == (1, 1)
     assert encoded.training.items == ((1, 16), (1, 17))
     assert encoded.context_items == ((1, 16), (17, 33))
@@ -224,12 +224,12 @@ def test_items_are_the_demonstrations_own_tokens(protocol):
     encoded = encode(small_draw(), tokenizer, protocol=protocol, max_positions=None)
     texts = [tokenizer.decode(list(encoded.context_ids[start:stop])) for start, stop in encoded.context_items]
     assert texts == ["Q: demo 0 A: No", "Q: demo 1 A: Yes", "Q: demo 2 A: No"]
-    assert [tokenizer.decode(list(ids[start:stop])) for ids, (start, stop) in zip(encoded.training_sequences, encoded.training.items, strict=True)] == texts
+    assert [tokenizer.decode(list(ids[start:stop])) for ids, (start, stop) in zip(encoded.training.sequences, encoded.training.items, strict=True)] == texts
 
 
 def test_loss_on_label_tokens_starts_at_the_label():
     encoded = encode(small_draw(), byte_tokenizer(), protocol=Protocol(loss_tokens="label"), max_positions=None)
-    tails = [ids[first:] for ids, first in zip(encoded.training_sequences, encoded.training.first_loss, strict=True)]
+    tails = [ids[first:] for ids, first in zip(encoded.training.sequences, encoded.training.first_loss, strict=True)]
     assert tails == [encoded.label_ids[0], encoded.label_ids[1], encoded.label_ids[0]]
 
 
@@ -268,7 +268,7 @@ def test_greedy_truncation_is_that_of_a_plain_loop(limit):
     encoded = encode(long_draw(lengths), byte_tokenizer(), protocol=REFERENCE, max_positions=max(limit, 45))
     if limit >= 45:  # below, the longest demonstration cannot be trained on
         assert (encoded.num_context_demonstrations, len(encoded.context_ids)) == (kept, context)
-        assert len(encoded.training_sequences) == 5
+        assert len(encoded.training.sequences) == 5
         assert encoded.same_order == (kept == 5)
 
 
@@ -290,7 +290,7 @@ def test_the_context_of_the_first_demonstrations_trained_on():
     other = encode(replace(made, reordered=made.demonstrations[::-1]), tokenizer, protocol=REFERENCE, max_positions=None)
     assert not other.same_order
     assert other.context_of(2)[0] == spelled(tokenizer, "<s>", "Q: demo 2 A: No", "</s>", "Q: demo 1 A: Yes", "</s>")
-    assert [tokenizer.decode(list(ids[1:])) for ids in other.training_sequences] == ["Q: demo 2 A: No", "Q: demo 1 A: Yes", "Q: demo 0 A: No"]
+    assert [tokenizer.decode(list(ids[1:])) for ids in other.training.sequences] == ["Q: demo 2 A: No", "Q: demo 1 A: Yes", "Q: demo 0 A: No"]
 
 
 def test_the_first_demonstrations_trained_on_may_not_fit_a_context():
@@ -325,7 +325,7 @@ def test_another_task_keeps_its_own_words_and_they_are_checked():
     made = with_variations(small_draw(), "other_task", words=("Place", "Person"), train=True)
     encoded = encode(made, tokenizer, protocol=CLEAN, max_positions=None)
     assert encoded.training_for("other_task").sequences[0] == spelled(tokenizer, "<s>", "\n", "Q: other 0 A: Person")
-    assert encoded.training_for("true").sequences == encoded.training_sequences != encoded.training_for("other_task").sequences
+    assert encoded.training_for("true").sequences == encoded.training.sequences != encoded.training_for("other_task").sequences
     assert encoded.label_ids == (spelled(tokenizer, " No"), spelled(tokenizer, " Yes"))
     label = encode(made, tokenizer, protocol=Protocol(loss_tokens="label"), max_positions=None).training_for("other_task")
     assert label.sequences[1][label.first_loss[1] :] == spelled(tokenizer, " Place")

@@ -14,8 +14,8 @@ from iclgd_dist.config import SweepError
 from iclgd_dist.deltas import check_names, norms
 from iclgd_dist.extensions import MethodSpec
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.updates import METHODS, BottomUp, Probe, TrainingSequence, is_bottom_up, make_method
-from tests.tiny import ids, tiny
+from iclgd_dist.updates import BottomUp, Probe, TrainingSequence, is_bottom_up, make_method
+from tests.tiny import METHODS, ids, tiny
 
 SEQUENCES = [TrainingSequence(torch.tensor([1, 5, *ids(3 + n % 5, seed=n)]), 2) for n in range(5)]
 NAMES = {

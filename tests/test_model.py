@@ -13,8 +13,8 @@ from iclgd_dist.config import ModelSpec, Resources, SweepError
 from iclgd_dist.families import FAMILIES, family_of
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.model import LanguageModel, load
-from iclgd_dist.updates import METHODS, TrainingSequence, Vanilla
-from tests.tiny import VOCABULARY, ids, save_tiny, tiny
+from iclgd_dist.updates import TrainingSequence, Vanilla
+from tests.tiny import METHODS, VOCABULARY, ids, save_tiny, tiny
 
 
 def loaded(directory: Path, *, device_map: str = "cpu", storage: str = "float32", compute: str = "float32", **resources) -> LanguageModel:

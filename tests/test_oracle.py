@@ -11,9 +11,9 @@ import pytest
 
 from iclgd_dist import metrics, updates
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.updates import METHODS
 from tests import oracle
 from tests.oracle import TOLERANCE, Errors, check_part, main, read_inputs
+from tests.tiny import METHODS
 
 CASE = Path(__file__).parent / "data" / "oracle_a"
 QUANTITIES = {"weights", "loss_sum", "loss_per_layer", "sample_size", "attn_q_training"}  # of training

@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from iclgd_dist import packing, probes
 from iclgd_dist.blocks import Block, max_positions, with_cells
 from iclgd_dist.config import load_sweep
 from iclgd_dist.encoding import Encoded, encode
-from iclgd_dist.packing import Parts, budget_gib, num_neighbours
+from iclgd_dist.packing import Parts, budget_gib, elsewhere_gib, num_neighbours
 from iclgd_dist.plan import make_plan
 from iclgd_dist.resources import Resources
 from iclgd_dist.sources import load_tokenizer
@@ -104,12 +105,26 @@ def test_the_budget_is_what_is_at_hand_shared_with_the_actors_beside(monkeypatch
     assert held * packing.SHARE < among_four < alone < psutil.virtual_memory().total / 2**30
     monkeypatch.setattr(packing, "_limit_of_group", lambda: int((held + 1) * 2**30))
     assert budget_gib(CPU) == pytest.approx(packing.SHARE * (held + 1), rel=0.1)
+    monkeypatch.setattr(packing, "_limit_of_group", lambda: int((4 * held + 1) * 2**30))
+    assert budget_gib(CPU, 4) == pytest.approx(packing.SHARE * (held + 0.25), rel=0.1)  # all four hold as much
 
 
-def test_neighbours_are_the_actors_that_a_machine_holds(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+def test_neighbours_are_the_actors_that_a_machine_holds(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(8)))
+    monkeypatch.setattr(packing, "GROUP", tmp_path)
     for resources, expected in ((Resources(), 8), (Resources(cpus_per_actor=3), 2), (Resources(max_actors=3), 3), (Resources(cpus_per_actor=16), 1)):
         assert num_neighbours(replace(block, resources=resources)) == expected
+    (tmp_path / "cpu.max").write_text("400000 100000\n")  # a container may use four of the eight
+    assert num_neighbours(replace(block, resources=Resources())) == 4
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert num_neighbours(replace(block, resources=Resources())) == 8
+
+
+def test_layers_that_rest_elsewhere_are_no_part_of_what_is_planned_for_a_device() -> None:
+    layers = [torch.nn.Linear(1024, 1024, bias=False, device=device) for device in ("cpu", "meta", "meta")]
+    megabytes = elsewhere_gib(SimpleNamespace(input_device=CPU, layers=layers)) * 1024  # type: ignore[arg-type]
+    assert megabytes == 4.0  # of two layers offloaded one comes in at a time
+    assert elsewhere_gib(SimpleNamespace(input_device=CPU, layers=layers[:1])) == 0.0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -117,16 +132,20 @@ def test_micro_batches_are_within_the_budget_and_cost_the_least(seed: int) -> No
     pick = random.Random(seed)
     queries = sorted(([0] * pick.randint(1, 40) for _ in range(9)), key=len)
     labels, num_lanes, lead, budget = [[1] * pick.randint(1, 3) for _ in range(3)], pick.choice([1, 4]), 1, pick.choice([1, 100, 300, 1000])
-    rows = max(1, sum(len(label) > 1 for label in labels)) * num_lanes
+    at_label = pick.random() < 0.5
+
+    def tokens_of(group: list[int]) -> int:
+        made = probes._rows(queries, labels, group, set(group), at_label=at_label)
+        return num_lanes * len(made) * (lead + max(len(row.ids) for row in made))
 
     def cost(groups: list[list[int]]) -> float:
-        tokens = [rows * len(group) * (lead + len(queries[group[-1]]) + max(map(len, labels)) - 1) for group in groups]
+        tokens = [tokens_of(group) for group in groups]
         fit = all(total <= budget or len(group) == 1 for total, group in zip(tokens, groups, strict=True))
         return sum(tokens) + len(groups) * probes.CALLS * budget if fit else math.inf
 
     def cut(at: tuple[int, ...]) -> list[list[int]]:
         return [list(range(start, stop)) for start, stop in itertools.pairwise((0, *at, 9))]
 
-    found = probes._packed(range(9), queries, labels, num_lanes, lead, budget)
+    found = probes._packed(range(9), queries, labels, num_lanes, lead, budget, at_label=at_label)
     assert [number for group in found for number in group] == list(range(9))
     assert cost(found) == min(cost(cut(at)) for num in range(9) for at in itertools.combinations(range(1, 9), num)) < math.inf

@@ -7,8 +7,8 @@ import torch
 
 from iclgd_dist.layerwise import Replay
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.updates import METHODS, BottomUp, LaneInputs, LayerCausal, Method, Probe, TrainingSequence, first_bad_step
-from tests.tiny import ids, tiny
+from iclgd_dist.updates import BottomUp, LaneInputs, LayerCausal, Method, Probe, TrainingSequence, first_bad_step
+from tests.tiny import METHODS, ids, tiny
 
 SEQUENCES = [TrainingSequence(torch.tensor([1, 5, *ids(3 + n % 7, seed=n)]), 2) for n in range(16)]
 BOTH = pytest.mark.parametrize("method", ["vanilla", "layer_causal"])

@@ -11,8 +11,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from iclgd_dist.extensions import BUILTIN
 from iclgd_dist.families import FAMILIES
 from iclgd_dist.model import LanguageModel, attention_of
+from iclgd_dist.updates import Method, make_method
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 97, 32, 4, 3
 WINDOW = 6  # shorter than every context
@@ -25,6 +27,8 @@ _LEARNED = {"max_position_embeddings": 256}
 _OPT = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "ffn_dim": 48, "word_embed_proj_dim": WIDTH} | _LEARNED | _DROP
 _FALCON = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "bias": True}
 _MPT = {"d_model": WIDTH, "n_heads": HEADS, "max_seq_len": 128}
+
+METHODS: dict[str, Method] = {name: make_method(spec) for name, spec in BUILTIN.items()}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from iclgd_dist import updates
-from iclgd_dist.updates import METHODS, TrainingSequence
+from iclgd_dist.updates import TrainingSequence
 from tests.benchmarks import flops, grid, lanes, loop, papers, reference, roofline, store
 from tests.benchmarks.agreement import Stored
 from tests.benchmarks.flops import Sizes
-from tests.tiny import save_tiny, tiny
+from tests.tiny import METHODS, save_tiny, tiny
 
 TINY = ["--tiny", "--threads", "1"]
 

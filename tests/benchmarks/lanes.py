@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from iclgd_dist.model import LanguageModel
-from iclgd_dist.updates import METHODS, Probe, TrainingSequence
+from iclgd_dist.updates import Probe, TrainingSequence
 from tests.benchmarks import grid
 from tests.benchmarks.grid import RATES, Work, say
+from tests.tiny import METHODS
 
 GOALS = {"layer_causal": 1.8, "vanilla": 2.0}  # times, 8 lanes against one
 NUM_DEMONSTRATIONS = 4
