@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from iclgd_dist import claims, files, probes, updates
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block
+from iclgd_dist.commits import Committer
 from iclgd_dist.config import ModelSpec, load_sweep
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, StoreError, read_results
@@ -178,6 +180,23 @@ def test_baselines_that_do_not_fit_beside_training_are_made_alone(blocks: tuple[
     assert run(ModelHost(str(store.root), "run", 2), blocks[0])["outcome"] == "done"
     assert tried == [0, 0, 1]
     assert store.attempts().to_pylist()[0]["num_lanes"] == 2
+
+
+def test_memory_that_runs_out_while_baselines_are_committed_is_that_of_baselines(
+    blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = Committer.baselines, list[int]()
+
+    def commit(*args: Any) -> int:
+        tried.append(1)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(Committer, "baselines", commit)
+    assert run(ModelHost(str(store.root), "run", 2), blocks[0])["outcome"] == "done"
+    assert store.keys() == {cell.key for cell in blocks[0].cells}
+    assert len(tried) == 2 and store.attempts().to_pylist()[0]["num_lanes"] == 2
 
 
 def test_baselines_that_do_not_fit_at_all_end_the_block(blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

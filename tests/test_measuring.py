@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from iclgd_dist import measured
+from iclgd_dist import measured, random_deltas
 from iclgd_dist.actor import ModelHost
+from iclgd_dist.baselines import queries_of
 from iclgd_dist.block import run_block
 from iclgd_dist.blocks import Block, split, with_cells
 from iclgd_dist.config import load_sweep
@@ -167,7 +168,7 @@ def test_pairs_of_learning_rates_that_a_split_block_lacks_are_measured_later(swe
     def lacking(block: Block, encoded) -> Block | None:
         return replace(with_cells(block, cells, encoded), is_measuring=True) if (cells := missing.to_train(block, encoded)) else None
 
-    (rest,) = make_plan(load_sweep(path), choose=lacking).blocks
+    (rest,) = split(make_plan(load_sweep(path), choose=lacking).blocks, 9)  # which would tear the pairs apart again
     assert {cell.step for cell in rest.cells} == {4}
     run_block(lm_for(rest), rest, store)
     assert alphas(read_results(store)) == pytest.approx(expected, rel=1e-9)
@@ -175,7 +176,23 @@ def test_pairs_of_learning_rates_that_a_split_block_lacks_are_measured_later(swe
     assert make_plan(load_sweep(path), choose=lacking).blocks == ()
 
 
-def test_random_weights_move_the_states_as_far_as_the_trained_ones(sweep_file: Path, tmp_path: Path) -> None:
+def test_pairs_at_the_last_step_are_of_the_plans_last_step_whatever_is_there_already(sweep_file: Path, tmp_path: Path) -> None:
+    path, store = sweep_file, Store(tmp_path / "store")
+    text = path.read_text().replace("seeds = [1, 2]", "seeds = [1]")
+    path.write_text(text.replace("steps = [2, 4]", 'steps = [4]\nmethods = ["vanilla"]').replace("layer_causal = [0.003, 0.05]\n", ""))
+    ran(path, store)
+    path.write_text(text)  # another method, and an earlier step of both
+    for block in make_plan(load_sweep(path), store.keys()).blocks:
+        run_block(lm_for(block), block, store)
+    results = read_results(store)
+    steps = {row["key"]: (row["step"], row["learning_rate"]) for row in results.cells.to_pylist()}
+    pairs = {(row["cell_a"], row["cell_b"]) for row in results.pairs.to_pylist()}
+    assert pairs and all(
+        steps[a] == steps[b] and steps[a][0] == 2 for a, b in pairs
+    )  # at step 4 the other method was there before: `iclgd measure` makes those
+
+
+def test_random_weights_move_the_states_as_far_as_the_trained_ones(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store")
     path = changed(sweep_file)
     ran(path, store)
@@ -185,7 +202,12 @@ def test_random_weights_move_the_states_as_far_as_the_trained_ones(sweep_file: P
     assert targets.keys() == {row["key"] for row in cells}
     plan = make_plan(load_sweep(path), choose=lambda block, encoded: with_targets(block, targets, lambda chosen: with_cells(block, chosen, encoded)))
     (block,) = plan.blocks
+    widths = []
+    monkeypatch.setattr(
+        random_deltas, "queries_of", lambda *args, num_lanes, **named: widths.append(num_lanes) or queries_of(*args, num_lanes=num_lanes, **named)
+    )
     run_block(lm_for(block), block, store)
+    assert len(block.random_targets) > 1 and max(widths) == random_deltas.NUM_DRAWS  # as many lanes at once as a cell has draws
     after = read_results(store)
     controls = after.controls.to_pandas()
     for row in cells:

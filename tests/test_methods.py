@@ -10,11 +10,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from iclgd_dist.config import SweepError
+from iclgd_dist.block import run_block
+from iclgd_dist.config import SweepError, load_sweep
 from iclgd_dist.deltas import check_names, norms
 from iclgd_dist.extensions import MethodSpec
 from iclgd_dist.model import LanguageModel
+from iclgd_dist.plan import make_plan
+from iclgd_dist.store import Store
 from iclgd_dist.updates import BottomUp, Probe, TrainingSequence, is_bottom_up, make_method
+from tests.test_block import lm_for
 from tests.tiny import METHODS, ids, tiny
 
 SEQUENCES = [TrainingSequence(torch.tensor([1, 5, *ids(3 + n % 5, seed=n)]), 2) for n in range(5)]
@@ -232,3 +236,28 @@ def test_a_delta_of_no_projection_is_refused_by_name() -> None:
         check_names(lm, {f"{name}.weight": delta})
     with pytest.raises(SweepError, match="got none"):
         check_names(lm, {})
+    check_names(lm, {}, 0)  # a layer may learn nothing
+    with pytest.raises(SweepError, match=r"such as 'model.layers.1.*got 'model.layers.0"):
+        check_names(lm, {name: delta}, 1)
+
+
+MISSPELT = """
+from dataclasses import replace
+
+from iclgd_dist.updates import LayerCausal
+
+class Sign(LayerCausal):
+    def train_layer(self, *args, **options):
+        for probe in super().train_layer(*args, **options):
+            yield replace(probe, deltas={f"{name}.weight": delta for name, delta in probe.deltas.items()})
+"""
+
+
+def test_a_misspelt_delta_of_a_rule_that_trains_layer_by_layer_is_refused_too(sweep_file: Path, tmp_path: Path) -> None:
+    (sweep_file.parent / "my_rules.py").write_text(MISSPELT)
+    text = sweep_file.read_text().replace("seeds = [1, 2]", 'seeds = [1]\nmethods = ["mine"]').replace("layer_causal = [0.003, 0.05]\n", "")
+    sweep_file.write_text(text.replace("vanilla = [0.003", "mine = [0.003") + '[[method]]\nname = "mine"\ncode = "my_rules.py:Sign"\n')
+    (block,), store = make_plan(load_sweep(sweep_file)).blocks, Store(tmp_path / "store")
+    store.prepare()
+    with pytest.raises(SweepError, match=r"a delta must be named after a projection, such as .*got 'model.layers.0"):
+        run_block(lm_for(block), block, store)

@@ -214,6 +214,9 @@ def test_a_best_at_the_end_of_its_range_is_marked(swept: Callable[..., Sweep]) -
         ('objective = "nll_lable"', "did you mean 'nll_label'"),
         ('objective = "loss"', "search: unknown metric 'loss'"),  # known over all queries alone
         ('constraints = ["gradient_norm <= 1"]', "search: unknown metric 'gradient_norm'"),
+        ('constraints = ["balanced_accuracy >= nan"]', 'must be like "balanced_accuracy >= zero_shot"'),
+        ('constraints = ["sim_aou >= icl"]', "search.constraints: icl has no sim_aou; it has accuracy, balanced_accuracy, nll_label"),
+        ('constraints = ["agreement_icl >= zero_shot"]', "search.constraints: zero_shot has no agreement_icl"),
         ('constraints = ["balanced_accuracy > zero_shot"]', 'must be like "balanced_accuracy >= zero_shot"'),
         ('constraints = ["balanced_accurracy >= zero_shot"]', "did you mean 'balanced_accuracy'"),
         ("rungs = [{ num_queries = 9 }]", "num_queries must be at most the sweep's 8, got 9"),
