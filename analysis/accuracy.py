@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -16,11 +15,10 @@ import pandas as pd
 from .crossing import crossfit, selected
 from .intervals import ALL_TASKS, Estimate, descriptive, with_all_tasks
 from .load import ACCURACIES, SETTING, Frames, load
-from .reproduction import published
+from .reproduction import PUBLISHED_MODEL, published
 from .setting import Setting, called
 from .text import BASELINES, Grid, counted, entry, number, rate, show, stores
 
-PUBLISHED_MODEL = "fairseq-dense-1.3B"  # last part of its hub id, and of a directory that holds it
 GROUP = ("table", "method", "metric")  # what a mean over tasks is a mean of
 COUNTS = ("num_queries", "num_edges", "num_cells", "num_collapsed", "num_diverged")
 TITLE = "Accuracy"
@@ -92,7 +90,7 @@ def _line(frames: Frames, setting: Setting, method: str) -> tuple[dict[str, Any]
 
 def _published(setting: Setting) -> dict[str, float]:
     """Return the published accuracies of the setting's task, by method; none unless its model is the published one as it was trained."""
-    if setting.is_random or setting.train_on != "true" or PurePath(str(setting.first["model_source"])).name != PUBLISHED_MODEL:
+    if setting.is_random or setting.train_on != "true" or setting.first["model"] != PUBLISHED_MODEL:
         return {}
     table = published("accuracy")
     return {str(method): float(value) for method, value in table.loc[table["task"] == setting.named["task"], ["method", "theirs"]].itertuples(index=False)}

@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from iclgd_dist.config import MAX_CELLS_UNASKED, SweepError, load_sweep
+from iclgd_dist.config import SweepError, load_sweep
+from iclgd_dist.plan_command import Large, loaded_if_small
 from iclgd_dist.terminal import DONE, FAILED, INTERRUPTED, GpuHours, Hours, Insecure, StoreOption, SweepFile, console, say
 
 Dashboard = Annotated[str, typer.Option("--address", help="Dashboard of a Ray cluster, e.g. http://127.0.0.1:8265", envvar="RAY_DASHBOARD_ADDRESS")]
@@ -20,7 +21,7 @@ def submit(
     address: Dashboard,
     store: StoreOption = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is there")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
+    yes: Large = False,
     hours: Hours = None,
     gpu_hours: GpuHours = None,
     insecure: Insecure = False,
@@ -32,11 +33,8 @@ def submit(
     Example: iclgd submit sweeps/demo.toml --address http://127.0.0.1:8265 --store /shared/results/demo
     """
     from iclgd_dist.cluster import Cluster, shared_store
-    from iclgd_dist.plan import count_cells
 
-    loaded, results = load_sweep(sweep), shared_store(store)
-    if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
-        raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
+    loaded, results = loaded_if_small(sweep, yes=yes), shared_store(store)
     cluster = Cluster(address, is_open=insecure)
     budget = [[f"--{name}", str(limit)] for name, limit in (("hours", hours), ("gpu-hours", gpu_hours)) if limit is not None]
     flags = [flag for flag, is_set in (("--yes", yes), ("--insecure-no-auth", insecure)) if is_set]

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iclgd_dist import files
-from iclgd_dist.config import Sweep, SweepError, load_sweep
+from iclgd_dist.config import MAX_CELLS_UNASKED, Sweep, SweepError, load_sweep
 from iclgd_dist.progress import in_words
 from iclgd_dist.session import check_cluster, check_cpus
 from iclgd_dist.store import Store
@@ -22,6 +22,8 @@ from iclgd_dist.terminal import AsJson, Insecure, StoreOption, SweepFile, consol
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
+
+Large = Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")]
 
 
 def plan(
@@ -74,6 +76,16 @@ def _lacking(sweep: Sweep, store: Store, *, is_here: bool) -> Iterator[str]:
     yield from lacking
     if not files.is_writable(store.root):
         yield f"{store.root}: this user cannot write there, and `iclgd run` would be refused; give --store a directory that can be written"
+
+
+def loaded_if_small(path: str, *, yes: bool) -> Sweep:
+    """Return the sweep of a file. Errors: SweepError for a faulty one, and for more cells than anyone runs by mistake, unless `yes`."""
+    from iclgd_dist.plan import count_cells
+
+    sweep = load_sweep(path)
+    if (number := count_cells(sweep)[0]) > MAX_CELLS_UNASKED and not yes:
+        raise SweepError(f"{path}: {number:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {path}`, then add --yes")
+    return sweep
 
 
 def planned_for(sweep: Sweep, store: Store, *, tolerate_unreachable: bool = False) -> Plan:

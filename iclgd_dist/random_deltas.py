@@ -40,7 +40,7 @@ class _Lane:
 
     target: RandomTarget
     draw: int
-    factor: float = 30.0  # random deltas move outputs 30 to 90 times less than trained ones of their size
+    factor: float = 50.0  # random deltas move outputs 30 to 90 times less than trained ones of their size
     seen: tuple[float, float] | None = None  # the factor before and the ratio that it gave
 
     def learn(self, ratio: float) -> None:
@@ -72,10 +72,10 @@ def random_measures(lm: LanguageModel, block: Block, encoded: Encoded, baseline:
                 lane.factor *= 0.25  # too far: the states are not finite
             elif ratio <= 0:
                 lane.factor *= 4.0  # within the noise
-            elif not lane.is_near(ratio):
-                lane.learn(ratio)
             else:
-                continue
+                lane.learn(ratio)  # also where it is near: then the better guess need not be tried on these queries again
+                if lane.is_near(ratio):
+                    continue
             still.append(lane)
         searching = still
         yield f"search {attempt}: {len(lanes) - len(still)} of {len(lanes)} found", []

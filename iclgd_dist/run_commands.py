@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from iclgd_dist import trackers
-from iclgd_dist.config import MAX_CELLS_UNASKED, Controls, Sweep, SweepError, load_sweep
-from iclgd_dist.plan_command import planned_for, show_plan
+from iclgd_dist.config import Controls, Sweep, SweepError, load_sweep
+from iclgd_dist.plan_command import Large, loaded_if_small, planned_for, show_plan
 from iclgd_dist.runner import run_sweep
 from iclgd_dist.session import check_place
 from iclgd_dist.stopping import Budget
@@ -51,7 +51,7 @@ def run(
     sweep: SweepFile,
     store: StoreOption = None,
     address: AddressOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MAX_CELLS_UNASKED:,} cells without asking")] = False,
+    yes: Large = False,
     hours: Hours = None,
     gpu_hours: GpuHours = None,
     insecure: Insecure = False,
@@ -69,11 +69,7 @@ def run(
 
 
 def _run(sweep: str, store: str | None, address: str | None, *, yes: bool, budget: Budget, is_open: bool, track: Sequence[str]) -> NoReturn:
-    from iclgd_dist.plan import count_cells
-
-    loaded = load_sweep(sweep)
-    if count_cells(loaded)[0] > MAX_CELLS_UNASKED and not yes:
-        raise SweepError(f"{sweep}: {count_cells(loaded)[0]:,} cells are more than {MAX_CELLS_UNASKED:,}; look at `iclgd plan {sweep}`, then add --yes")
+    loaded = loaded_if_small(sweep, yes=yes)
     trackers.check(track)
     results = store_of(loaded, store)
     planned = planned_for(loaded, results)
