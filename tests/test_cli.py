@@ -191,7 +191,7 @@ def test_a_signal_while_planning_ends_with_the_command_that_resumes(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, "argv", ["iclgd", "run", "a sweep.toml"])
-    monkeypatch.setattr(run_commands, "load_sweep", lambda path: os.kill(os.getpid(), number))
+    monkeypatch.setattr(run_commands, "loaded_if_small", lambda path, **_: os.kill(os.getpid(), number))
     try:
         with pytest.raises(SystemExit) as ended:
             cli.main()
