@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -90,7 +91,7 @@ def _line(frames: Frames, setting: Setting, method: str) -> tuple[dict[str, Any]
 
 def _published(setting: Setting) -> dict[str, float]:
     """Return the published accuracies of the setting's task, by method; none unless its model is the published one as it was trained."""
-    if setting.is_random or setting.train_on != "true" or setting.first["model"] != PUBLISHED_MODEL:
+    if setting.is_random or setting.train_on != "true" or PurePath(str(setting.first["model_source"])).name != PUBLISHED_MODEL:
         return {}
     table = published("accuracy")
     return {str(method): float(value) for method, value in table.loc[table["task"] == setting.named["task"], ["method", "theirs"]].itertuples(index=False)}

@@ -160,8 +160,11 @@ class Frames:
         of_replicate = defaultdict[str, list[np.ndarray]](list)
         for (replicate, _), total in totals.items():
             of_replicate[replicate].append(total)
-        found = pd.DataFrame([pd.DataFrame(draws).mean() for draws in of_replicate.values()]).mean()
-        return found.set_axis(labels[: len(found)]).dropna()
+        if not of_replicate:
+            return pd.Series(dtype=float)
+        found = _mean([_mean(draws) for draws in of_replicate.values()])
+        is_there = ~np.isnan(found)
+        return pd.Series(found[is_there], index=labels[is_there])
 
     def contrast(self, terms: pd.DataFrame, metric: str, *, fold: str = "all", values: pd.Series | None = None) -> Estimate:
         """Return the mean over replicates of sum(weight x figure) within a draw, with its interval; a draw that lacks a figure has none.
@@ -301,6 +304,13 @@ def _is_of_old_baselines(grid: pd.DataFrame, is_old: pd.Series, sweeps: Sequence
             keys = set().union(*with_it) - others
             found.loc[like(grid[grid["kind"].ne("zero_shot") & grid["key"].isin(keys)], row, place).index] = True
     return found
+
+
+def _mean(lines: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of equally long arrays, place by place, over those that have a number there; NaN where none has."""
+    values = np.stack(lines)
+    counts = (~np.isnan(values)).sum(0)
+    return np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(counts, 1), math.nan)
 
 
 def _groups(per_query: pd.Series, by_label: bool) -> list[np.ndarray]:
