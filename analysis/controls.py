@@ -60,14 +60,15 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     for pick in picks(frames, setting):
         named = {"choice": pick.name, "method": pick.method, "learning_rates": pick.rates, "is_edge": pick.is_edge, "fold": pick.fold}
         same = variants[(variants["method"] == pick.method) & (variants["step"] == setting.last_step_of(pick.method))]
+        of_pick = of_setting[of_setting["cell"].isin([key for terms in pick.terms.values() for key in terms["key"]])]
         for metric in METRICS:
-            rows += [named | {"metric": metric} | row for row in _finetuned(frames, of_setting, pick, same, metric)]
+            rows += [named | {"metric": metric} | row for row in _finetuned(frames, of_pick, pick, same, metric)]
     return pd.DataFrame([setting.named | row | {"num_planned": setting.num_draws} for row in rows])
 
 
-def _finetuned(frames: Frames, of_setting: pd.DataFrame, pick: Pick, variants: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+def _finetuned(frames: Frames, of_pick: pd.DataFrame, pick: Pick, variants: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     nothing, ratios = pd.Series(dtype=float), dict[str, float]()  # R of what is not the cell itself
-    named = {fold: by_name(frames, of_setting, terms["key"], metric, fold) for fold, terms in pick.terms.items()}
+    named = {fold: by_name(frames, of_pick, terms["key"], metric, fold) for fold, terms in pick.terms.items()}
     found = {ICL: crossfit(frames, pick.terms, metric)}
     for name in dict.fromkeys(name for of_fold in named.values() for name in of_fold):
         found[name] = crossfit(frames, pick.terms, metric, figures={fold: of_fold.get(name, nothing) for fold, of_fold in named.items()})
@@ -79,7 +80,7 @@ def _finetuned(frames: Frames, of_setting: pd.DataFrame, pick: Pick, variants: p
         )
     if one := task_specific(frames, pick.terms, named, metric):
         found[TASK_SPECIFIC] = one
-    randoms = [by_name(frames, of_setting, terms["key"], "update_ratio", fold).get(RANDOM_DELTA, nothing) for fold, terms in pick.terms.items()]
+    randoms = [by_name(frames, of_pick, terms["key"], "update_ratio", fold).get(RANDOM_DELTA, nothing) for fold, terms in pick.terms.items()]
     ratios[RANDOM_DELTA] = geometric_mean(pd.concat(randoms))
     return [{"against": name, "R": ratios.get(name, pick.R)} | value.columns for name, value in found.items()]
 

@@ -196,11 +196,17 @@ class Frames:
     @staticmethod
     def by_replicate(terms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
         """Return per replicate the mean of sum(weight x value) over its draws, and how many have one."""
-        totals = defaultdict[tuple[float, str], float](float)
-        for weight, value, replicate, draw in zip(terms["weight"], terms["key"].map(values), terms["replicate"], terms["draw"], strict=True):
-            totals[replicate, draw] += weight * value  # NaN where a figure is missing
-        found = pd.DataFrame([(replicate, value) for (replicate, _), value in totals.items()], columns=["replicate", "value"]).dropna(subset=["value"])
-        return found.groupby("replicate", dropna=False)["value"].agg(["mean", "count"])
+        replicates, numbers = np.unique(terms["replicate"].to_numpy(dtype=float), return_inverse=True)  # those without a seed are one
+        totals = defaultdict[tuple[int, str], float](float)
+        for weight, value, number, draw in zip(terms["weight"], terms["key"].map(values), numbers, terms["draw"], strict=True):
+            totals[number, draw] += weight * value  # NaN where a figure is missing
+        found: list[list[float]] = [[] for _ in replicates]
+        for (number, _), total in totals.items():
+            found[number].extend([] if math.isnan(total) else [total])
+        counts = np.array([len(of) for of in found], dtype=int)
+        means = np.array([math.fsum(of) / max(len(of), 1) for of in found])
+        table = pd.DataFrame({"mean": means, "count": counts}, index=pd.Index(replicates, name="replicate"))
+        return table[counts > 0]
 
     def estimate(self, cells: pd.DataFrame, metric: str, *, fold: str = "all", values: pd.Series | None = None) -> Estimate:
         """Return the mean of a figure over `cells` (one setting, method, learning rate and step) with its interval."""

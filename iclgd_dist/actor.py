@@ -22,7 +22,7 @@ from iclgd_dist.block import Progress, block_steps
 from iclgd_dist.blocks import Block, Cell
 from iclgd_dist.claims import claimed, num_deaths, unreachable
 from iclgd_dist.loading import load_model
-from iclgd_dist.machine import is_out_of_memory, matmul_gflops, set_num_threads
+from iclgd_dist.machine import is_out_of_memory, matmul_gflops, set_num_threads, without_gpus
 from iclgd_dist.measures import MetricError
 from iclgd_dist.model import LanguageModel
 from iclgd_dist.provenance import peak_gib
@@ -40,7 +40,7 @@ class ModelHost:
         """`node`: id of the cluster's node; then the store has to be the one that the driver of the run means."""
         set_num_threads(num_threads)
         self.store, self.run, self.node = Store(store), run, node
-        self.problem: str | None = None if node else ""  # what keeps this node from the store; None: not known yet
+        self.problem: str | None = None if node else ""  # what keeps this node from the store or from its GPUs; None: not known yet
         self.actor = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.held: tuple[str, ...] | None = None
         self.lm: LanguageModel | None = None
@@ -54,8 +54,8 @@ class ModelHost:
         What cannot be run here leaves its cells pending.
         """
         if self.problem is None:
-            self.problem = unreachable(self.store, self.run)
-        if self.problem:  # what is written here would be lost
+            self.problem = unreachable(self.store, self.run) or without_gpus(block.resources.gpus_per_actor)
+        if self.problem:  # what is written here would be lost, or computed on the CPU without a word
             yield self._report(block, Progress(block.cost.flops)) | {"outcome": "unreachable", "reason": self.problem}
             return
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -18,6 +19,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def num_gpus() -> int:
     return torch.cuda.device_count()
+
+
+def without_gpus(wanted: float) -> str:
+    """Return why this process lacks GPUs that it was given; an empty text where it has them. Ray counts what a node declares, torch what its driver can use."""
+    here = num_gpus()
+    if here >= math.ceil(wanted):
+        return ""
+    return (
+        f"an actor was given gpus_per_actor = {wanted:g} there, but torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}) finds {here}: see `nvidia-smi` "
+        "on that node; its driver may be too old for this build of torch, or not be visible in the container"
+    )
 
 
 def empty_cache() -> None:

@@ -114,9 +114,9 @@ def _next_round(blocks: Sequence[Block], running: Running) -> list[Block]:
     store, counts = running.store, running.counts
     later = [block for block in blocks if counts.outcomes.get(block.name, ("",))[0] in LATER]
     if later and LEFT_OUT and not running.stopped.code and not num_slots(running.resources):
-        reason = unreachable(store, running.run) or f"no node is left that reaches it: {next(iter(LEFT_OUT.values()))}"
+        lost = unreachable(store, running.run)
         for block in later:
-            counts.end(block.name, "storage", reason)
+            counts.end(block.name, "storage" if lost else "failed", lost or f"no node is left that can run it: {next(iter(LEFT_OUT.values()))}")
         return []
     while later and not running.stopped.code:
         keys = store.keys()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 from iclgd_analysis.load import Frames
@@ -128,8 +129,9 @@ def make_rows(*, tasks: tuple[str, ...] = ("trec",), seeds: tuple[int, ...] = (1
 def make_store(root: Path, rows: list[Row], *, missing: int = 0) -> Path:
     store = Store(root)
     store.prepare()
-    for row in rows:
-        assert store.commit(row)
+    with mock.patch("os.fsync"):  # no test of the analysis turns the machine off
+        for row in rows:
+            assert store.commit(row)
     planned = [row["key"] for row in rows if row["origin"] == "grid"]
     store.save_sweep(digest="0123abcd", resolved={"name": "made_up"}, keys=planned + [f"{index:064x}" for index in range(missing)])
     return root
@@ -193,6 +195,11 @@ def setting_of(frames: Frames, **named: Any) -> Setting:
 
 def of_fold(row: Row, fold: str, metric: str) -> float:
     return next(each[metric] for each in row["folds"] if each["fold"] == fold)
+
+
+def json_of(panel: Any) -> Row:
+    """Return what a panel draws, as the page gets it."""
+    return json.loads(panel.figure.to_json())
 
 
 def figure(page: str, name: str) -> list[Row]:

@@ -68,6 +68,19 @@ def test_a_node_that_does_not_reach_the_drivers_store_computes_nothing(blocks: t
     assert not [name for name in files.names_in(store.root / "claims") if name.startswith(("run-", "probe-"))]
 
 
+def test_a_node_that_does_not_find_the_gpus_it_declared_computes_nothing_on_its_cpu(
+    blocks: tuple[Block, ...], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = replace(blocks[0], resources=blocks[0].resources.model_copy(update={"gpus_per_actor": 1}))
+    with claims.announced(store, "run"):
+        for count, outcome in ((0, "unreachable"), (1, "done")):
+            monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+            said = run(ModelHost(str(store.root), "run", 2, node="n"), block)
+            assert said["outcome"] == outcome
+            assert outcome == "done" or ("gpus_per_actor = 1" in said["reason"] and "finds 0: see `nvidia-smi`" in said["reason"])
+            assert bool(store.keys()) == (outcome == "done")
+
+
 def raise_(error: Exception) -> None:
     raise error
 

@@ -77,9 +77,13 @@ def test_results_do_not_depend_on_packing_offload_or_lanes(
         assert len(got[table]) == len(rows) > 0
         for ours, theirs in zip(got[table], rows, strict=True):
             for name, value in theirs.items():
-                where = (table, name, resources, words, worth, ours[name], value)
-                if isinstance(value, float) and isinstance(ours[name], float):
-                    is_rank = any(kind in f"{name} {theirs.get('metric')}" for kind in ("kendall", "topk"))
-                    assert math.isclose(ours[name], value, rel_tol=TOLERANCE, abs_tol=RANKED if is_rank else TOLERANCE), where
-                else:
-                    assert ours[name] == value or isinstance(value, list), where
+                is_rank = any(kind in f"{name} {theirs.get('metric')}" for kind in ("kendall", "topk"))
+                assert is_same(ours[name], value, RANKED if is_rank else TOLERANCE), (table, name, resources, words, worth, ours[name], value)
+
+
+def is_same(ours: Any, theirs: Any, tolerance: float) -> bool:
+    if isinstance(theirs, list) and isinstance(ours, list):
+        return len(ours) == len(theirs) and all(is_same(mine, other, tolerance) for mine, other in zip(ours, theirs, strict=True))
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return math.isclose(ours, theirs, rel_tol=TOLERANCE, abs_tol=tolerance)
+    return bool(ours == theirs)

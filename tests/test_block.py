@@ -155,6 +155,19 @@ def test_a_diverging_lane_is_a_row_and_leaves_the_other_lanes_bit_equal(sweep_fi
             assert unequal == set()
 
 
+def test_a_lane_diverges_where_its_captures_do_though_its_loss_was_still_finite(sweep_file: Path, tmp_path: Path) -> None:
+    """The loss of step 1 comes before its update, which makes the weights infinite."""
+    sweep_file.write_text(sweep_file.read_text().replace("steps = [2, 4]", "steps = [1, 2]"))
+    block, store = planned(sweep_file, dtype="float32", vanilla="[0.003, 1e300]", layer_causal="[0.003, 1e300]"), Store(tmp_path / "store")
+    store.prepare()
+    run_block(lm_for(block), block, store)
+    for method in ("vanilla", "layer_causal"):
+        (whole,) = rows_of(store, method=method, learning_rate=0.003, step=1)
+        for step in (1, 2):
+            (row,) = rows_of(store, method=method, learning_rate=1e300, step=step)
+            assert (row["status"], row["diverged_step"], row["last_finite_loss"]) == ("diverged", 1, whole["loss"])
+
+
 def test_the_rows_of_a_lane_do_not_depend_on_which_other_lanes_ran_beside_it(sweep_file: Path, tmp_path: Path) -> None:
     rows = []
     for number, rates in enumerate(("[0.05]", "[0.003, 0.01, 0.05, 0.1, 0.2]")):

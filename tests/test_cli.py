@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from iclgd_dist import cli, run_commands
@@ -64,9 +65,6 @@ def test_what_a_file_gets_wrong_is_one_message_and_exit_code_2(sweep_file: Path,
     ("file", "old", "new", "message"),
     [
         ("fruit.csv", "sour", "bitter", "task 'fruit': every label needs a word, got none for 'bitter' (24 rows); labels that have one: 'sweet' (24 rows), 'sour' (0 rows)"),
-        ("tiny.toml", "num_demonstrations = 4", "num_demonstrations = 400", "task 'fruit': num_demonstrations must be at most "),
-        ("tiny.toml", 'file = "fruit.csv"', 'file = "vegetables.csv"', "vegetables.csv: no such file"),
-        ("tiny.toml", 'sour = "No"', 'sour = " Yes"', "tiny.toml:20: task.labels must map each label to its own non-empty word"),
         ("tiny.toml", "Is {text} sweet?", "Is {txt} sweet?", "fruit.csv:2: unknown column 'txt'; did you mean 'text'?; known: label, text"),
     ],
 )  # fmt: skip
@@ -293,8 +291,9 @@ def test_own_methods_and_metrics_controls_and_random_weights_run_through_a_sweep
     assert len(set(read_results(store).metrics["cell"].to_pylist())) == 7
     code, out, errors, _ = iclgd(folder, "report", "tiny.toml")
     assert code == 0, errors
-    page = (store.root / "report.html").read_text()
-    assert all(word in page for word in ("one_layer", "lora", "everything", "adam", "signed", "margin", "random_delta", "separator"))
+    table, measures, controls = (pd.read_csv(store.root / "figures" / f"{name}.csv") for name in ("table", "measures", "controls"))
+    assert {"one_layer", "lora", "everything", "adam", "signed"} <= {*table["method"]}
+    assert "margin" in {*measures["metric"]} and {"separator", "random_delta"} <= {*controls["against"]}
 
 
 def test_help_loses_no_word_to_markup() -> None:

@@ -284,6 +284,13 @@ def test_slurm_starts_one_ray_node_a_node_and_the_driver_and_returns_its_code(sl
     assert not (tmp_path / ".iclgd/slurm-7").exists(), "the token goes with the job"
 
 
+def test_slurm_does_not_call_done_what_ray_never_started(slurm: Callable[..., Any], tmp_path: Path) -> None:
+    put_program(tmp_path / "bin/ray", "exit 0")  # as symmetric-run does where `ray start` failed
+    job = slurm(code="0")
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 1 and "Ray did not start" in said
+
+
 @pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("CANCELLED", False)])
 def test_slurm_stops_the_driver_and_requeues_unless_cancelled(slurm: Callable[..., Any], tmp_path: Path, state: str, requeued: bool) -> None:
     job, private = slurm(state=state), tmp_path / ".iclgd/slurm-7"

@@ -14,7 +14,7 @@ from iclgd_dist.config import SweepError
 from iclgd_dist.encoding import encode, fits_context
 from iclgd_dist.protocol import Protocol
 from iclgd_dist.tasks import CLEAN, Draw, Example, Query, Variation, draw
-from tests.test_tasks import make_task
+from tests.test_draws import make_task
 
 REFERENCE = Protocol(preset="reference")
 

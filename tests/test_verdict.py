@@ -15,7 +15,7 @@ from iclgd_analysis.intervals import Estimate, estimate, over_tasks
 from scipy import stats
 
 from iclgd_dist.store import Store
-from tests.made import Row, diverged, make_cell, make_store
+from tests.made import Row, diverged, make_cell, make_rows, make_store
 
 TASKS, SEEDS, STEP = ("trec", "subj"), (1, 2, 3, 4, 5), 4
 RATES = {"vanilla": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "layer_causal": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
@@ -185,6 +185,21 @@ def test_selected_rates_at_the_edge_are_marked_and_tasks_that_are_left_out_are_n
 def test_tasks_where_icl_shows_nothing_are_told_apart(tmp_path: Path) -> None:
     (found,) = verdict.findings(load(world(tmp_path, closer=0.06, icl_skill=0.2)[1]))
     assert "ICL beats zero-shot, with its interval above 0, in 0 of 2 tasks;" in " ".join(verdict.paragraph(found))
+
+
+def test_the_gate_is_icls_balanced_accuracy_less_zero_shots(tmp_path: Path) -> None:
+    """Zero-shot always says the first of two labels, ICL is always right."""
+    rows = make_rows(tasks=TASKS, seeds=(1, 2))
+    for row in rows:
+        if row["kind"] != "finetuned":
+            is_icl = row["kind"] == "icl"
+            right = {"accuracy": 1.0 if is_icl else 0.5, "balanced_accuracy": 1.0 if is_icl else 0.5}
+            row |= right | {"examples": [query | {"prediction": query["gold"] if is_icl else 0} for query in row["examples"]]}
+            row["folds"] = [fold | right for fold in row["folds"]]
+    (found,) = verdict.findings(load(make_store(tmp_path, rows)))
+    for gate in (*found.gate.tasks.values(), found.gate.mean):
+        assert (gate.mean, gate.lower, gate.upper) == pytest.approx((0.5, 0.5, 0.5))
+    assert "ICL beats zero-shot, with its interval above 0, in 2 of 2 tasks (subj, trec);" in " ".join(verdict.paragraph(found))
 
 
 def t_mean(values: list[float], query_variance: float) -> tuple[float, float, float]:

@@ -93,6 +93,7 @@ def test_f15_a_paused_writer_is_overtaken_and_dropped_without_error(case: Case) 
     case.check(before)
 
 
+@pytest.mark.long  # without Ray in test_block.py
 def test_f17_a_diverging_lane_among_four_leaves_the_others_as_they_are(case: Case) -> None:
     case.write(seeds=[1], actors=1, rates="[0.002, 0.005, 0.05, 1e30]")
     case.facts["injections"] = 2

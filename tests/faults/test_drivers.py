@@ -37,7 +37,7 @@ def test_f7_a_driver_killed_at_ten_random_times_loses_nothing(case: Case) -> Non
 
 
 @slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)])
 def test_f8_a_signal_drains_in_ten_seconds_and_says_how_to_resume(case: Case, number: signal.Signals, code: int) -> None:
     driver = case.start()
     case.wait(lambda: len(case.committed()) >= 3)
