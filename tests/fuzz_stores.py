@@ -166,7 +166,7 @@ def _read_store(folder: Path, *, is_hostile: bool = False) -> str | None:
 
 @functools.cache
 def _rows() -> list[dict[str, Any]]:
-    from tests.test_analysis import make_rows
+    from tests.made import make_rows
 
     return make_rows(rates={"vanilla": (1e-3, 1e-2), "layer_causal": (1e-3,)})
 
@@ -174,7 +174,7 @@ def _rows() -> list[dict[str, Any]]:
 def _of_rows() -> dict[str, bytes]:
     from iclgd_dist.config import load_sweep
     from iclgd_dist.store import Store
-    from tests.test_analysis import make_store
+    from tests.made import make_store
     from tests.test_config import GOOD
 
     with tempfile.TemporaryDirectory() as place:

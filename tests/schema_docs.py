@@ -112,8 +112,8 @@ def small_results(sweep_file: Path) -> Results:
     from iclgd_dist.config import load_sweep
     from iclgd_dist.plan import make_plan
     from iclgd_dist.store import Store, read_results
-    from tests.test_block import lm_for
     from tests.test_measuring import changed
+    from tests.tiny import lm_for
 
     path = changed(sweep_file, methods='["vanilla", "layer_causal", "wide"]', more=MORE)
     text = path.read_text()

@@ -17,8 +17,8 @@ from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
 from tests import tiny
-from tests.test_block import lm_for
 from tests.test_every_family import save
+from tests.tiny import lm_for
 
 MORE = """
 [controls]

@@ -24,9 +24,8 @@ from iclgd_dist.store import Store, read_results
 from iclgd_dist.tasks import demonstration_order, draw_demonstrations, load_task
 from iclgd_dist.updates import Probe, TrainingSequence, make_method
 from tests import plain
-from tests.test_block import lm_for
 from tests.test_extras import changed
-from tests.tiny import ids, tiny
+from tests.tiny import ids, lm_for, tiny
 
 FIRST = 2
 SEQUENCES = [TrainingSequence(torch.tensor([1, 5, *ids(3 + 2 * n, seed=n)]), FIRST) for n in range(5)]

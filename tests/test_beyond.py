@@ -22,8 +22,8 @@ from iclgd_dist.orders import cross_orders
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
 from tests.made import make_rows, make_store
-from tests.test_block import lm_for
 from tests.test_extras import CAPTURE, MEASURES
+from tests.tiny import lm_for
 
 PROTOCOLS = """
 [[protocols]]

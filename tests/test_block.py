@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from iclgd_dist import sources
 from iclgd_dist.block import block_steps, run_block
 from iclgd_dist.blocks import Block
 from iclgd_dist.config import Resources, load_sweep
-from iclgd_dist.model import LanguageModel, load
 from iclgd_dist.plan import make_plan
 from iclgd_dist.schema import POOLED, SIMILARITIES
 from iclgd_dist.store import Store, read_results
+from tests.tiny import lm_for
 
 GOLDEN = Path(__file__).parent / "data" / "golden_block.json"
 
@@ -33,12 +32,6 @@ def planned(sweep_file: Path, *, seeds: str = "[1]", dtype: str = "float64", fin
     path = sweep_file.with_name("other.toml")
     path.write_text(text)
     return make_plan(load_sweep(path), finished).blocks[0]
-
-
-def lm_for(block: Block) -> LanguageModel:
-    torch.set_num_threads(2)
-    directory = sources.fetch(block.model)
-    return load(directory, block.spec, block.resources, storage_dtype=block.storage_dtype, tokenizer=sources.load_tokenizer(block.model))
 
 
 def rows_of(store: Store, **wanted) -> list[dict]:

@@ -20,8 +20,8 @@ from iclgd_dist.sites import sites
 from iclgd_dist.store import Store, read_results
 from iclgd_dist.updates import TrainingSequence
 from tests import plain
-from tests.test_block import lm_for, planned
-from tests.tiny import METHODS, ids, tiny
+from tests.test_block import planned
+from tests.tiny import METHODS, ids, lm_for, tiny
 
 LEAD = [1, 5]  # sink and separator
 DEMONSTRATIONS = [ids(n, seed=n) for n in (9, 4, 14, 6)]

@@ -14,7 +14,7 @@ from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
 from tests import tiny
-from tests.test_block import lm_for
+from tests.tiny import lm_for
 
 MORE = """
 [controls]

@@ -26,7 +26,7 @@ from iclgd_dist.plan import make_plan
 from iclgd_dist.schema import EXTRAS
 from iclgd_dist.store import Results, Store, read_results
 from tests import plain
-from tests.test_block import lm_for
+from tests.tiny import lm_for
 
 MEASURES = "[measures]\ncalibration = true\noutputs = true\nspectra = true\ngeometry = true\nsupervised_icl = true\n"
 CAPTURE = '[capture]\nkeep = "all"\n'

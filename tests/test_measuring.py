@@ -20,7 +20,7 @@ from iclgd_dist.measuring import Missing, measure_kept, random_targets, with_tar
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Results, Store, read_results
 from iclgd_dist.upkeep import verify
-from tests.test_block import lm_for
+from tests.tiny import lm_for
 
 MORE = """
 [controls]

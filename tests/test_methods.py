@@ -18,8 +18,7 @@ from iclgd_dist.model import LanguageModel
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store
 from iclgd_dist.updates import BottomUp, Probe, TrainingSequence, is_bottom_up, make_method
-from tests.test_block import lm_for
-from tests.tiny import METHODS, ids, tiny
+from tests.tiny import METHODS, ids, lm_for, tiny
 
 SEQUENCES = [TrainingSequence(torch.tensor([1, 5, *ids(3 + n % 5, seed=n)]), 2) for n in range(5)]
 NAMES = {

@@ -15,8 +15,8 @@ from iclgd_dist.config import SweepError, load_sweep
 from iclgd_dist.orders import cross_orders
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store, read_results
-from tests.test_block import lm_for
 from tests.test_extras import CAPTURE, changed
+from tests.tiny import lm_for
 
 ORDERS = "[measures]\norders = true\n"
 

@@ -15,7 +15,7 @@ from iclgd_analysis.table import display, summary
 from iclgd_analysis.text import NULL
 
 from iclgd_dist.store import Store
-from tests.made import LAST, RATES, Row, changed, diverged, make_cell, make_rows, make_store, measure
+from tests.made import LAST, RATES, Row, changed, diverged, make_rows, make_store, measure, undiverged
 
 SEEDS = (1, 2, 3)
 
@@ -83,10 +83,7 @@ def test_a_gain_is_not_taken_across_a_learning_rate_that_a_draw_lacks(tmp_path: 
     losses = {1e-3: 0.65, 1e-2: 0.3, 1e-1: 0.1}
     rows = make_rows(seeds=SEEDS, rates=rates)
     for number, row in enumerate(rows):
-        if row["kind"] == "finetuned" and row["status"] == "diverged":
-            rows[number] = row = make_cell(
-                "finetuned", **{name: row[name] for name in ("task", "seed", "method", "learning_rate", "step")}, skill=0.5, size=0.6
-            )
+        rows[number] = row = undiverged(row)
         for fold in row["folds"]:
             fold["nll_label"] = losses.get(row["learning_rate"], 0.7)
     whole = load(make_store(tmp_path, rows))

@@ -11,9 +11,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from iclgd_dist import sources
+from iclgd_dist.blocks import Block
 from iclgd_dist.extensions import BUILTIN
 from iclgd_dist.families import FAMILIES
-from iclgd_dist.model import LanguageModel, attention_of
+from iclgd_dist.model import LanguageModel, attention_of, load
 from iclgd_dist.updates import Method, make_method
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 97, 32, 4, 3
@@ -163,3 +165,10 @@ def save_tiny(directory: Path, vocabulary: int) -> None:
     shape = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, max_position_embeddings=512, initializer_range=0.2, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+
+
+def lm_for(block: Block) -> LanguageModel:
+    """Load the model of a block, as an actor does."""
+    torch.set_num_threads(2)
+    directory = sources.fetch(block.model)
+    return load(directory, block.spec, block.resources, storage_dtype=block.storage_dtype, tokenizer=sources.load_tokenizer(block.model))

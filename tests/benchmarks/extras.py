@@ -19,7 +19,7 @@ from iclgd_dist.block import run_block
 from iclgd_dist.config import load_sweep
 from iclgd_dist.plan import make_plan
 from iclgd_dist.store import Store
-from tests.test_block import lm_for
+from tests.tiny import lm_for
 
 SWEEP = """
 name = "extras"
