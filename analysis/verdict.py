@@ -99,6 +99,13 @@ def verdict(norm: Estimate, gain: Estimate, specific: Estimate, effect: float) -
     return "closer, but not task-specific" if math.isfinite(specific.lower) else "closer, task-specific or not"
 
 
+def _alone(one: Estimate, effect: float) -> str:
+    """Return what one difference says by itself."""
+    if not math.isfinite(one.lower):
+        return "undecided"
+    return "closer" if one.lower > 0 and one.mean >= effect else "further" if one.upper < 0 else "not closer" if one.upper < effect else "undecided"
+
+
 def findings(frames: Frames) -> list[Findings]:
     """Return what is known of each trained model, protocol, number of demonstrations, R* and smallest effect under which both methods ran."""
     groups: dict[tuple[str, ...], list[Setting]] = {}
@@ -231,6 +238,9 @@ def paragraph(found: Findings) -> list[str]:
         f"layer-causal finetuning is {IN_WORDS[found.verdict]}: {METRIC} {number(found.levels[METHOD].mean.mean)} against "
         f"{number(found.levels[BASE].mean.mean)}, difference {found.norm}; at equal improvement {found.gain}."
     ]
+    alone = [_alone(norm, first.smallest_effect), _alone(gain, first.smallest_effect)]
+    if found.verdict == "undecided" and alone != ["undecided"] * 2:
+        said.append(f"Undecided, as it takes both differences: at equal size alone it would be {alone[0]}, at equal improvement alone {alone[1]}.")
     planned = sum(found.norm.planned.values())
     if (norm.used, gain.used) != (planned, planned):
         left = [_left_out(one.reasons, meaning) for one, meaning in ((found.norm, SIZE_REASONS), (found.gain, GAIN_REASONS))]

@@ -96,6 +96,7 @@ def test_the_verdict_is_that_of_the_world_it_was_made_from(tmp_path: Path, made:
     assert found.verdict == expected
     said = " ".join(verdict.paragraph(found))
     assert f"layer-causal finetuning is {verdict.IN_WORDS[expected]}: sim_aou" in said
+    assert "Undecided, as it takes both differences" not in said  # where it is undecided, neither alone says more
     assert "On subj, trec (5 draws), Tiny-135M-Instruct.Q4_1" in said and "Descriptive" not in said
     assert "ICL with other demonstrations 0.950, with another task's 0.600" in said
 
@@ -104,7 +105,8 @@ def test_what_never_improves_or_diverges_is_said_and_decides_nothing(tmp_path: P
     never = world(tmp_path / "a", closer=0.06, gains=lambda method, rank: -0.1 if method == "vanilla" else GAINS[rank])[1]
     (found,) = verdict.findings(load(never))
     assert found.verdict == "undecided" and math.isnan(found.gain.mean.mean)
-    assert "at equal improvement no draw could be compared." in " ".join(verdict.paragraph(found))
+    assert "at equal improvement no draw could be compared. Undecided, as it takes both differences: " in " ".join(verdict.paragraph(found))
+    assert "at equal size alone it would be closer, at equal improvement alone undecided." in " ".join(verdict.paragraph(found))
     assert "(vanilla: 20 x no learning rate improves on zero-shot)" in " ".join(verdict.paragraph(found))
     burnt = world(tmp_path / "b", closer=0.06, diverges=lambda method, rank, seed: rank >= 3)[1]
     (found,) = verdict.findings(load(burnt))
