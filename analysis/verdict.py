@@ -225,6 +225,11 @@ def _line(table: pd.DataFrame, method: str, against: str) -> Estimate:
     return Estimate(float(rows["mean"].mean()), used=int(rows["num_used"].sum()), replicates=int(rows["num_replicates"].min())) if len(rows) else Estimate()
 
 
+def passed(found: Findings) -> list[str]:
+    """Return the tasks in which ICL's balanced accuracy lies above zero-shot's, with its interval."""
+    return [task for task, gate in found.gate.tasks.items() if gate.lower > 0]
+
+
 def paragraph(found: Findings) -> list[str]:
     """Return the sentences on one trained model, the verdict first."""
     first, ratio = found.settings[0], found.settings[0].matched_ratio
@@ -266,9 +271,11 @@ def paragraph(found: Findings) -> list[str]:
     elif scale or found.contexts:
         said.append(f"How much of it is specific to the task is not known: that takes the control contexts {', '.join(controls.EMPTY)} of the cells around R*.")
     said.append(_in_words(found))
-    passed = [task for task, gate in found.gate.tasks.items() if gate.lower > 0]
-    which = f" ({', '.join(passed)})" if passed else ""
-    said.append(f"ICL beats zero-shot, with its interval above 0, in {len(passed)} of {len(tasks)} tasks{which}; where it does not, no effect of ICL is shown.")
+    has_icl = passed(found)
+    which = f" ({', '.join(has_icl)})" if has_icl else ""
+    said.append(
+        f"ICL beats zero-shot, with its interval above 0, in {len(has_icl)} of {len(tasks)} tasks{which}; where it does not, no effect of ICL is shown."
+    )
     said.append(_collapsed(found.settings))
     for init, one in found.untrained.items():
         said.append(f"On random weights ({init}) the difference at equal size is {one.mean}{one.missing}{_left_out(one.reasons, SIZE_REASONS)}.")
@@ -327,4 +334,4 @@ def data(every: Sequence[Findings]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-__all__ = ["Findings", "data", "findings", "paragraph", "verdict"]
+__all__ = ["Findings", "data", "findings", "paragraph", "passed", "verdict"]

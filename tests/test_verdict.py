@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from iclgd_analysis import load, verdict
+from iclgd_analysis import forest, load, verdict
 from iclgd_analysis.intervals import Estimate, estimate, over_tasks
 from scipy import stats
 
 from iclgd_dist.store import Store
-from tests.made import Row, diverged, make_cell, make_rows, make_store
+from tests.made import Row, diverged, json_of, make_cell, make_rows, make_store
 
 TASKS, SEEDS, STEP = ("trec", "subj"), (1, 2, 3, 4, 5), 4
 RATES = {"vanilla": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "layer_causal": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
@@ -202,6 +202,31 @@ def test_the_gate_is_icls_balanced_accuracy_less_zero_shots(tmp_path: Path) -> N
     for gate in (*found.gate.tasks.values(), found.gate.mean):
         assert (gate.mean, gate.lower, gate.upper) == pytest.approx((0.5, 0.5, 0.5))
     assert "ICL beats zero-shot, with its interval above 0, in 2 of 2 tasks (subj, trec);" in " ".join(verdict.paragraph(found))
+    accuracy = forest.panels(found)[-1]
+    assert accuracy.title.endswith("in 2 of 2 tasks") and json_of(accuracy)["layout"]["yaxis"]["ticktext"] == ["<b>subj</b>", "<b>trec</b>", "all tasks"]
+
+
+def test_the_forest_plot_draws_what_was_found(tmp_path: Path) -> None:
+    (found,) = verdict.findings(load(world(tmp_path / "a", closer=0.06)[1]))
+    size, gain, accuracy = forest.panels(found)
+    assert size.title == f"layer_causal less vanilla at equal size of update (R = 0.5): {found.norm}"
+    assert gain.title == f"layer_causal less vanilla at equal improvement: {found.gain}"
+    for panel, one in ((size, found.norm), (gain, found.gain)):
+        (drawn,), layout = json_of(panel)["data"], json_of(panel)["layout"]
+        line = [one.tasks["subj"], one.tasks["trec"], one.mean]
+        assert layout["yaxis"]["ticktext"] == ["subj", "trec", "all tasks"] and drawn["y"] == layout["yaxis"]["tickvals"]
+        assert drawn["x"] == [each.mean for each in line]
+        assert drawn["error_x"]["array"] == pytest.approx([each.upper - each.mean for each in line])
+        assert drawn["error_x"]["arrayminus"] == pytest.approx([each.mean - each.lower for each in line])
+        assert sorted(shape["x0"] for shape in layout["shapes"]) == [0.0, 0.02]
+    drawn = json_of(accuracy)
+    assert [trace["name"] for trace in drawn["data"]] == ["zero-shot", "in-context", "vanilla", "layer_causal"]
+    for trace in drawn["data"]:
+        one = found.accuracies[trace["name"]]
+        assert trace["x"] == [one.tasks["subj"].mean, one.tasks["trec"].mean, one.mean.mean]
+    never = world(tmp_path / "b", closer=0.06, gains=lambda method, rank: -0.1 if method == "vanilla" else GAINS[rank])[1]
+    (found,) = verdict.findings(load(never))
+    assert len(forest.panels(found)) == 2  # no point at equal improvement, so no drawing of it
 
 
 def t_mean(values: list[float], query_variance: float) -> tuple[float, float, float]:
