@@ -18,7 +18,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def num_gpus() -> int:
-    return torch.cuda.device_count()
+    """Return how many GPUs torch can use: 0 with a driver that is too old for it, of which `device_count` alone, asking the driver, knows nothing."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def without_gpus(wanted: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from iclgd_dist import claims, files, probes, updates
+from iclgd_dist import claims, files, machine, probes, updates
 from iclgd_dist.actor import ModelHost
 from iclgd_dist.baselines import Baselines
 from iclgd_dist.blocks import Block
@@ -74,11 +74,15 @@ def test_a_node_that_does_not_find_the_gpus_it_declared_computes_nothing_on_its_
     block = replace(blocks[0], resources=blocks[0].resources.model_copy(update={"gpus_per_actor": 1}))
     with claims.announced(store, "run"):
         for count, outcome in ((0, "unreachable"), (1, "done")):
-            monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+            monkeypatch.setattr(machine, "num_gpus", lambda count=count: count)
             said = run(ModelHost(str(store.root), "run", 2, node="n"), block)
             assert said["outcome"] == outcome
             assert outcome == "done" or ("gpus_per_actor = 1" in said["reason"] and "finds 0: see `nvidia-smi`" in said["reason"])
             assert bool(store.keys()) == (outcome == "done")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as the driver counts them; torch was built for a newer one
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.num_gpus() == 0
 
 
 def raise_(error: Exception) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from iclgd_dist import random_deltas
+from iclgd_dist.blocks import RandomTarget
 from iclgd_dist.config import SweepError
 from iclgd_dist.extensions import MetricSpec
 from iclgd_dist.measures import alpha_measures, context_measures, control_measures, metric_measures, pair_measures, score_directions
@@ -193,3 +195,21 @@ def test_a_metric_that_changes_what_it_is_shown_stops_the_block(tmp_path: Path) 
     spoiling = "def margin(zero_shot, in_context, finetuned):\n    finetuned.attention_LQD.mul_(2)\n    return finetuned.label_scores_QC[:, 0]\n"
     with pytest.raises(SweepError, match="metric 'margin' changes the captures it is given; work on copies"):
         metric_measures(baseline(ZS, ICL), [own(tmp_path, "margin", spoiling)], FT.clone())
+
+
+@pytest.mark.parametrize(("factor", "is_near"), [(2.0, False), (0.5, True)])
+def test_random_weights_of_another_size_have_their_size_and_no_similarity(factor: float, is_near: bool) -> None:
+    """Their state lies on the line from zero-shot to ICL; a trained cell with R = 1/2 is what they stand for."""
+    state = replace(FT, attention_LQD=ZS.attention_LQD + factor * (ICL.attention_LQD - ZS.attention_LQD))
+    lane = random_deltas._Lane(RandomTarget("a cell", 0.5, {}), draw=1)
+    found = random_deltas._rows(baseline(ZS, ICL), lane, state, factor)
+    assert {row["name"] for row in found} == {"random_delta_1"}
+    sizes, similar = ([row for row in found if row["metric"] == metric] for metric in ("update_ratio", "sim_aou"))
+    assert len(sizes) == len(similar) == 3 * L
+    assert [row["mean"] for row in sizes] == pytest.approx([factor] * 3 * L, rel=1e-5)
+    if is_near:
+        assert [row["mean"] for row in similar] == pytest.approx([1.0] * 3 * L)
+    else:
+        assert not any(row["n"] or row["mean"] is not None for row in found if row["metric"].startswith("sim_"))
+        assert "accuracy" not in {row["metric"] for row in found}
+    assert lane.is_near(0.5249) and not lane.is_near(0.5251)

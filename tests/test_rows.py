@@ -11,8 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from iclgd_dist import comparison, random_deltas, rows
-from iclgd_dist.blocks import RandomTarget
+from iclgd_dist import comparison, rows
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.metrics import Capture, NoiseFloor
 from iclgd_dist.rows import Lane, Row, TrainingRecord
@@ -404,21 +403,3 @@ def test_a_lane_has_the_same_row_among_others_as_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(comparison, "NUMBERS_AT_ONCE", 1)
     assert rows.finetuned_rows(base, lanes, prefix=prefix) == alone
     assert rows.finetuned_rows(base, [], prefix=prefix) == []
-
-
-@pytest.mark.parametrize(("factor", "is_near"), [(2.0, False), (0.5, True)])
-def test_random_weights_of_another_size_have_their_size_and_no_similarity(factor: float, is_near: bool) -> None:
-    """Their state lies on the line from zero-shot to ICL; a trained cell with R = 1/2 is what they stand for."""
-    state = replace(FT, attention_LQD=ZS.attention_LQD + factor * (ICL.attention_LQD - ZS.attention_LQD))
-    lane = random_deltas._Lane(RandomTarget("a cell", 0.5, {}), draw=1)
-    found = random_deltas._rows(baseline(ZS, ICL), lane, state, factor)
-    assert {row["name"] for row in found} == {"random_delta_1"}
-    sizes, similar = ([row for row in found if row["metric"] == metric] for metric in ("update_ratio", "sim_aou"))
-    assert len(sizes) == len(similar) == 3 * L
-    assert [row["mean"] for row in sizes] == pytest.approx([factor] * 3 * L, rel=1e-5)
-    if is_near:
-        assert [row["mean"] for row in similar] == pytest.approx([1.0] * 3 * L)
-    else:
-        assert not any(row["n"] or row["mean"] is not None for row in found if row["metric"].startswith("sim_"))
-        assert "accuracy" not in {row["metric"] for row in found}
-    assert lane.is_near(0.5249) and not lane.is_near(0.5251)
