@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .intervals import ALL_TASKS, Estimate
-from .panels import COLOURS, GREY, Panel, drawing, safe
-from .text import BASELINES
+from .panels import CLEAR, COLOURS, GREY, LEGEND, Panel, drawing, safe
+from .text import BASELINES, counted
 from .verdict import BASE, METHOD, METRIC, Compared, Findings, passed
 
 TITLE = "By task"
@@ -30,7 +30,7 @@ def panels(found: Findings) -> list[Panel]:
     for where, one in differences.items():
         if math.isfinite(one.mean.mean):
             made.append(Panel(f"{METHOD} less {BASE} at {where}: {one}", _drawn(METRIC, {"": (one, COLOURS[METHOD])}, lines=(0.0, first.smallest_effect))))
-    said = f"Balanced accuracy; ICL beats zero-shot in {len(has_icl)} of {len(found.gate.tasks)} tasks"
+    said = f"Balanced accuracy; ICL beats zero-shot in {len(has_icl)} of {counted(len(found.gate.tasks), 'task')}"
     return [*made, Panel(said, _drawn("balanced accuracy", {name: (found.accuracies[name], shade) for name, shade in accuracies.items()}, has_icl))]
 
 
@@ -56,7 +56,8 @@ def _drawn(title: str, compared: Mapping[str, tuple[Compared, str]], bold: Seque
     has_legend = len(compared) > 1
     height = (ROW + MORE * (len(compared) - 1)) * len(names) + ROOM + (40 if has_legend else 0)
     under = {"title": {"text": title, "standoff": 4}, "zeroline": False}
-    return drawing(data, height=height, bottom=86 if has_legend else 46, xaxis=under, yaxis=axis, shapes=shapes, showlegend=has_legend)
+    legend = {**LEGEND, "bgcolor": CLEAR, "entrywidth": 80}  # two in a line, beside the names of the tasks
+    return drawing(data, height=height, bottom=86 if has_legend else 46, xaxis=under, yaxis=axis, shapes=shapes, showlegend=has_legend, legend=legend)
 
 
 def _known(one: Estimate) -> float | None:

@@ -98,7 +98,7 @@ def with_all_tasks(rows: Iterable[tuple[Hashable, dict[str, Any], list[Estimate]
             named = {
                 "task": ALL_TASKS,
                 **{name: sum(named[name] for named, _ in tasks) for name in ("num_planned", "num_queries")},
-                "signs": f"above 0 in {above} of {len(finite)} tasks" if finite else "",
+                "signs": f"above 0 in {above} of {counted(len(finite), 'task')}" if finite else "",
             }
             named |= {"reasons": sum((named["reasons"] for named, _ in tasks), Counter())} if "reasons" in tasks[0][0] else {}
             result.append((tasks[0][0] | named, [over_tasks(part) for part in zip(*(found for _, found in tasks), strict=True)]))

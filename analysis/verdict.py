@@ -48,7 +48,7 @@ class Compared:
     def __str__(self) -> str:
         """The mean over tasks, and in how many of them it lies above 0; in words where no draw has a value."""
         finite = [found.mean for found in self.tasks.values() if math.isfinite(found.mean)]
-        return f"{self.mean}, above 0 in {sum(mean > 0 for mean in finite)} of {len(finite)} tasks" if finite else "no draw could be compared"
+        return f"{self.mean}, above 0 in {sum(mean > 0 for mean in finite)} of {counted(len(finite), 'task')}" if finite else "no draw could be compared"
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def paragraph(found: Findings) -> list[str]:
     has_icl = passed(found)
     which = f" ({', '.join(has_icl)})" if has_icl else ""
     said.append(
-        f"ICL beats zero-shot, with its interval above 0, in {len(has_icl)} of {len(tasks)} tasks{which}; where it does not, no effect of ICL is shown."
+        f"ICL beats zero-shot, with its interval above 0, in {len(has_icl)} of {counted(len(tasks), 'task')}{which}; where it does not, no effect of ICL is shown."
     )
     said.append(_collapsed(found.settings))
     for init, one in found.untrained.items():
