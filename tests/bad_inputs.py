@@ -887,12 +887,12 @@ def of_model(damage: Damage) -> Damage:
 
 
 def sources(name: str, *arguments: Any) -> Damage:
-    """Return a damage of tests/test_sources.py, or what one of its functions makes; the module is imported when it is needed."""
+    """Return a damage of tests/model_dirs.py, or what one of its functions makes; the module is imported when it is needed."""
 
     def damage(folder: Path) -> None:
-        from tests import test_sources
+        from tests import model_dirs
 
-        found = getattr(test_sources, name)
+        found = getattr(model_dirs, name)
         (found(*arguments) if arguments else found)(folder / "model")
 
     return damage
@@ -1191,7 +1191,7 @@ def gguf(damage: Damage) -> Damage:
     """Let the model be a GGUF file that is damaged."""
 
     def damaged(folder: Path) -> None:
-        from tests.test_sources import write_gguf
+        from tests.model_dirs import write_gguf
 
         write_gguf(folder / "tiny.gguf")
         damage(folder / "tiny.gguf")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.buckets import bucket, s3_server  # noqa: F401  fixtures
+
+if TYPE_CHECKING:
+    from tests.plans import Models
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -56,6 +61,45 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     save_good(folder)
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where this test's cache of models lies."""
+    monkeypatch.setenv("ICLGD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the model of `tests.model_dirs`, which stays as it is."""
+    from tests.model_dirs import save_directory
+
+    directory = tmp_path_factory.mktemp("original") / "tiny"
+    save_directory(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(original: Path, tmp_path: Path) -> Path:
+    """Return a copy of it, to be changed."""
+    return Path(shutil.copytree(original, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> Models:
+    """Return the made-up models of `tests.plans`, which answer for all others."""
+    from tests.plans import Models
+
+    return Models().stand_in(monkeypatch)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, models: Models) -> Path:
+    """Return a folder with the labelled files that the sweep of `tests.plans` names."""
+    from tests.plans import data_in
+
+    return data_in(tmp_path)
 
 
 @pytest.fixture

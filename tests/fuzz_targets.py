@@ -116,7 +116,7 @@ def _shards() -> dict[str, bytes]:
 
 
 def _gguf() -> dict[str, bytes]:
-    from tests.test_sources import write_gguf
+    from tests.model_dirs import write_gguf
 
     with tempfile.TemporaryDirectory() as place:
         write_gguf(Path(place) / "x.gguf")

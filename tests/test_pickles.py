@@ -17,10 +17,7 @@ from iclgd_dist.model_files import INDEX, SINGLE
 from iclgd_dist.pickles import convert_pickles
 from iclgd_dist.sources import identify
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ICLGD_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

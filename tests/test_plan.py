@@ -1,13 +1,11 @@
-"""The plan: which cells a sweep means, what their keys depend on, and how they are grouped. A tokenizer of words and a made-up model stand in."""
+"""The plan: which cells a sweep means, how they are grouped, and what it says of them."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,125 +13,14 @@ from typing import Any
 
 import pytest
 
-from iclgd_dist import extensions
 from iclgd_dist import plan as planning
-from iclgd_dist.blocks import Block, halve, split, with_cells
-from iclgd_dist.config import ModelSpec, Resources, SweepError, load_sweep
+from iclgd_dist.blocks import with_cells
+from iclgd_dist.config import ModelSpec, SweepError, load_sweep
 from iclgd_dist.encoding import encode, fits_context
-from iclgd_dist.plan import Plan, count_cells, key_of, make_plan
+from iclgd_dist.plan import count_cells
 from iclgd_dist.sources import ModelIdentity, SourceUnreachable
 from iclgd_dist.tasks import draw, load_task
-
-CONFIG = {"num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50, "max_position_embeddings": 512}
-SWEEP = """
-name = "tiny"
-tasks = ["fruit", "stone"]
-seeds = [3, 1]
-orders = 2
-num_demonstrations = [1, 4]
-num_queries = 8
-steps = [1, 2, 4]
-
-[learning_rates]
-vanilla = [1e-3, 1e-2, 1e-1]
-layer_causal = [1e-3, 1e-2]
-
-[[models]]
-source = "first"
-
-[[models]]
-source = "second"
-"""
-FRUIT = """
-[[task]]
-name = "fruit"
-file = "train.csv"
-query_file = "queries.csv"
-template = "Is {text} sweet?"
-labels = { y = "Yes", n = "No" }
-"""
-STONE = FRUIT.replace('"fruit"', '"stone"').replace("sweet", "hard")
-
-
-class Words:
-    """A tokenizer whose tokens are words, hyphens apart; it counts how often it sees a text."""
-
-    bos_token_id, eos_token_id, name_or_path = 0, 1, "words"
-
-    def __init__(self) -> None:
-        self.vocabulary: dict[str, int] = {}
-        self.seen: Counter[str] = Counter()
-
-    def __call__(self, texts: list[str], *, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, list[list[int]]]:
-        assert not add_special_tokens
-        assert split_special_tokens
-        self.seen.update(texts)
-        words = [re.findall(r"\n| ?[^\s-]+|-|\s", text) for text in texts]
-        return {"input_ids": [[self.vocabulary.setdefault(word, len(self.vocabulary) + 2) for word in row] for row in words]}
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(word for number in ids for word, other in self.vocabulary.items() if other == number)
-
-
-class Models:
-    """What the plan learns of models: content by source, tokenizers, and which do not answer."""
-
-    def __init__(self) -> None:
-        self.content = {"first": "1" * 64, "second": "2" * 64}
-        self.tokenizers: list[Words] = []
-        self.silent: set[str] = set()
-
-    def identify(self, spec: ModelSpec, *, folder: Path) -> ModelIdentity:
-        if spec.source in self.silent:
-            raise SourceUnreachable(f"model {spec.source!r}: the hub cannot be reached")
-        return ModelIdentity(spec.source, spec.source, self.content[spec.source], "llama", CONFIG, None)
-
-    def light_tokenizer(self, identity: ModelIdentity) -> Words:
-        self.tokenizers.append(Words())
-        return self.tokenizers[-1]
-
-
-@pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> Models:
-    found = Models()
-    monkeypatch.setattr(planning, "identify", found.identify)
-    monkeypatch.setattr(planning, "light_tokenizer", found.light_tokenizer)
-    return found
-
-
-@pytest.fixture
-def folder(tmp_path: Path, models: Models) -> Path:
-    return data_in(tmp_path)
-
-
-def data_in(folder: Path) -> Path:
-    for name, number in (("train", 30), ("queries", 24)):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *((f"{name} fruit number {n}", "yn"[n % 2]) for n in range(number))])
-    return folder
-
-
-def planned(folder: Path, *changes: tuple[str, str], text: str = SWEEP + FRUIT + STONE, finished: Collection[str] = (), **options: Any) -> Plan:
-    for old, new in changes:
-        assert old in text, old
-        text = text.replace(old, new)
-    (folder / "sweep.toml").write_text(text)
-    return make_plan(load_sweep(folder / "sweep.toml"), finished, **options)
-
-
-def points(plan: Plan) -> dict[tuple, str]:
-    """Return the key of every grid point, in plain values."""
-    found: dict[tuple, str] = {}
-    for block in plan.blocks:
-        for cell in block.cells:
-            drawn = () if cell.kind == "zero_shot" else (block.num_demonstrations, block.seed, block.order)
-            point = (block.model.source, block.draw.task, cell.kind, *drawn, cell.method, cell.learning_rate, cell.step)
-            assert found.setdefault(point, cell.key) == cell.key
-    return found
-
-
-SMALL = [("seeds = [3, 1]", "seeds = [1]"), ("orders = 2", "orders = 1"), ("[1, 4]", "4"), ('\n[[models]]\nsource = "second"\n', "")]
-
+from tests.plans import CONFIG, FRUIT, ONE, SMALL, STONE, SWEEP, Models, planned, points, trained_on, with_section
 
 # --- Which cells
 
@@ -199,162 +86,13 @@ def test_a_zero_shot_cell_alone_is_asked_of_one_block(folder: Path) -> None:
     assert all([cell.kind for cell in block.cells] == ["zero_shot"] for block in rest.blocks)
 
 
-# --- What a key depends on
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('name = "tiny"', 'name = "other"'),
-        ("seeds = [3, 1]", "seeds = [1, 3]"),
-        ("steps = [1, 2, 4]", "steps = [4, 1, 2]"),
-        ('["fruit", "stone"]', '["stone", "fruit"]'),
-        ("[1e-3, 1e-2, 1e-1]", "[0.1, 0.001, 0.01]"),
-        ("vanilla = [1e-3, 1e-2, 1e-1]\nlayer_causal = [1e-3, 1e-2]", "layer_causal = [1e-3, 1e-2]\nvanilla = [1e-3, 1e-2, 1e-1]"),
-        ("[[task]]", "[resources]\ncpus_per_actor = 2\nmax_actors = 1\ntokens_per_batch = 10\ndevice_map = 'cpu'\n\n[[task]]"),
-        ("[[task]]", "[analysis]\nsmallest_effect = 0.5\n\n[[task]]"),
-        ("[[task]]", "[capture]\nkeep = 'all'\n\n[[task]]"),
-        ('source = "first"', 'source = "first"\ninit = "trained"\ninit_scheme = "model"\ninit_seeds = []'),
-        ("orders = 2", "orders = 2\nquery_seed = 1\nmethods = ['layer_causal', 'vanilla']"),
-        ('source = "first"', 'source = "first"\nstorage_dtype = "float32"\ncompute_dtype = "float32"\ntf32 = false\ndeterministic = false'),
-        ("[[task]]", '[protocol]\nseparator = "newline"\n\n[[task]]'),
-    ],
-)  # fmt: skip
-def test_keys_do_not_depend_on_what_runs_a_cell_or_where_it_is_written(folder: Path, old: str, new: str) -> None:
-    text = SWEEP + FRUIT + STONE
-    assert old in text
-    assert points(planned(folder, text=text.replace(old, new, 1))) == points(planned(folder, text=text))
-
-
-def test_keys_do_not_depend_on_the_cells_around_them_nor_on_the_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    whole = points(planned(folder))
-    part = points(planned(folder, *SMALL, ("[1e-3, 1e-2, 1e-1]", "[1e-2]"), ("[1, 2, 4]", "[2]"), ('["fruit", "stone"]', '["stone"]')))
-    assert len(part) == 1 + 1 + 1 + 2
-    assert part.items() <= whole.items()
-    assert points(planned(data_in(tmp_path_factory.mktemp("elsewhere")))) == whole
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "kinds"),
-    [
-        ("Is {text} sweet?", "Is {text} very sweet?", "zero_shot icl finetuned"),
-        ('"Yes"', '"Sure"', "zero_shot icl finetuned"),
-        ("num_queries = 8", "num_queries = 6", "zero_shot icl finetuned"),
-        ("num_queries = 8", "num_queries = 8\nquery_seed = 2", "zero_shot icl finetuned"),
-        ('source = "first"', 'source = "first"\ncompute_dtype = "float64"', "zero_shot icl finetuned"),
-        ('source = "first"', 'source = "first"\nstorage_dtype = "bfloat16"', "zero_shot icl finetuned"),
-        ('source = "first"', 'source = "first"\ntf32 = true', "zero_shot icl finetuned"),
-        ('source = "first"', 'source = "first"\ndeterministic = true', "zero_shot icl finetuned"),
-        ('source = "first"', 'source = "first"\ninit = "norms"\ninit_seeds = [0]', "zero_shot icl finetuned"),
-        ('source = "first"', 'source = "second"', "zero_shot icl finetuned"),
-        ("[[task]]", '[protocol]\nseparator = "eos"\n\n[[task]]', "zero_shot icl finetuned"),
-        ("[[task]]", '[protocol]\nsink = "eos"\n\n[[task]]', "zero_shot icl finetuned"),
-        ("seeds = [1]", "seeds = [2]", "icl finetuned"),
-        ("num_demonstrations = 4", "num_demonstrations = 5", "icl finetuned"),
-    ],
-)
-def test_keys_depend_on_all_that_defines_a_cell(folder: Path, old: str, new: str, kinds: str) -> None:
-    text = SWEEP + FRUIT
-    for change in (*SMALL, (', "stone"', "")):
-        text = text.replace(*change)
-    assert old in text
-    (before,), (after,) = planned(folder, text=text).blocks, planned(folder, text=text.replace(old, new)).blocks
-    changed = {a.kind for a, b in zip(before.cells, after.cells, strict=True) if a.key != b.key}
-    same = {a.kind for a, b in zip(before.cells, after.cells, strict=True) if a.key == b.key}
-    assert changed == set(kinds.split())
-    assert same.isdisjoint(changed)
-
-
-@pytest.mark.parametrize("row", ["drawn", "not drawn", "query"])
-def test_keys_depend_on_the_texts_that_are_drawn_and_on_no_others(folder: Path, row: str) -> None:
-    changes = [*SMALL, ('["fruit", "stone"]', '["fruit"]')]
-    (before,) = planned(folder, *changes).blocks
-    drawn = [example.prompt for example in before.draw.demonstrations]
-    if row == "query":
-        path, text = folder / "queries.csv", before.draw.queries[0].prompt[3:-7]
-    else:
-        path = folder / "train.csv"
-        text = [f"train fruit number {n}" for n in range(30) if (f"Is train fruit number {n} sweet?" in drawn) == (row == "drawn")][-1]
-    assert f"\n{text},".encode() in path.read_bytes()
-    path.write_bytes(path.read_bytes().replace(f"\n{text},".encode(), f"\n{text}!,".encode()))
-    (after,) = planned(folder, *changes).blocks
-    changed = {a.kind for a, b in zip(before.cells, after.cells, strict=True) if a.key != b.key}
-    assert changed == {"drawn": {"icl", "finetuned"}, "not drawn": set(), "query": {"zero_shot", "icl", "finetuned"}}[row]
-
-
-def test_an_option_at_its_default_is_left_out_of_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: list[dict[str, Any]] = []
-
-    def recording(values: dict[str, Any]) -> str:
-        hashed.append(values)
-        return key_of(values)
-
-    monkeypatch.setattr(planning, "key_of", recording)
-    planned(folder)
-    assert {name for values in hashed for name in values if "." in name} == set()
-    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\nseparator = "eos"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
-    assert {name for values in hashed for name in values if "." in name} == {"protocol.separator"}
-    hashed.clear()
-    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\nsink = "auto"\n\n[[task]]\nname = "fruit"'))
-    planned(folder, ('[[task]]\nname = "fruit"', '[protocol]\npreset = "reference"\n\n[[task]]\nname = "fruit"'))
-    assert "protocol.line_breaks" in hashed[0]
-    assert not any("preset" in name for values in hashed for name in values)
-
-
-def test_keys_stay_what_they_were(folder: Path) -> None:
-    """These change only with KEY_SCHEMA, a method's version or the draw: whoever changes them makes every store run again."""
-    found = points(planned(folder))
-    assert found["first", "fruit", "zero_shot", None, None, None][:16] == "7281e97413e09e6c"
-    assert found["first", "fruit", "icl", 4, 3, 1, None, None, None][:16] == "df3bb8e527289c3c"
-    assert found["first", "fruit", "finetuned", 4, 3, 1, "layer_causal", 0.01, 2][:16] == "3cf3b04e22fa0527"
-
-
-# --- Protocols, runs, and what is trained on
-
-ONE = [*SMALL, ('["fruit", "stone"]', '["fruit"]')]
-SECTION = '[[task]]\nname = "fruit"'
-REFERENCE_SPELLED = """sink = "bos"
-separator = "eos"
-leading_separator = false
-record_position = "label"
-truncation = "greedy"
-order_rule = "separate"
-demonstration_draw = "shuffled"
-query_draw = "shuffled"
-label_tokens = "separate"
-line_breaks = "eos"
-first_layer = "count"
-undefined = "eps"
-"""
-
-
-def trained_on(block: Block) -> list[str]:
-    return list(dict.fromkeys(train_on for _, train_on in block.trained()))
-
-
-def with_section(section: str) -> tuple[str, str]:
-    return SECTION, f"{section}\n\n{SECTION}"
-
-
-def test_keys_do_not_depend_on_how_a_protocol_is_written(folder: Path) -> None:
-    named, spelled = (planned(folder, with_section(f"[protocol]\n{text}")) for text in ('preset = "reference"', REFERENCE_SPELLED))
-    assert points(named) == points(spelled)
-    assert set(named.keys).isdisjoint(planned(folder).keys)
-    back = REFERENCE_SPELLED.replace('"bos"', '"auto"').replace('"eos"', '"newline"', 1).replace("false", "true").replace('"label"', '"last_prompt"')
-    for old, new in (("greedy", "refuse"), ("separate", "shared"), ("shuffled", "hashed"), ("shuffled", "balanced"), ("separate", "joint")):
-        back = back.replace(old, new, 1)
-    back = back.replace('line_breaks = "eos"', 'line_breaks = "text"').replace("count", "skip").replace('"eps"', '"null"')
-    assert points(planned(folder, with_section(f'[protocol]\npreset = "reference"\n{back}'))) == points(planned(folder))
-
-
-@pytest.mark.parametrize(
-    ("switch", "value"),
-    [line.split(" = ") for line in REFERENCE_SPELLED.splitlines()] + [["loss_tokens", '"label"']],
-)
-def test_every_switch_is_part_of_every_key(folder: Path, switch: str, value: str) -> None:
-    before, after = planned(folder, *ONE), planned(folder, *ONE, with_section(f"[protocol]\n{switch} = {value}"))
-    assert len(after.keys) == len(before.keys)
-    assert set(after.keys).isdisjoint(before.keys)
+def test_protocols_are_an_axis_of_cells(folder: Path) -> None:
+    section = '[[protocols]]\n[[protocols]]\nseparator = "eos"\n[[protocols]]\nrecord_position = "last_prompt"'
+    plan = planned(folder, with_section(section))
+    clean, eos = planned(folder), planned(folder, with_section('[protocol]\nseparator = "eos"'))
+    assert set(plan.keys) == {*clean.keys, *eos.keys}
+    assert plan.num_cells == clean.num_cells + eos.num_cells  # the third is the first by another name
+    assert {block.protocol.separator for block in plan.blocks} == {"newline", "eos"}
 
 
 def test_blocks_of_the_reference_train_in_another_order_than_they_show(folder: Path) -> None:
@@ -406,17 +144,6 @@ def test_what_is_trained_on_is_an_axis_of_finetuned_cells(folder: Path) -> None:
     assert plain.blocks[0].cost.baseline_flops < block.cost.baseline_flops < 3 * plain.blocks[0].cost.baseline_flops
 
 
-def test_the_control_task_is_part_of_the_keys_of_what_is_trained_on_it_and_of_no_others(folder: Path) -> None:
-    def found(task: str) -> dict[str, set[str]]:
-        section = with_section(f'[controls]\ntrain_on = ["true", "random_labels", "other_task"]\ncontexts = true\ncontrol_task = "{task}"')
-        (block,) = planned(folder, *ONE, section, ("[[models]]", STONE.replace('"stone"', '"sand"').replace("hard", "soft") + "\n[[models]]")).blocks
-        return {train_on: {cell.key for cell in block.cells if cell.train_on == train_on} for train_on in trained_on(block)}
-
-    stone, sand = found("stone"), found("sand")
-    assert [stone[train_on] == sand[train_on] for train_on in ("true", "random_labels", "other_task")] == [True, True, False]
-    assert stone["other_task"].isdisjoint(sand["other_task"])
-
-
 def test_control_contexts_change_no_key_and_travel_with_the_block(folder: Path, models: Models) -> None:
     plan = planned(folder, *ONE, with_section('[controls]\ncontexts = true\ncontrol_task = "stone"\nrandom_delta = true'))
     plain = planned(folder, *ONE)
@@ -427,13 +154,6 @@ def test_control_contexts_change_no_key_and_travel_with_the_block(folder: Path, 
     encoded = encode(block.draw, models.tokenizers[-2], protocol=block.protocol, max_positions=512)
     assert [name.partition(":")[0] for name in encoded.control_contexts] == [name for name in block.controls.contexts if name != "shifted"]
     assert block.cost.baseline_flops > 2 * bare.cost.baseline_flops
-
-
-def test_a_raised_method_version_gives_its_cells_new_keys_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = points(planned(folder))
-    monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", extensions.METHOD_VERSIONS["vanilla"] + 1)
-    after = points(planned(folder))
-    assert {point for point in before if before[point] != after[point]} == {point for point in before if "vanilla" in point}
 
 
 def test_models_with_the_same_content_count_once(folder: Path, models: Models) -> None:
@@ -457,110 +177,6 @@ def test_untrained_models_differ_in_kind_scheme_and_seed_and_say_so_in_every_row
     rows = [block.identity(cell) for block in plan.blocks for cell in block.cells]
     expected = {("trained", None, None, ()), *((i, s, seed, (f"random weights ({i}, {s}, seed {seed})",)) for i, s, seeds in kinds for seed in seeds)}
     assert {(row["init"], row["init_scheme"], row["init_seed"], tuple(row["model_notes"])) for row in rows} == expected
-
-
-# --- Blocks: parts and cost
-
-
-def four_lanes(folder: Path) -> Block:
-    (block,) = planned(folder, *SMALL, ('["fruit", "stone"]', '["fruit"]'), ("[1e-3, 1e-2]", "[1e-3, 1e-2, 1e-1, 1]")).blocks
-    return block
-
-
-@pytest.mark.parametrize("num_actors", [1, 2, 3, 4, 9])
-def test_splitting_keeps_every_cell_once_and_a_learning_rate_of_both_methods_together(folder: Path, num_actors: int) -> None:
-    block = four_lanes(folder)
-    parts = split([block], num_actors)
-    assert len(parts) == min(num_actors, 4)
-    assert sorted(cell.key for part in parts for cell in part.cells) == sorted(cell.key for cell in block.cells)
-    homes = {(cell.learning_rate, number) for number, part in enumerate(parts) for cell in part.cells if cell.learning_rate is not None}
-    assert len(homes) == 4
-    assert len({part.name for part in parts}) == len(parts)
-    repeated = (len(parts) - 1) * block.cost.baseline_flops
-    assert sum(part.cost.flops for part in parts) == pytest.approx(block.cost.flops + repeated)
-    assert sum(part.cost.training_tokens for part in parts) == pytest.approx(block.cost.training_tokens, abs=len(parts))
-    assert (
-        block.cost.capture_tokens - len(parts)
-        <= sum(part.cost.capture_tokens for part in parts)
-        < block.cost.capture_tokens * (1 if len(parts) == 1 else len(parts)) + 1
-    )
-
-
-def test_splitting_also_parts_what_is_trained_on(folder: Path) -> None:
-    section = with_section('[controls]\ntrain_on = ["true", "random_labels", "shuffled_words"]')
-    (block,) = planned(folder, *ONE, section, ("[1e-3, 1e-2, 1e-1]", "[1e-3]"), ("[1e-3, 1e-2]", "[1e-3]")).blocks
-    parts = split([block], 9)
-    assert sorted(trained_on(part) for part in parts) == [["random_labels"], ["shuffled_words"], ["true"]]
-    assert sorted(cell.key for part in parts for cell in part.cells) == sorted(cell.key for cell in block.cells)
-
-
-def test_splitting_halves_the_largest_block_that_has_more_than_one_learning_rate(folder: Path) -> None:
-    wide = four_lanes(folder)
-    narrow = halve(halve(wide)[0])[0]
-    assert halve(narrow) == (narrow,)
-    dear = replace(narrow, name="dear", cost=replace(narrow.cost, flops=1e30))
-    parts = split([dear, wide], 4)
-    assert len(parts) == 4
-    assert parts[0] == dear
-    assert split([dear], 8) == (dear,)
-    assert split([], 8) == ()
-
-
-def test_a_block_with_other_cells_is_named_and_costed_anew(folder: Path, models: Models) -> None:
-    block = four_lanes(folder)
-    encoded = encode(block.draw, models.tokenizers[-1], protocol=block.protocol, max_positions=512)
-    fewer = with_cells(block, tuple(cell for cell in block.cells if cell.method != "vanilla"), encoded)
-    assert fewer.learning_rates("vanilla") == []
-    assert fewer.learning_rates("layer_causal") == [1e-3, 1e-2, 1e-1, 1]
-    assert fewer.steps("layer_causal") == [1, 2, 4]
-    assert fewer.name != block.name
-    assert fewer.cost.baseline_flops == block.cost.baseline_flops
-    assert with_cells(fewer, block.cells, encoded) == block
-    on_disk = with_cells(replace(block, resources=Resources(device_map="disk")), block.cells, encoded)
-    assert on_disk.cost.peak_gib < block.cost.peak_gib and on_disk.cost.flops == block.cost.flops
-
-
-def test_cost_grows_with_lanes_steps_and_queries(folder: Path) -> None:
-    def cost(*changes: tuple[str, str]) -> Any:
-        (block,) = planned(folder, *SMALL, ('["fruit", "stone"]', '["fruit"]'), ("[1e-3, 1e-2, 1e-1]", "[1e-3]"), *changes).blocks
-        return block.cost
-
-    one, lanes = cost(), cost(("vanilla = [1e-3]", "vanilla = [1e-3, 1e-2, 1e-1, 1]"))
-    assert lanes.training_tokens > one.training_tokens
-    assert lanes.capture_tokens > one.capture_tokens
-    assert lanes.flops > one.flops
-    assert lanes.peak_gib > one.peak_gib
-    assert lanes.baseline_flops == one.baseline_flops
-    assert cost(("[1, 2, 4]", "[4]")).flops < one.flops
-    assert cost(("[1, 2, 4]", "[4]")).training_tokens == one.training_tokens
-    assert cost(("num_queries = 8", "num_queries = 16")).capture_tokens > one.capture_tokens
-
-
-def test_training_tokens_are_the_demonstrations_tokens_times_the_learning_rates(folder: Path) -> None:
-    block = four_lanes(folder)
-    # sink, newline, "Is train fruit number N sweet? Yes": 9 tokens; 4 demonstrations; 3 and 4 learning rates.
-    assert block.cost.training_tokens == 4 * 9 * (3 + 4)
-
-
-@pytest.mark.parametrize(
-    ("keep", "kept"),
-    [
-        ("none", set()),
-        ("final_step", {("zero_shot", None), ("icl", None), ("finetuned", 4)}),
-        ("all", {("zero_shot", None), ("icl", None), *(("finetuned", step) for step in (1, 2, 4))}),
-    ],
-)
-def test_captures_are_kept_of_the_cells_that_the_file_asks_for(folder: Path, keep: str, kept: set[tuple[str, int | None]]) -> None:
-    changes = [*SMALL, ('["fruit", "stone"]', '["fruit"]')]
-    (block,) = planned(folder, *changes, text=SWEEP + f'[capture]\nkeep = "{keep}"\n' + FRUIT).blocks
-    assert {(cell.kind, cell.step) for cell in block.cells if cell.is_kept} == kept
-    assert all(cell.is_kept == ((cell.kind, cell.step) in kept) for cell in block.cells)
-    # 3 layers, width 8, 2 heads, 8 queries, 2 labels; 4 demonstrations of 7 tokens, "Is train fruit number N sweet? Yes".
-    assert block.cost.capture_bytes == 4 * 3 * 8 * (8 + 2 * max_tokens(block) + 4 * 7) + 8 * 8 * 2
-
-
-def max_tokens(block: Block) -> int:
-    return max(len(re.findall(r"[^\s-]+|-", query.prompt)) for query in block.draw.queries)
 
 
 # --- What a plan says
@@ -645,15 +261,6 @@ def test_what_cannot_be_run_is_refused_by_the_plan(folder: Path) -> None:
         planned(folder, ("orders = 2", "orders = 1_000_000_000_000"))
 
 
-def test_protocols_are_an_axis_of_cells(folder: Path) -> None:
-    section = '[[protocols]]\n[[protocols]]\nseparator = "eos"\n[[protocols]]\nrecord_position = "last_prompt"'
-    plan = planned(folder, with_section(section))
-    clean, eos = planned(folder), planned(folder, with_section('[protocol]\nseparator = "eos"'))
-    assert set(plan.keys) == {*clean.keys, *eos.keys}
-    assert plan.num_cells == clean.num_cells + eos.num_cells  # the third is the first by another name
-    assert {block.protocol.separator for block in plan.blocks} == {"newline", "eos"}
-
-
 @pytest.mark.parametrize(
     ("method", "message"),
     [
@@ -682,14 +289,3 @@ def test_the_residual_option_is_for_models_that_add_the_attention_output_as_it_i
     used = ("steps = [1, 2, 4]", 'steps = [1, 2, 4]\nmethods = ["mine"]'), ("vanilla = [", "mine = ["), ("layer_causal = [1e-3, 1e-2]", "")
     with pytest.raises(SweepError, match=f"add the attention output as it is; {model_type}") if is_refused else contextlib.nullcontext():
         planned(folder, with_section(own), *used)
-
-
-def test_code_of_ones_own_is_part_of_the_key_with_the_versions_it_may_build_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "rules.py").write_text("class Mine:\n    pass\n")
-    own = '[[method]]\nname = "mine"\ncode = "rules.py:Mine"'
-    used = ("steps = [1, 2, 4]", 'steps = [1, 2, 4]\nmethods = ["mine"]'), ("vanilla = [", "mine = ["), ("layer_causal = [1e-3, 1e-2]", "")
-    keys = set(planned(folder, with_section(own), *used).keys)
-    assert set(planned(folder, with_section(own.replace("rules.py", "./rules.py")), *used).keys) == keys
-    monkeypatch.setitem(extensions.METHOD_VERSIONS, "vanilla", extensions.METHOD_VERSIONS["vanilla"] + 1)
-    raised = set(planned(folder, with_section(own), *used).keys)
-    assert keys != raised and len(keys & raised) == 2 * 2 * (1 + 8)  # baselines only

@@ -19,10 +19,7 @@ from tests.tiny import tiny
 HASH = "ab" * 32
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ICLGD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:

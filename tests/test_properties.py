@@ -24,8 +24,8 @@ from iclgd_dist.config import SweepError, load_sweep
 from iclgd_dist.plan import Plan, count_cells, make_plan
 from iclgd_dist.task_spec import OwnTask
 from iclgd_dist.tasks import draw, fold_of, load_task, text_key
+from tests.plans import Models, data_in
 from tests.test_config import GOOD
-from tests.test_plan import Models, data_in
 
 small = settings(derandomize=True, max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 smaller = settings(small, max_examples=40)
@@ -36,9 +36,7 @@ SECONDS = 5.0  # that a file of a few kilobytes may take on a busy machine
 def folder() -> Iterator[Path]:
     """Return a folder with labelled files; models are made up, as in the tests of the plan."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as place:
-        models = Models()
-        patch.setattr(planning, "identify", models.identify)
-        patch.setattr(planning, "light_tokenizer", models.light_tokenizer)
+        Models().stand_in(patch)
         yield data_in(Path(place))
 
 
