@@ -14,7 +14,7 @@ from .crossing import FOLDS, crossfit, picks
 from .intervals import descriptive
 from .load import Frames, each, load
 from .setting import Setting
-from .text import BASELINES, Grid, entry, show, stores
+from .text import BASELINES, EDGE, EDGE_NOTE, Grid, entry, marked, show, stores
 
 METRICS = ("balanced_accuracy", "nll_label", "ece", "ece_mass", "brier", "entropy")
 FORMS = {
@@ -47,10 +47,11 @@ class State:
     name: str
     rates: str  # empty for a baseline
     terms: Mapping[str, pd.DataFrame]  # fold that reports -> key, weight, draw, replicate
+    is_edge: bool = False  # a selected learning rate is the smallest or largest of its grid
 
     @property
     def title(self) -> str:
-        return f"{BASELINES.get(self.name, self.name)} {self.rates}".strip()
+        return f"{BASELINES.get(self.name, self.name)} {self.rates}".strip() + (EDGE if self.is_edge else "")
 
     @property
     def cells(self) -> pd.DataFrame:
@@ -64,7 +65,7 @@ def states(frames: Frames, setting: Setting) -> Iterator[State]:
         yield State(name, "", {fold: each(cells) for fold in FOLDS})
     for pick in picks(frames, setting):
         if pick.name == SELECTED:
-            yield State(pick.method, pick.rates, pick.terms)
+            yield State(pick.method, pick.rates, pick.terms, pick.is_edge)
 
 
 def data(frames: Frames, setting: Setting) -> pd.DataFrame:
@@ -74,7 +75,7 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     rows, keys = [], pd.concat([setting.zero_shot, setting.icl, setting.finetuned])["key"]
     own = frames.extras[frames.extras["group"].isin(set(GROUPS.values())) & frames.extras["cell"].isin(keys)]
     for state in states(frames, setting):
-        named: dict[str, Any] = setting.named | {"method": state.name, "learning_rates": state.rates}
+        named: dict[str, Any] = setting.named | {"method": state.name, "learning_rates": state.rates, "is_edge": state.is_edge}
         named["num_planned"] = setting.num_planned(state.name)
         for form in FORMS:
             for metric in METRICS:
@@ -95,12 +96,19 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
     body = []
     lines = rows.groupby(["form", "method", "learning_rates"], sort=False)
     for form in FORMS:
-        for (this, method, rates), part in lines:
+        for (this, method, _), part in lines:
             if this == form:
                 of_metric = {row["metric"]: row for row in part.to_dict("records")}
-                named = [BASELINES.get(method, method), rates]
+                named = [BASELINES.get(method, method), marked(part.iloc[0])]
                 body.append([*named, *(entry(of_metric.get(metric, {})) for metric in METRICS), FORMS[form]])
-    return [Grid(f"{TITLE}: {setting.title}", ("method", "lr", *METRICS, "form"), body, f"{setting.caption} {NOTE}{descriptive(rows)}")]
+    return [
+        Grid(
+            f"{TITLE}: {setting.title}",
+            ("method", "lr", *METRICS, "form"),
+            body,
+            f"{setting.caption} {NOTE}{EDGE_NOTE}{descriptive(rows[rows['method'] != 'zero_shot'])}",
+        )
+    ]
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") ->
 
     Only learning rates with the most defined draws compete: a mean without the diverged draws would flatter. None if none is defined.
     """
-    rows = setting.at_last_step(method)
-    rows = rows[rows["learning_rate"] > 0]  # 0 is a control, no candidate
+    rows = comparable(setting.at_last_step(method))
     of_fold = frames.folds[frames.folds["fold"] == fold][["key", "nll_label"]]
     table = rows[["key", "learning_rate", "replicate"]].merge(of_fold, on="key").dropna(subset=["nll_label"])
     if table.empty:
@@ -51,9 +50,27 @@ def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") ->
     return Selected(best, best in (rows["learning_rate"].min(), rows["learning_rate"].max()))
 
 
+def comparable(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells that learning rates are compared on: of the usual ones, in the draws that have them all; where no draw has, in all. 0 is a control, no candidate.
+
+    More draws of one learning rate, or cells that are not there yet, would else leave it alone or out.
+    """
+    cells = cells[cells["learning_rate"] > 0]
+    rates = usual(cells)
+    rows = cells[cells["learning_rate"].isin(rates)]
+    is_whole = rows.groupby("draw")["learning_rate"].transform("nunique").eq(len(rates))
+    return rows[is_whole] if is_whole.any() else rows
+
+
+def usual(cells: pd.DataFrame) -> set[float]:
+    """Return the learning rates that have half as many draws as their median has, or more: those of a few draws alone are none of the grid."""
+    counts = cells["learning_rate"].value_counts()
+    return set(counts[counts >= counts.median() / 2].index)
+
+
 def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:
     """Return the learning rate whose R at the largest step (geometric mean over draws) is nearest R*, and that R; as in `select`, those of most draws compete."""
-    rows = setting.at_last_step(method)
+    rows = comparable(setting.at_last_step(method))
     rows = rows[rows["update_ratio"] > 0]
     if rows.empty:
         return None
@@ -109,9 +126,8 @@ def matched(setting: Setting, method: str, at: float | None = None) -> Matched:
 
 
 def neighbours(cells: pd.DataFrame) -> dict[str, list[float]]:
-    """Return by draw the learning rates, ascending, that it or half of the draws have: one that is there for a few draws makes no gap in the others."""
-    counts = cells["learning_rate"].value_counts()
-    of_most = set(counts[counts >= cells["draw"].nunique() / 2].index)
+    """Return by draw the usual learning rates and its own, ascending: one that is there for a few draws makes no gap in the others."""
+    of_most = usual(cells)
     return {str(draw): sorted(of_most.union(rates)) for draw, rates in cells.groupby("draw")["learning_rate"]}
 
 

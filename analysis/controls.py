@@ -5,9 +5,10 @@ A similarity says something of the task only where it exceeds that of changes th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 
 from iclgd_dist.axes import Context
@@ -42,7 +43,7 @@ TITLE, EDGE = "Controls", " (edge of the grid: extend the grid)"
 NOTE = (
     "Cosine (sim_aou) of a change with the change that each context makes, mean over layers, mean over draws at the largest step. In-context: ICL's own "
     "change. Selected: the learning rate with the smallest nll_label on one fold, shown on the other, folds swapped and averaged; nearest R*: all queries. Brackets: 95 % interval over seeds, with "
-    "the queries' share where a figure has a value per query (in-context, trained on). n/N: draws used of draws planned. The other similarities stand in figures/controls.csv."
+    "the queries' share where a figure has a value per query (in-context, trained on), from above in task_specific. n/N: draws used of draws planned. The other similarities stand in figures/controls.csv."
 )
 
 
@@ -90,22 +91,45 @@ def task_specific(frames: Frames, terms: Mapping[str, pd.DataFrame], named: Mapp
 
     `terms` and `named` (of `by_name`) by the fold that reports; the folds are averaged.
     """
-    gaps, counts = [], []
+    gaps, counts, variances = [], [], []
     for fold, part in terms.items():
         names = [name for name in named[fold] if kind_of(name) in EMPTY]
         if {kind_of(name) for name in names} != set(EMPTY):
             return None
-        largest = pd.DataFrame({name: frames.by_replicate(part, named[fold][name])["mean"] for name in names}).max(axis=1, skipna=False)
+        values = pd.DataFrame({name: frames.by_replicate(part, named[fold][name])["mean"] for name in names})
+        of_kind = values.T.groupby(kind_of).max().T  # of two other tasks, those that a seed has
+        largest = of_kind.max(axis=1, skipna=False)
         own = frames.by_replicate(part, frames.figures(part["key"].drop_duplicates(), metric, fold))
         gaps.append((own["mean"] - largest).dropna())
         counts.append(own["count"])
+        variances.append(_query_variance(frames, part, names, metric, fold))
     means = pd.concat(gaps, axis=1).dropna().mean(axis=1)
-    return estimate(means, used=min(int(count.reindex(means.index).sum()) for count in counts))
+    used = min(int(count.reindex(means.index).sum()) for count in counts)
+    return estimate(means, used=used, query_variance=sum(variances) / len(variances) ** 2)
+
+
+def _query_variance(frames: Frames, terms: pd.DataFrame, names: Sequence[str], metric: str, fold: str) -> float:
+    """Return the queries' share of the variance of a figure less the largest of some contexts', from above: as if the two were independent.
+
+    A context's figures are kept by layer, without those of each query: the variance of a mean over layers, and over draws, is at most the mean of theirs.
+    """
+    if metric not in frames.examples.columns:
+        return 0.0
+    own = frames.per_query(terms, metric, fold)
+    rows = frames.controls[frames.controls["cell"].isin(terms["key"]) & frames.controls["control"].isin(names)]
+    rows = rows[rows["metric"].eq(metric) & rows["fold"].eq(fold) & rows["mean"].notna() & rows["sd"].notna()]
+    table = pd.DataFrame({"name": rows["control"].astype(str), "share": rows["sd"] ** 2 / rows["n"]})
+    table["weight"] = rows["cell"].astype(str).map(terms.groupby("key")["weight"].mean())
+    of_names = [np.average(part["share"], weights=part["weight"]) for _, part in table.groupby("name")]
+    return (float(own.var(ddof=1)) / len(own) if len(own) > 1 else 0.0) + float(max(of_names, default=0.0))
 
 
 def by_name(frames: Frames, of_setting: pd.DataFrame, keys: pd.Series, metric: str, fold: str) -> dict[str, pd.Series]:
     """Return the cells' figures of each control, by key, in the order of MEANING; the draws of random weights as one."""
-    values = frames.measured(of_setting[of_setting["cell"].isin(keys)], metric, fold)
+    rows = of_setting[of_setting["cell"].isin(keys)]
+    values = frames.measured(rows, metric, fold)
+    if metric == "update_ratio":  # random weights that did not come within 5 % of the cell's have theirs, and no similarity
+        values = values[frames.measured(rows, METRICS[0], fold).reindex(values.index).notna()]
     names = values.index.get_level_values("control").astype(str).str.replace(rf"^{RANDOM_DELTA}_\d+$", RANDOM_DELTA, regex=True)
     means = values.groupby([names, values.index.get_level_values("cell").astype(str)]).mean()
     return {name: means[name] for name in sorted(set(names), key=_rank)}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .chosen import NEAREST, SELECTED, Matched, Selected, nearest_ratio, select, upward
+from .chosen import NEAREST, SELECTED, Matched, Selected, comparable, nearest_ratio, select, upward
 from .intervals import Estimate, estimate, geometric_mean
 from .load import ACCURACIES, Frames, each
 from .setting import Setting
@@ -108,19 +108,13 @@ def selected(frames: Frames, setting: Setting, method: str) -> dict[str, tuple[S
 
 
 def gains(frames: Frames, setting: Setting, method: str, fold: str) -> pd.Series:
-    """Return G by learning rate, ascending: mean over seeds of the mean over their draws; NaN for learning rates that have fewer draws than others have.
-
-    A learning rate that a few draws alone have is none of them: as in `neighbours`, it would make a gap in the others.
-    """
-    cells = setting.at_last_step(method)
-    cells = cells[cells["learning_rate"] > 0]
+    """Return G by usual learning rate, ascending: mean over seeds of the mean over their draws; NaN where it is undefined in more draws than at others."""
+    cells = comparable(setting.at_last_step(method))
     zero_shot = float(frames.figures(setting.zero_shot["key"], "nll_label", fold).mean())
     table = cells.assign(gain=zero_shot - frames.figures(cells["key"], "nll_label", fold).to_numpy()).dropna(subset=["gain"])
     counts = table.groupby("learning_rate")["gain"].count()
     table = table[table["learning_rate"].isin(counts[counts == counts.max()].index)]
-    there = cells["learning_rate"].value_counts()
-    usual = there[there >= cells["draw"].nunique() / 2].index.union(table["learning_rate"].unique())
-    return table.groupby(["learning_rate", "replicate"])["gain"].mean().groupby("learning_rate").mean().reindex(usual.sort_values())
+    return table.groupby(["learning_rate", "replicate"])["gain"].mean().groupby("learning_rate").mean().reindex(sorted(cells["learning_rate"].unique()))
 
 
 def at_equal_gain(frames: Frames, setting: Setting, methods: Sequence[str]) -> dict[str, dict[str, Matched]]:
@@ -156,7 +150,6 @@ def at_equal_gain(frames: Frames, setting: Setting, methods: Sequence[str]) -> d
 
 def _without(curve: pd.Series) -> str:
     """Return why a curve never comes up to 0 between two neighbouring learning rates."""
-    there = curve.dropna()
-    if len(there) and there.iloc[0] > 0:
+    if len(curve) and curve.iloc[0] > 0:
         return "below_range"
-    return "missing" if (there > 0).any() else "above_range"
+    return "missing" if (curve > 0).any() else "above_range"

@@ -17,7 +17,7 @@ from .calibration import State, bin_of, states
 from .intervals import descriptive
 from .load import SETTING, Frames, load
 from .setting import Setting, called
-from .text import BASELINES, Grid, number, show, stores
+from .text import BASELINES, EDGE_NOTE, Grid, marked, number, show, stores
 
 RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "majority": lambda said_MQC: np.eye(said_MQC.shape[2])[said_MQC.argmax(2)].mean(0),
@@ -62,7 +62,8 @@ def data(frames: Frames) -> pd.DataFrame:
                         for key, draw in frames.cells.loc[frames.cells["key"].isin(keys), ["key", "draw"]].itertuples(index=False):
                             by_draw[fold, draw].append(key)
                 rates = {state.rates for _, state in same}
-                state = replace(same[0][1], rates=rates.pop() if len(rates) == 1 else "")  # each protocol has selected its own
+                # Each protocol has selected its own.
+                state = replace(same[0][1], rates=rates.pop() if len(rates) == 1 else "", is_edge=any(one.is_edge for _, one in same))
                 rows += _rows(frames, same[0][0], state, {"protocols": [(fold, keys) for (fold, _), keys in by_draw.items()]}, protocol="all")
     return pd.DataFrame(rows)
 
@@ -73,20 +74,29 @@ def _answered(frames: Frames, state: State) -> dict[str, list[str]]:
 
 
 def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, Sequence[Group]], **changed: Any) -> list[dict[str, Any]]:
-    rows, num_folds = [], len(state.terms)
-    for over, each in groups.items():
-        alike = [(fold, keys) for fold, keys in each if len({frames.asked(key, fold) for key in keys}) == 1]  # other queries cannot be answered together
-        together = [[frames.probabilities(key, fold) for key in keys] for fold, keys in alike if len(keys) > 1 and frames.asked(keys[0], fold)]
+    rows, num_folds, replicates = [], len(state.terms), frames.cells.set_index("key")["replicate"]
+    for over, of_over in groups.items():
+        alike = [(fold, keys) for fold, keys in of_over if len({frames.asked(key, fold) for key in keys}) == 1]  # other queries cannot be answered together
+        together = [(fold, keys) for fold, keys in alike if len(keys) > 1 and frames.asked(keys[0], fold)]
         if not together:
             continue
+        said = [[frames.probabilities(key, fold) for key in keys] for fold, keys in together]
         for metric in METRICS:
-            alone = float(np.mean([_figure(metric, said, gold) for found in together for said, gold in found]))
+            alone = float(np.mean([_figure(metric, each, gold) for found in said for each, gold in found]))
             for rule, combine in RULES.items():
-                value = float(np.mean([_figure(metric, combine(np.stack([said for said, _ in found])), found[0][1]) for found in together]))
+                value = float(np.mean([_figure(metric, combine(np.stack([each for each, _ in found])), found[0][1]) for found in said]))
                 named = setting.named | changed
                 title = f"{named['task']}, {called(named)}" if changed else setting.title
-                named |= {"title": title, "method": state.name, "learning_rates": state.rates, "over": over, "rule": rule, "metric": metric}
-                size = sorted({len(found) for found in together})
+                named |= {
+                    "title": title,
+                    "method": state.name,
+                    "learning_rates": state.rates,
+                    "is_edge": state.is_edge,
+                    "over": over,
+                    "rule": rule,
+                    "metric": metric,
+                }
+                size = sorted({len(keys) for _, keys in together})
                 rows.append(
                     named
                     | {
@@ -94,9 +104,9 @@ def _rows(frames: Frames, setting: Setting, state: State, groups: Mapping[str, S
                         "alone": alone,
                         "num_members": " or ".join(map(str, size)),
                         "num_ensembles": len(together) // num_folds,
-                        "num_used": sum(map(len, together)) // num_folds,
-                        "num_planned": setting.num_draws,
-                        "num_replicates": len(setting.replicates),
+                        "num_used": sum(len(keys) for _, keys in together) // num_folds,
+                        "num_planned": setting.num_first_orders if over == "draws" else setting.num_draws,
+                        "num_replicates": len({replicates[key] for _, keys in together for key in keys}),
                     }
                 )
     return rows
@@ -118,17 +128,17 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
     found = []
     for _, part in rows.groupby(["task", "model", "k", "train_on", "init", "protocol", "variant", "num_queries"], sort=False) if len(rows) else ():
         body = []
-        for (over, method, rates), line in part.groupby(["over", "method", "learning_rates"], sort=False):
+        for (over, method, _), line in part.groupby(["over", "method", "learning_rates"], sort=False):
             entries = []
             for metric in METRICS:
                 of_rule = line[line["metric"] == metric].set_index("rule")
                 entries += [number(of_rule["alone"].iloc[0]), *(number(of_rule["value"][rule]) for rule in RULES)]
-            named = [BASELINES.get(method, method), rates, over]
             first = line.iloc[0]
+            named = [BASELINES.get(method, method), marked(first), over]
             of = f"; {first['num_used']} of {first['num_planned']} draws" if over != "protocols" else ""
             body.append([*named, *entries, f"{first['num_ensembles']} of {first['num_members']} members{of}"])
         headers = ("method", "lr", "over", *(f"{metric} {rule}" for metric in METRICS for rule in ("alone", *RULES)), "ensembles")
-        found.append(Grid(f"{TITLE}: {part['title'].iloc[0]}", headers, body, NOTE + descriptive(part)))
+        found.append(Grid(f"{TITLE}: {part['title'].iloc[0]}", headers, body, NOTE + EDGE_NOTE + descriptive(part)))
     return found
 
 

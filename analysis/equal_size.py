@@ -19,8 +19,8 @@ TITLE = "Equal size of update"
 NOTE = (
     "sim_aou of each method where its R crosses a size (R* and others) along the learning rates (linear in log R in each draw, largest step, no "
     "extrapolation), over the draws that both have; difference: method minus vanilla, paired by draw. On random weights the replicate is the seed of the weights. Brackets: 95 % interval; "
-    f"n/N: draws used of draws planned. p: two-sided, from {MIN_SEEDS_OF_P} seeds on; that of the primary contrast (layer_causal, trained weights, R*, all "
-    f"tasks) as it is, the others Holm's within a protocol. The last column counts, over both methods, the draws that have no such point: "
+    f"n/N: draws used of draws planned. p: two-sided, from {MIN_SEEDS_OF_P} seeds on; that of the primary contrast (sim_aou of layer_causal, trained weights, R*, "
+    f"all tasks) as it is, the others Holm's within a protocol and metric. The last column counts, over both methods, the draws that have no such point: "
     f"{'; '.join(f'{name}: {why}' for name, why in REASONS.items())}. Model, position, sink, separator, queries and seeds stand under each task's own tables."
 )
 
@@ -35,11 +35,18 @@ def data(frames: Frames) -> pd.DataFrame:
             base, other = matched(setting, BASE, at), matched(setting, method, at)
             both = (*paired(base.terms, other.terms), difference(other.terms, base.terms))
             is_primary = at == setting.matched_ratio and method == METHOD and not setting.is_random
-            named = setting.named | {"method": method, "matched_ratio": at, "is_star": at == setting.matched_ratio, "is_primary": is_primary}
+            named = setting.named | {"method": method, "matched_ratio": at, "is_star": at == setting.matched_ratio}
             named |= {"num_planned": setting.num_draws, "reasons": base.reasons + other.reasons}
             for metric in METRICS:
-                group = (*setting.first[[name for name in SETTING if name not in ("task", "num_queries")]].astype(str), method, metric, at)
-                rows.append((group, named | {"metric": metric}, [frames.contrast(terms, metric) for terms in both]))
+                group = (
+                    *setting.first[[name for name in SETTING if name not in ("task", "num_queries")]].astype(str),
+                    method,
+                    metric,
+                    at,
+                    setting.matched_ratio,
+                )
+                is_first = {"metric": metric, "is_primary": is_primary and metric == METRICS[0]}
+                rows.append((group, named | is_first, [frames.contrast(terms, metric) for terms in both]))
     made = [named | {"vanilla": vanilla.mean, "value": other.mean} | gap.columns | {"p": gap.p} for named, (vanilla, other, gap) in with_all_tasks(rows)]
     table = pd.DataFrame([row | {"reasons": ", ".join(f"{name} {row['reasons'][name]}" for name in REASONS if row["reasons"][name])} for row in made])
     if table.empty:

@@ -43,11 +43,12 @@ def data(frames: Frames, settings: Sequence[Setting]) -> dict[str, Any]:
     detailed = set(finished.loc[numbers.cumsum() <= MAX_NUMBERS, "key"])
     columns_of_examples = [frames.examples[name].to_numpy(dtype="<f4") for name in PREDICTED]
     layers = dict(iter(frames.layers[frames.layers["fold"] == "all"].groupby("key", observed=True)))
-    described, packed, places = [], [], []
+    described, packed, places, texts = [], [], [], _Texts()
     for number, (setting, part) in enumerate(zip(settings, of_setting, strict=True)):
         keys = [key for key in part["key"] if key in detailed]
         queries, content = _packed(frames, setting, keys, layers, columns_of_examples)
-        described.append(_described(setting) | queries)
+        queries["prompts"] = texts.number(queries["prompts"])
+        described.append(_described(setting, texts) | queries)
         packed.append({"id": f"packed{number}", "content": content})
         at = {key: place for place, key in enumerate(keys)} if content else {}
         places += [at.get(key) for key in part["key"]]
@@ -60,13 +61,29 @@ def data(frames: Frames, settings: Sequence[Setting]) -> dict[str, Any]:
         {"name": BASELINES.get(method, method), "safe": safe(BASELINES.get(method, method)), "colour": colour(method, settings[0].own_methods)}
         for method in methods
     ]
-    page = {"settings": described, "methods": named, "columns": columns, "figures": FIGURES, "layered": LAYERED, "predicted": PREDICTED}
+    page = {"settings": described, "texts": texts.lists, "methods": named, "columns": columns, "figures": FIGURES, "layered": LAYERED, "predicted": PREDICTED}
     return {"json": Markup(_safe(page)), "packed": packed, "note": _note(frames, len(finished) - len(detailed))}
 
 
-def _described(setting: Setting) -> dict[str, Any]:
+class _Texts:
+    """Lists of texts, each held once, however many settings show it."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[str]] = []
+        self._numbers: dict[tuple[str, ...], int] = {}
+
+    def number(self, texts: list[str] | None) -> int | None:
+        """Return where a list stands among those that the page holds."""
+        if texts is None:
+            return None
+        if (number := self._numbers.setdefault(tuple(texts), len(self.lists))) == len(self.lists):
+            self.lists.append(texts)
+        return number
+
+
+def _described(setting: Setting, texts: _Texts) -> dict[str, Any]:
     words = setting.first["label_words"]
-    shown = {draw: _texts(texts) for draw, texts in zip(setting.icl["draw"], setting.icl["demonstrations"], strict=True)}
+    shown = {draw: texts.number(_texts(each)) for draw, each in zip(setting.icl["draw"], setting.icl["demonstrations"], strict=True)}
     named = setting.named
     model = setting.model + (f" ({named['init']})" if setting.is_random else "") + (f", {setting.variant}" if setting.variant else "")
     first = setting.first
@@ -118,7 +135,7 @@ def _safe(value: Any) -> str:
 
 def _note(frames: Frames, num_without: int) -> str:
     text = "A point is a cell: one draw, method, learning rate and step. Open: collapsed. Lines, where learning rates are drawn: means over the cells shown."
-    text += " A cell that diverged has no figures and stands in the table only."
+    text += " A cell that diverged has no figures and stands in the table only. A baseline that several settings share (zero-shot of every k, ICL of whatever is trained on) is a cell of each."
     if num_without:
         text += f" Layers and queries of {counted(num_without, 'cell')} are not on the page, which has room for {MAX_NUMBERS:,} numbers: use read_results."
     return text + (" Cells that only a search asked for are left out." if frames.num_search else "")

@@ -8,7 +8,7 @@ from .calibration import states
 from .load import Frames
 from .panels import Panel, colour, drawing, safe
 from .setting import Setting
-from .text import BASELINES, counted, number
+from .text import BASELINES, EDGE_NOTE, counted, number
 
 SHOWN = {
     ("weights", "stable_rank_k"): "stable rank of what training added to W_K",
@@ -26,7 +26,7 @@ TITLE = "Spectra and geometry"
 NOTE = (
     "Means over draws at the largest step, layer 0 first, all queries; methods at the learning rates with the smallest nll_label on either fold. Figures of weights are of "
     "what training added, of changes of the attention output less zero-shot's, not centred. A gap: the change is at most 10 x the noise floor. All of them stand in "
-    "figures/extra_profiles.csv."
+    "figures/extra_profiles.csv." + EDGE_NOTE
 )
 
 
@@ -43,7 +43,14 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
         means = part.groupby([*by, "replicate"], dropna=False)["mean"].mean().groupby(by).mean().rename("value").to_frame()
         means = means.join(part[part["mean"].notna()].groupby(by)["draw"].nunique().rename("num_used")).fillna({"num_used": 0}).reset_index()
         rows.append(
-            means.assign(**setting.named, method=state.name, learning_rates=state.rates, title=state.title, num_planned=setting.num_planned(state.name))
+            means.assign(
+                **setting.named,
+                method=state.name,
+                learning_rates=state.rates,
+                is_edge=state.is_edge,
+                title=state.title,
+                num_planned=setting.num_planned(state.name),
+            )
         )
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 

@@ -15,8 +15,9 @@ TITLE = "By task"
 NOTE = (
     f"Differences: {METRIC} of {METHOD} less that of {BASE}, right of 0 where {METHOD} is closer to ICL; at equal size each method is taken where its R comes up to R*, at "
     "equal improvement where each has improved the labels' likelihood by half of what the weaker one can. A task without a mark has no such point. Dotted: the smallest effect "
-    "that matters. Balanced accuracy: methods at the learning rate that one fold selects by nll_label, shown on the other, folds swapped and averaged; bold: tasks in which ICL "
-    "beats zero-shot with its interval above 0. Bars: 95 % intervals, over draws and queries. Numbers: figures/verdict.csv."
+    "that matters. Balanced accuracy: methods at the learning rate that one fold selects by nll_label, shown on the other, folds swapped and averaged; hollow: that rate is the "
+    "smallest or largest of its grid (extend the grid); bold: tasks in which ICL beats zero-shot with its interval above 0. Bars: 95 % intervals, over draws and queries. Numbers: figures/verdict.csv. Model, position, "
+    "sink, separator, queries and seeds stand under each task's own tables."
 )
 ROW, MORE, ROOM = 26, 8, 76  # of a task, for each further mark of it, around them all [pixels]
 
@@ -31,17 +32,25 @@ def panels(found: Findings) -> list[Panel]:
         if math.isfinite(one.mean.mean):
             made.append(Panel(f"{METHOD} less {BASE} at {where}: {one}", _drawn(METRIC, {"": (one, COLOURS[METHOD])}, lines=(0.0, first.smallest_effect))))
     said = f"Balanced accuracy; ICL beats zero-shot in {len(has_icl)} of {counted(len(found.gate.tasks), 'task')}"
-    return [*made, Panel(said, _drawn("balanced accuracy", {name: (found.accuracies[name], shade) for name, shade in accuracies.items()}, has_icl))]
+    edges = {method: {task for task, of_folds in found.rates[method].items() if any(one.is_edge for one in of_folds)} for method in (BASE, METHOD)}
+    return [*made, Panel(said, _drawn("balanced accuracy", {name: (found.accuracies[name], shade) for name, shade in accuracies.items()}, has_icl, edges))]
 
 
-def _drawn(title: str, compared: Mapping[str, tuple[Compared, str]], bold: Sequence[str] = (), *, lines: tuple[float, ...] = ()) -> Any:
+def _drawn(
+    title: str,
+    compared: Mapping[str, tuple[Compared, str]],
+    bold: Sequence[str] = (),
+    edges: Mapping[str, set[str]] | None = None,
+    *,
+    lines: tuple[float, ...] = (),
+) -> Any:
     tasks = list(next(iter(compared.values()))[0].tasks)
     names = [*tasks, ALL_TASKS] if len(tasks) > 1 else tasks
     data: list[dict[str, Any]] = []
     for place, (name, (one, shade)) in enumerate(compared.items()):
         line = [one.tasks[task] for task in tasks] + [one.mean] * (len(names) - len(tasks))
         at = [row + 0.2 * (place - (len(compared) - 1) / 2) for row in range(len(names))]
-        symbols = ["diamond" if row == ALL_TASKS else "circle" for row in names]
+        symbols = [f"{'diamond' if row == ALL_TASKS else 'circle'}{'-open' if row in (edges or {}).get(name, ()) else ''}" for row in names]
         bars = {"type": "data", "symmetric": False, "array": [_length(each.upper - each.mean) for each in line], "thickness": 1.5, "width": 0}
         bars["arrayminus"] = [_length(each.mean - each.lower) for each in line]
         text = [f"{safe(row)}{f', {safe(name)}' if name else ''}: {each}; {each.used} draws" for row, each in zip(names, line, strict=True)]

@@ -55,15 +55,19 @@ class Estimate:
         return number(self.mean) + (f" [{number(self.lower)}, {number(self.upper)}]" if math.isfinite(self.lower) else "")
 
 
-def estimate(values: pd.Series, *, used: int, groups: Sequence[np.ndarray] = (), is_share: bool = False) -> Estimate:
-    """Return the mean of one value per replicate with its interval; `groups` holds the per-query values (one group, or one per label)."""
+def estimate(values: pd.Series, *, used: int, groups: Sequence[np.ndarray] = (), is_share: bool = False, query_variance: float = 0.0) -> Estimate:
+    """Return the mean of one value per replicate with its interval.
+
+    `groups` holds the per-query values (one group, or one per label); where there are none, `query_variance` is the variance of their mean.
+    """
     values, groups = values.dropna(), [group for group in groups if len(group)]
     if values.empty:
         return Estimate()
     mean, count = float(values.mean()), len(values)
     if count == 1:
         return Estimate(mean, *(square_and_add(groups) if is_share and groups else (math.nan, math.nan)), used, 1)
-    query_variance = sum(np.var(part, ddof=1) / len(part) for part in groups if len(part) > 1) / len(groups) ** 2 if groups else 0.0
+    if groups:
+        query_variance = sum(np.var(part, ddof=1) / len(part) for part in groups if len(part) > 1) / len(groups) ** 2
     return _t_interval(mean, math.sqrt(values.var(ddof=1) / count + query_variance), count - 1, used, count, is_share)
 
 

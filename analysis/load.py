@@ -92,8 +92,8 @@ class Frames:
                 rows = finetuned[finetuned["train_on"] == train_on]
                 cells = rows if len(rows) else icl
                 planned = [(sweep.get("analysis", {}), draws) for sweep in self.sweeps if (draws := planned_draws(sweep, cells.iloc[0], str(train_on)))]
-                num_draws = len(set(cells["draw"]).union(*(draws for _, draws in planned)))
-                found.append(Setting(zero_shot, icl, rows, str(train_on), num_draws, **_registered([analysis for analysis, _ in planned])))
+                every = frozenset(cells["draw"]).union(*(draws for _, draws in planned))
+                found.append(Setting(zero_shot, icl, rows, str(train_on), every, **_registered([analysis for analysis, _ in planned])))
         place = ("task", "k", "init", "protocol", "variant")
         told = told_apart(found)
         return tuple(

@@ -15,7 +15,7 @@ from .crossing import FOLDS, picks
 from .intervals import Estimate, descriptive, estimate
 from .load import Frames, each, load
 from .setting import Setting
-from .text import BASELINES, Grid, entry, show, stores
+from .text import BASELINES, EDGE_NOTE, Grid, entry, marked, show, stores
 
 METRICS = ("sd_orders", "changed", "sd_draws")
 SEED = ["init_seed", "seed"]  # orders of the same weights and the same demonstrations
@@ -33,16 +33,17 @@ def data(frames: Frames, setting: Setting) -> pd.DataFrame:
     if not distinct.duplicated(SEED).any():
         return pd.DataFrame()
     rows = []
-    places: list[tuple[str, str, str, Mapping[str, pd.DataFrame]]] = [
-        ("icl", "", "", {fold: each(setting.icl) for fold in folds}) for folds in (FOLDS, ("all",))
+    places: list[tuple[str, str, str, bool, Mapping[str, pd.DataFrame]]] = [
+        ("icl", "", "", False, {fold: each(setting.icl) for fold in folds}) for folds in (FOLDS, ("all",))
     ]
-    places += [(pick.method, pick.name, pick.rates, pick.terms) for pick in picks(frames, setting)]
+    places += [(pick.method, pick.name, pick.rates, pick.is_edge, pick.terms) for pick in picks(frames, setting)]
     every = pd.concat([setting.icl, setting.finetuned])
     done = every[every["draw"].isin(distinct["draw"]) & (every["status"] == "done")]
-    for method, choice, rates, terms in places:
+    for method, choice, rates, is_edge, terms in places:
         named: dict[str, Any] = setting.named | {"method": method, "choice": choice, "learning_rates": rates, "fold": " and ".join(sorted(terms))}
         for metric, found in _sensitivity(frames, {fold: done[done["key"].isin(part["key"])] for fold, part in terms.items()}).items():
-            rows.append(named | {"metric": metric} | found.columns | {"num_planned": setting.num_draws})
+            planned = setting.num_first_orders if metric == "sd_draws" else setting.num_draws
+            rows.append(named | {"metric": metric, "is_edge": is_edge} | found.columns | {"num_planned": planned})
     return pd.DataFrame(rows)
 
 
@@ -96,12 +97,12 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
         body.append(
             [
                 BASELINES.get(method, method),
-                part["learning_rates"].iloc[0],
+                marked(part.iloc[0]),
                 *(entry(of_metric.get(metric, {})) for metric in METRICS),
                 where,
             ]
         )
-    return [Grid(f"{TITLE}: {setting.title}", ("method", "lr", *METRICS, "on"), body, f"{setting.caption} {NOTE}{descriptive(rows)}")]
+    return [Grid(f"{TITLE}: {setting.title}", ("method", "lr", *METRICS, "on"), body, f"{setting.caption} {NOTE}{EDGE_NOTE}{descriptive(rows)}")]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ addEventListener("afterprint", () => shownPanels().forEach(el => Plotly.relayout
 
 // --- Cells: filters, a plot of single cells, a table, and the view of one cell.
 function explore() {
-  const {settings, methods, columns: C, figures, layered, predicted} = JSON.parse(byId("cells-data").textContent);
+  const {settings, texts, methods, columns: C, figures, layered, predicted} = JSON.parse(byId("cells-data").textContent);
   const count = C.key.length, every = Array.from({length: count}, (_, i) => i);
   const SIZE = 50, NEAR = 14, PAD = {left: 52, right: 12, top: 12, bottom: 40};
   const LOGARITHMIC = new Set(["learning_rate", "update_ratio"]);
@@ -117,6 +117,7 @@ function explore() {
     const isDrawn = (value, name) => is(value) && (!LOGARITHMIC.has(name) || value > 0);
     const some = shown.filter(i => isDrawn(C[x][i], x) && isDrawn(C[y][i], y));
     points = [];
+    byId("legend").replaceChildren();
     canvas.setAttribute("aria-label", `${labels[y] ?? y} against ${labels[x] ?? x}, ${some.length} cells`);
     if (!some.length) return pen.fillText("No cell shown has both figures.", PAD.left, height / 2);
     const across = scale(some.map(i => C[x][i]), PAD.left, width - PAD.right, LOGARITHMIC.has(x));
@@ -280,8 +281,9 @@ function explore() {
       make("tr", {}, make("th", {scope: "row"}, labels[name] ?? name), ...columns.map(j => make("td", {}, figure(name, C[name][j])))))));
     const parts = [make("div", {className: "head"}, heading, close), make("p", {className: "note"}, `Cell ${C.key[i]}${C.diverged[i] ? "; diverged: no figures" : C.collapsed[i] ? "; collapsed" : ""}. `
       + (chooser.size ? "Other methods: the same draw and step, at first the learning rate with the smallest nll_label there." : "")), scroll("Table: figures of the cell", summary)];
-    const shownTexts = setting.demonstrations[C.draw[i]];
-    if (shownTexts) parts.push(make("details", {}, make("summary", {}, `${shownTexts.length} demonstrations`), make("ol", {className: "texts"}, ...shownTexts.map(text => make("li", {}, text)))));
+    const shownTexts = texts[setting.demonstrations[C.draw[i]]], trainedOn = setting.facets["trained on"];
+    const instead = C.method[i] > 1 && trainedOn !== "true" ? `; finetuned on ${trainedOn.replace("_", " ")} instead` : "";
+    if (shownTexts) parts.push(make("details", {}, make("summary", {}, `${shownTexts.length} demonstrations in the context${instead}`), make("ol", {className: "texts"}, ...shownTexts.map(text => make("li", {}, text)))));
     const plots = make("div", {className: "panels"});
     if (found[columns.indexOf(i)]) parts.push(plots, examples(setting, columns, found, columns.indexOf(i), header));
     else parts.push(make("p", {}, `The page holds no layers and queries of this cell.${trouble}`));
@@ -291,6 +293,7 @@ function explore() {
     history.replaceState(null, "", `#cell-${C.key[i]}`);
     if (again !== null) return view.querySelector(`select[name="beside${again}"]`)?.focus();
     heading.focus({preventScroll: true});
+    view.style.scrollMarginTop = getComputedStyle(form).position === "sticky" ? `${form.offsetHeight + 8}px` : "8px"; // below the filters, of however many lines
     view.scrollIntoView({block: "start"});
   }
 
@@ -311,12 +314,13 @@ function explore() {
 
   function examples(setting, columns, found, own, header) {
     const there = columns.map((j, n) => [j, found[n]]).filter(([, figures]) => figures), mine = found[own].queries;
+    const prompts = texts[setting.prompts];
     const plain = name => make("th", {scope: "col"}, name), word = label => setting.labels[label] ?? String(label);
     const differ = q => new Set(there.map(([, {queries}]) => queries.prediction[q])).size > 1;
     const body = make("tbody"), more = make("button", {type: "button"}), only = make("input", {type: "checkbox", onchange: () => fill(SIZE)});
     function fill(limit) {
       const asked = [...setting.gold.keys()].filter(q => !only.checked || differ(q));
-      body.replaceChildren(...asked.slice(0, limit).map(q => make("tr", {}, make("td", {className: "prompt"}, ...text(setting.prompts ? setting.prompts[q] : `query ${setting.ids[q]}`)),
+      body.replaceChildren(...asked.slice(0, limit).map(q => make("tr", {}, make("td", {className: "prompt"}, ...text(prompts ? prompts[q] : `query ${setting.ids[q]}`)),
         make("td", {}, setting.folds[q]), make("td", {}, word(setting.gold[q])),
         ...there.map(([, {queries}]) => make("td", {className: queries.prediction[q] === setting.gold[q] ? "right" : "wrong"}, `${queries.prediction[q] === setting.gold[q] ? "\u2713" : "\u2717"} ${word(queries.prediction[q])}`)),
         make("td", {}, num(mine.nll_label[q], 2)), make("td", {}, num(mine.sim_aou[q])))));
@@ -330,7 +334,7 @@ function explore() {
     fill(SIZE);
     const head = [...["prompt", "fold", "gold"].map(plain), ...there.map(([j]) => header(j)), ...["nll_label", "sim_aou"].map(plain)];
     return make("div", {}, make("h4", {}, "Queries"), make("label", {}, only, " only where the predictions differ"),
-      setting.prompts ? "" : make("p", {className: "note"}, "The store holds no prompts ([capture] texts = false, or written before they were kept)."),
+      prompts ? "" : make("p", {className: "note"}, "The store holds no prompts ([capture] texts = false, or written before they were kept)."),
       scroll("Table: queries of the cell", make("table", {className: "queries"}, make("thead", {}, make("tr", {}, ...head)), body)), more);
   }
 

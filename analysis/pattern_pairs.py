@@ -15,7 +15,7 @@ from .crossing import crossfit, selected
 from .intervals import Estimate, descriptive
 from .load import SETTING, Frames, load, of_most_queries
 from .setting import Setting, called
-from .text import BASELINES, Grid, entry, show, stores
+from .text import BASELINES, EDGE_NOTE, Grid, entry, marked, rate, show, stores
 
 METRIC = "balanced_accuracy"
 TITLE = "Implicit patterns"
@@ -37,16 +37,20 @@ def data(frames: Frames) -> pd.DataFrame:
         for method in ("zero_shot", "icl", *setting.methods):
             k = 0 if method == "zero_shot" else setting.named["k"]
             named = setting.named | {"place": place, "kind": kind, "form": form, "k": k, "method": method}
-            rows.append(named | _estimate(frames, setting, method).columns | {"num_planned": setting.num_planned(method)})
+            one, rates, is_edge = _estimate(frames, setting, method)
+            rows.append(named | {"learning_rates": rates, "is_edge": is_edge} | one.columns | {"num_planned": setting.num_planned(method)})
     table = pd.DataFrame(rows)
     return table.drop_duplicates(["place", "kind", "form", "k", "method"]) if len(table) else table
 
 
-def _estimate(frames: Frames, setting: Setting, method: str) -> Estimate:
+def _estimate(frames: Frames, setting: Setting, method: str) -> tuple[Estimate, str, bool]:
+    """Return the balanced accuracy, the learning rates that the folds select, and whether one is at the edge of its grid."""
     if method in BASELINES:
-        return frames.estimate(setting.zero_shot if method == "zero_shot" else setting.icl, METRIC)
-    terms = {fold: part for fold, (_, part) in selected(frames, setting, method).items()}
-    return crossfit(frames, terms, METRIC) if terms else Estimate()
+        return frames.estimate(setting.zero_shot if method == "zero_shot" else setting.icl, METRIC), "", False
+    picked = selected(frames, setting, method)
+    terms, rates = {fold: part for fold, (_, part) in picked.items()}, {one.learning_rate for one, _ in picked.values()}
+    one = crossfit(frames, terms, METRIC) if terms else Estimate()
+    return one, " or ".join(map(rate, sorted(rates))), any(each.is_edge for each, _ in picked.values())
 
 
 def grids(rows: pd.DataFrame) -> list[Grid]:
@@ -58,10 +62,13 @@ def grids(rows: pd.DataFrame) -> list[Grid]:
             of_form = {row["form"]: row for row in line.to_dict("records")}
             gap = of_form["pattern"]["mean"] - of_form["plain"]["mean"] if len(of_form) == 2 else float("nan")
             difference = f"{gap:+.3f}".replace("-", "\N{MINUS SIGN}") if gap == gap else ""
-            body.append([str(k), BASELINES.get(method, method), *(entry(of_form.get(form, {})) for form in ("pattern", "plain")), difference])
+            scored = [
+                entry(row) + (f" at {marked(row)}" if row.get("learning_rates") else "") for row in (of_form.get(form, {}) for form in ("pattern", "plain"))
+            ]
+            body.append([str(k), BASELINES.get(method, method), *scored, difference])
         first = part.iloc[0]
         title = f"{TITLE}: {kind}, {called(first.drop('k'))}"
-        note = f"With: {KINDS[kind].with_pattern}; without: {KINDS[kind].without}. {NOTE}{descriptive(part[part['method'] != 'zero_shot'])}"
+        note = f"With: {KINDS[kind].with_pattern}; without: {KINDS[kind].without}. {NOTE}{EDGE_NOTE}{descriptive(part[part['method'] != 'zero_shot'])}"
         found.append(Grid(title, ("k", "method", "with the pattern", "without", "difference"), body, note))
     return found
 

@@ -172,7 +172,7 @@ def lead(frames: Frames) -> list[str]:
     settings = frames.settings()
     if not settings:
         return [*text, "No in-context or finetuned cell is there yet: nothing to compare."]
-    seeds = min(len(setting.replicates) for setting in settings)
+    seeds = min(setting.num_seeds for setting in settings)
     if seeds < MIN_SEEDS:
         bound = "the intervals speak of this draw only" if seeds == 1 else "the intervals are wide and the differences untested"
         text.append(f"Descriptive: {counted(seeds, 'seed')}, fewer than {MIN_SEEDS}; {bound}.")

@@ -36,7 +36,7 @@ class Setting:
     icl: pd.DataFrame
     finetuned: pd.DataFrame
     train_on: str
-    num_draws: int  # planned
+    planned: frozenset[str]  # draws: of its cells, and of the sweep files
     matched_ratio: float = MATCHED_RATIO  # R*: where methods are compared at equal size of update
     smallest_effect: float = SMALLEST_EFFECT  # the smallest difference that matters
     is_amended: bool = False  # a later sweep file says otherwise of the two; what stood there before the first run counts
@@ -65,6 +65,21 @@ class Setting:
     @property
     def seeds(self) -> list[int]:
         return sorted({int(seed) for seed in [*self.icl["seed"], *self.finetuned["seed"]]})
+
+    @property
+    def num_draws(self) -> int:
+        return len(self.planned)
+
+    @property
+    def num_first_orders(self) -> int:
+        """How many draws there are where one order of each seed counts."""
+        return len({draw.rpartition("/")[0] for draw in self.planned})
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds that each of its methods has; of baselines alone, those of ICL."""
+        of_method = self.finetuned.groupby("method")["replicate"].nunique()
+        return int(of_method.min()) if len(of_method) else self.icl["replicate"].nunique()
 
     @property
     def replicates(self) -> list[int]:

@@ -30,6 +30,15 @@ def number(value: Any, digits: int = 3) -> str:
     return NULL if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+EDGE = " (edge)"
+EDGE_NOTE = " Edge: a selected learning rate is the smallest or the largest of its grid; extend the grid."
+
+
+def marked(row: Mapping[str, Any]) -> str:
+    """Return the learning rates of a row, marked where one that was selected lies at an edge of its grid."""
+    return f"{row['learning_rates']}{EDGE if row['is_edge'] else ''}"
+
+
 def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 

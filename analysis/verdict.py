@@ -40,6 +40,11 @@ class Compared:
         return over_tasks(list(self.tasks.values())) if len(self.tasks) > 1 else next(iter(self.tasks.values()), Estimate())
 
     @property
+    def with_value(self) -> list[str]:
+        """Tasks that have a value."""
+        return [task for task, one in self.tasks.items() if math.isfinite(one.mean)]
+
+    @property
     def missing(self) -> str:
         """How many draws have a value, where some have none."""
         used, planned = self.mean.used, sum(self.planned.values())
@@ -47,7 +52,7 @@ class Compared:
 
     def __str__(self) -> str:
         """The mean over tasks, and in how many of them it lies above 0; in words where no draw has a value."""
-        finite = [found.mean for found in self.tasks.values() if math.isfinite(found.mean)]
+        finite = [self.tasks[task].mean for task in self.with_value]
         return f"{self.mean}, above 0 in {sum(mean > 0 for mean in finite)} of {counted(len(finite), 'task')}" if finite else "no draw could be compared"
 
 
@@ -69,7 +74,14 @@ class Findings:
     contexts: Sequence[str]  # kinds of control contexts that were captured
 
     @property
+    def is_on_same_tasks(self) -> bool:
+        """Whether both differences are means over the same tasks: a method that never improves is no missing value, and the others' mean not that of all tasks."""
+        return self.norm.with_value == self.gain.with_value
+
+    @property
     def verdict(self) -> str:
+        if not self.is_on_same_tasks:
+            return "undecided"
         return verdict(self.norm.mean, self.gain.mean, self.specific.mean, self.settings[0].smallest_effect)
 
 
@@ -222,7 +234,7 @@ def _line(table: pd.DataFrame, method: str, against: str) -> Estimate:
         return Estimate()
     rows = table[(table["method"] == method) & (table["metric"] == METRIC) & table["against"].map(controls.kind_of).eq(against)]
     rows = rows[rows["choice"].ne(SELECTED)]
-    return Estimate(float(rows["mean"].mean()), used=int(rows["num_used"].sum()), replicates=int(rows["num_replicates"].min())) if len(rows) else Estimate()
+    return Estimate(float(rows["mean"].mean()), used=int(rows["num_used"].max()), replicates=int(rows["num_replicates"].min())) if len(rows) else Estimate()
 
 
 def passed(found: Findings) -> list[str]:
@@ -233,19 +245,20 @@ def passed(found: Findings) -> list[str]:
 def paragraph(found: Findings) -> list[str]:
     """Return the sentences on one trained model, the verdict first."""
     first, ratio = found.settings[0], found.settings[0].matched_ratio
-    tasks, seeds = [setting.named["task"] for setting in found.settings], min(len(setting.replicates) for setting in found.settings)
+    tasks, seeds = [setting.named["task"] for setting in found.settings], min(setting.num_seeds for setting in found.settings)
     steps = " or ".join(dict.fromkeys(setting.last_step for setting in found.settings))
     protocol = "" if first.named["protocol"] == "clean" else f", protocol {first.named['protocol']}"
     protocol += f", {first.variant}" if first.variant else ""
     norm, gain = found.norm.mean, found.gain.mean
     said = [
-        f"On {', '.join(tasks)} ({counted(seeds, 'draw')}), {first.model}, k = {first.named['k']}, step {steps}{protocol}: at equal size of update (R = {ratio:g}) "
+        f"On {', '.join(tasks)} ({counted(seeds, 'seed')}), {first.model}, k = {first.named['k']}, step {steps}{protocol}: at equal size of update (R = {ratio:g}) "
         f"layer-causal finetuning is {IN_WORDS[found.verdict]}: {METRIC} {number(found.levels[METHOD].mean.mean)} against "
         f"{number(found.levels[BASE].mean.mean)}, difference {found.norm}; at equal improvement {found.gain}."
     ]
     alone = [_alone(norm, first.smallest_effect), _alone(gain, first.smallest_effect)]
     if found.verdict == "undecided" and alone != ["undecided"] * 2:
-        said.append(f"Undecided, as it takes both differences: at equal size alone it would be {alone[0]}, at equal improvement alone {alone[1]}.")
+        same = "" if found.is_on_same_tasks or not found.gain.with_value else " over the same tasks"
+        said.append(f"Undecided, as it takes both differences{same}: at equal size alone it would be {alone[0]}, at equal improvement alone {alone[1]}.")
     planned = sum(found.norm.planned.values())
     if (norm.used, gain.used) != (planned, planned):
         left = [_left_out(one.reasons, meaning) for one, meaning in ((found.norm, SIZE_REASONS), (found.gain, GAIN_REASONS))]
@@ -327,6 +340,7 @@ def data(every: Sequence[Findings]) -> pd.DataFrame:
         quantities |= {f"scale: {name}": one for name, one in found.scale.items()} | {
             f"D_norm, random weights: {init}": one for init, one in found.untrained.items()
         }
+        named |= {"matched_ratio": found.settings[0].matched_ratio, "smallest_effect": found.settings[0].smallest_effect}
         for quantity, one in quantities.items():
             for task, value in (*one.tasks.items(), (ALL_TASKS, one.mean)):
                 planned = one.planned.get(task, sum(one.planned.values()))

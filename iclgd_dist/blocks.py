@@ -50,6 +50,9 @@ class RandomTarget:
     norms: Mapping[str, tuple[float | None, ...]]  # part (q, k, v, o, mlp) -> norm of what training added, per layer
 
 
+WORST = 1e9  # what a diverged step is judged as: finite, as schedulers interpolate
+
+
 @dataclass(frozen=True)
 class Judged:
     """What a scheduler stops a block by: a figure of fold A, reported after each committed step; times `sign` it is made small."""
@@ -58,6 +61,7 @@ class Judged:
     sign: float
     reduction_factor: int
     steps: tuple[int, ...]  # of the whole block, whichever are there
+    known: tuple[tuple[float, int, float], ...] = ()  # learning rate, step and figure of what is there already, for it to be compared with
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from iclgd_dist import captures, measured
 from iclgd_dist import store as stores
 from iclgd_dist.baselines import Baselines
-from iclgd_dist.blocks import Block, Cell
+from iclgd_dist.blocks import WORST, Block, Cell
 from iclgd_dist.comparison import Baseline
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.extras import Extras, supervised_rows
@@ -33,7 +33,6 @@ from iclgd_dist.trajectory import Trajectory
 Point = tuple[str, int, float | None]  # see Block.point
 
 TRACKED = ("nll_label", "balanced_accuracy", "sim_aou", "sim_am_delta", "update_ratio", "loss")
-WORST = 1e9  # what a diverged step is judged as: finite, as schedulers interpolate
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def plan(
         raise SweepError("\n".join(problems))
     planned = replace(planned, warnings=(*planned.warnings, *_lacking(loaded, results, is_here=address is None)))
     if as_json:
-        say_json({"name": loaded.name, "store": str(results.root)} | _counts_of(planned) | (_costs_of(planned) if planned.blocks else {}))
+        say_json({"name": loaded.name, "store": str(results.root)} | _counts_of(planned) | _costs_of(planned))
     else:
         show_plan(loaded, planned, results)
 
@@ -125,13 +125,15 @@ def show_plan(sweep: Sweep, planned: Plan, store: Store) -> None:
 
 
 def _counts_of(planned: Plan) -> dict[str, Any]:
-    counts = {"cells": planned.num_cells, "blocks": planned.num_blocks_planned, "cells_to_run": planned.num_to_run, "blocks_to_run": len(planned.blocks)}
+    """Return counts and what is to be told; null what is not known, as a model or task cannot be reached."""
+    parts = {"cells_to_run": planned.num_to_run, "blocks_to_run": len(planned.blocks), "cells_done": planned.num_done}
+    known = dict.fromkeys(parts) if planned.unreachable else parts
     told = {"warnings": planned.warnings, "notes": planned.notes, "unreachable": planned.unreachable}
-    return counts | {"cells_done": planned.num_done} | {name: list(lines) for name, lines in told.items()}
+    return {"cells": planned.num_cells, "blocks": planned.num_blocks_planned, **known} | {name: list(lines) for name, lines in told.items()}
 
 
 def _costs_of(planned: Plan) -> dict[str, Any]:
-    """Return what the blocks of a plan cost: tokens, FLOPs, GiB of an actor, seconds on this machine alone, bytes of kept captures."""
+    """Return what the blocks of a plan cost: tokens, FLOPs, GiB of an actor, seconds on this machine alone, bytes of kept captures; of what can be reached."""
     costs = [block.cost for block in planned.blocks]
     kept = {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}
     flops, gflops = sum(cost.flops for cost in costs), machine_gflops()
@@ -139,7 +141,7 @@ def _costs_of(planned: Plan) -> dict[str, Any]:
         "training_tokens": sum(cost.training_tokens for cost in costs),
         "capture_tokens": sum(cost.capture_tokens for cost in costs),
         "flops": flops,
-        "peak_gib": max(cost.peak_gib for cost in costs),
+        "peak_gib": max((cost.peak_gib for cost in costs), default=0.0),
         "gflops": gflops,
         "seconds": flops / (gflops * 1e9) / 0.6,
         "kept_captures": len(kept),

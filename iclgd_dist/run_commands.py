@@ -20,6 +20,7 @@ from iclgd_dist.store import Store
 from iclgd_dist.terminal import (
     DONE,
     FAILED,
+    INTERRUPTED,
     GpuHours,
     Hours,
     Insecure,
@@ -35,7 +36,7 @@ from iclgd_dist.terminal import (
 
 if TYPE_CHECKING:
     from iclgd_dist.plan import Plan
-    from iclgd_dist.search import Study
+    from iclgd_dist.search import Place, Study
 
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster, e.g. auto or 10.0.0.1:6379. Default: start Ray on this machine, for loopback only", show_default=False)
@@ -204,7 +205,16 @@ def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget,
         f"at most {num_cells_at_most(loaded):,} finetuned cells; store {results.root}"
     )
 
+    def save(also: Collection[str] = ()) -> None:
+        asked = set[str]().union(*(study.keys for study in studies))
+        results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=sorted(results.keys() & asked | {*also}), kind="search")
+
     def compute(plan: Plan, said: str) -> int:
+        if why := budget.over():
+            say(why)
+            return INTERRUPTED
+        if search.scheduler == "none":  # else some of it is never computed
+            save(plan.keys)
         say(f"{said}: {counted(plan.num_to_run, 'cell')} to run")
         return run_sweep(loaded, plan, results, address=address, console=console, budget=budget, is_open=is_open, track=track)
 
@@ -216,32 +226,42 @@ def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget,
     def stopped() -> set[str]:
         return {attempt["block"] for attempt in results.attempts().to_pylist() if attempt["outcome"] == "stopped"}
 
-    for of_round in rounds(loaded, studies, results.keys, judge, compute, stopped):
-        code = code or of_round
-        evaluated = sorted(results.keys() & set[str]().union(*(study.keys for study in studies)))
-        results.save_sweep(digest=loaded.digest(), resolved=loaded.resolved(), keys=evaluated, kind="search")
-        if of_round not in (DONE, FAILED):
-            code = of_round
-            break
-    _show_studies(studies)
+    try:
+        for of_round in rounds(loaded, studies, results.keys, judge, compute, stopped):
+            code = code or of_round
+            save()
+            if of_round not in (DONE, FAILED):
+                code = of_round
+                break
+    finally:  # also where it is stopped while it plans or judges
+        _show_studies(studies)
     if code in (DONE, FAILED):
         say(f"next: put what was found into [learning_rates], with its neighbours, and iclgd run {sweep}")
     raise typer.Exit(code)
 
 
 def _show_studies(studies: Sequence[Study]) -> None:
+    if not studies[0].scores:
+        return
+    options = [_options(study.place) for study in studies]
+    common = set.intersection(*(set(each.items()) for each in options))
     table = Table(box=None, header_style="bold")
     for column in ("task", "model", "k", "method", "lr", "step", f"{studies[0].search.objective} (A)", "learning rates tried", "mark"):
         table.add_column(column, justify="left" if column in ("task", "model", "method", "mark") else "right", overflow="fold")
-    for study in studies:
-        best, place, tried = study.best, study.place, [score for found in study.scores[0].values() for score in found[-1:]]
-        mark = "at the edge of what was tried: widen its range" if study.is_edge else ""
-        if not best:
-            mark = "none holds all constraints" if tried else "nothing was computed"
+    for study, own in zip(studies, options, strict=True):
+        best, place, num_tried = study.best, study.place, sum(bool(found) for found in study.scores[0].values())
         found = (f"{best.learning_rate:.3g}", str(best.step), f"{best.objective:.4f}") if best else ("", "", "")
-        name = place.model.source.rpartition("/")[2]
-        table.add_row(*map(Text, (place.task, name, str(place.num_demonstrations), study.method, *found, str(len(tried)), mark)))
+        model = ", ".join(
+            [place.model.source.rstrip("/").rpartition("/")[2], *(f"{name} {value}" for name, value in own.items() if (name, value) not in common)]
+        )
+        table.add_row(*map(Text, (place.task, model, str(place.num_demonstrations), study.method, *found, str(num_tried), study.mark)))
     console.print(table)
+
+
+def _options(place: Place) -> dict[str, str]:
+    """Return the options of a study's model and protocol as text: what tells its row from others' is written beside the model."""
+    dumped = place.model.model_dump(mode="json", exclude={"source"}) | place.protocol.model_dump(mode="json")
+    return {name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) for name, value in dumped.items()}
 
 
 def measure(

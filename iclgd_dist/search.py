@@ -6,7 +6,9 @@ answers known learning rates from there, so the same command resumes. Knows Optu
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from iclgd_dist.axes import Controls, Measures, SweepError, TaskAxes
-from iclgd_dist.blocks import Block, Judged, single_lanes, with_cells
+from iclgd_dist.blocks import WORST, Block, Judged, single_lanes, with_cells
 from iclgd_dist.config import Sweep
 from iclgd_dist.encoding import Encoded
 from iclgd_dist.model_spec import ModelSpec
@@ -64,7 +66,7 @@ class Study:
     place: Place
     method: str
     search: Search
-    number: int  # of the study in its sweep: its sampler's own seed
+    number: int  # its sampler's own seed
     scores: list[dict[float, list[Score]]] = field(default_factory=list)  # rung -> learning rate -> its steps; none where it could not be computed
     keys: set[str] = field(default_factory=set)  # of all cells that were asked for, baselines included
 
@@ -102,9 +104,18 @@ class Study:
         return found[0] if found else None
 
     @property
-    def is_edge(self) -> bool:
-        """Whether nothing beyond the best was tried: the range may end too early."""
-        return self.best is not None and self.best.learning_rate in (min(self.scores[0]), max(self.scores[0]))
+    def mark(self) -> str:
+        """What must be known before the best is believed; empty where it lies inside what was tried."""
+        tried = [scores for scores in self.scores[0].values() if scores]
+        if self.best is None:
+            is_known = any(math.isfinite(score.loss) for scores in tried for score in scores)
+            return "nothing was computed" if not tried else "none holds all constraints" if is_known else f"{self.search.objective} is defined nowhere"
+        if self.best.learning_rate not in (min(self.scores[0]), max(self.scores[0])):
+            return ""
+        ends = self.search.learning_rates[self.method]
+        away = min(abs(math.log(self.best.learning_rate / end)) for end in ends)  # beyond the best, what was not tried
+        is_tried = away <= math.log(ends[1] / ends[0]) / len(tried)
+        return "at the edge of its range: widen it" if is_tried else "nothing beyond it was tried: raise samples"
 
 
 def rungs_of(sweep: Sweep) -> list[Rung]:
@@ -138,7 +149,13 @@ def studies_of(sweep: Sweep) -> list[Study]:
     protocols = sweep.protocols or (sweep.protocol,)
     places = [Place(*where) for where in product(sweep.models, protocols, sweep.num_demonstrations, sweep.tasks)]
     searched = [(place, method) for place in places for method in sweep.methods if method in sweep.search.learning_rates]
-    return [Study(place, method, sweep.search, number) for number, (place, method) in enumerate(searched)]
+    return [Study(place, method, sweep.search, _number_of(place, method)) for place, method in searched]
+
+
+def _number_of(place: Place, method: str) -> int:
+    """Return the number that a study has in every sweep: one that is added, or comes first now, changes nothing of what the others ask."""
+    named = [place.model.model_dump_json(exclude_defaults=True), place.protocol.model_dump_json(exclude_defaults=True)]
+    return int(hashlib.sha256(json.dumps([*named, place.num_demonstrations, place.task, method]).encode()).hexdigest()[:8], 16)
 
 
 def rounds(
@@ -163,7 +180,7 @@ def rounds(
             turn += 1
             whole, plan = _planned(sweep, rung, {at: (studies[at], rates) for at, rates in wanted.items()}, finished())
             if sweep.search and sweep.search.scheduler == "asha":
-                plan = _one_by_one(sweep.search, plan, stopped(), sweep.steps)
+                plan = _one_by_one(sweep.search, plan, stopped(), sweep.steps, whole, judge)
             said = f"rung {number + 1} of {len(rungs)}: {rung.num_queries} queries, {rung.num_seeds} seeds; round {turn}"
             code = run(plan, said) if plan.blocks else 0
             _judge(studies, wanted, number, whole, judge)
@@ -191,12 +208,24 @@ def _planned(sweep: Sweep, rung: Rung, wanted: Mapping[int, tuple[Study, list[fl
     return whole, replace(plans[0], blocks=joined).of_blocks()
 
 
-def _one_by_one(search: Search, plan: Plan, stopped: Collection[str], steps: Sequence[int]) -> Plan:
-    """Return the plan with a block for each learning rate, which reports what it is judged by.
+def _one_by_one(search: Search, plan: Plan, stopped: Collection[str], steps: Sequence[int], whole: Mapping[Place, Sequence[Block]], judge: Judge) -> Plan:
+    """Return the plan with a block for each learning rate, which reports what it is judged by, and knows what is there already of the same study.
 
     Left out are those that were stopped before and whose first step is still there: what was forgotten, or set aside, is asked for again.
     """
     kept: list[Block] = []
+    figures = judge([cell.key for blocks in whole.values() for block in blocks for cell in block.cells])
+
+    def judged(lane: Block) -> Judged:
+        (method, train_on), place = lane.trained()[0], (lane.spec, lane.protocol, lane.draw)
+        cells = next(block.cells for blocks in whole.values() for block in blocks if (block.spec, block.protocol, block.draw) == place)
+        known = []
+        for cell in cells:
+            if cell.key in figures and (cell.method, cell.train_on) == (method, train_on) and cell.learning_rate is not None and cell.step is not None:
+                value = figures[cell.key][search.objective]
+                known.append((cell.learning_rate, cell.step, WORST if value is None else search.sign * value))
+        return Judged(search.objective, search.sign, search.reduction_factor, tuple(steps), tuple(sorted(known)))
+
     for block in plan.blocks:
         lanes = single_lanes(block)
         first = {lane.name: min((cell.step for cell in lane.cells if cell.step is not None), default=0) for lane in lanes}
@@ -204,8 +233,7 @@ def _one_by_one(search: Search, plan: Plan, stopped: Collection[str], steps: Seq
         baselines = tuple(cell for cell in block.cells if cell.kind != "finetuned")
         if baselines and lanes[0] not in run:  # they ride with the first
             run = [replace(run[0], cells=(*baselines, *run[0].cells)), *run[1:]] if run else [replace(block, cells=baselines)]
-        judged = Judged(search.objective, search.sign, search.reduction_factor, tuple(steps))
-        kept += [replace(lane, judged=judged) if lane.trained() else lane for lane in run]
+        kept += [replace(lane, judged=judged(lane)) if lane.trained() else lane for lane in run]
     return replace(plan, blocks=tuple(kept)).of_blocks()
 
 
@@ -288,11 +316,10 @@ def _sampler(search: Search, method: str, number: int) -> Generator[list[float],
     # The first round covers the range evenly, with a place of its own for each sampler's seed.
     told = yield rates([(n + random.random()) / count for n in range(count)])
     suggest = _tpe(search, lowest, highest, number) if search.sampler == "tpe" else None
-    left = search.samples - count
-    while left > 0:
-        count = min(per_round, left)
-        left -= count
-        told = yield suggest(told, count, left) if suggest else rates([random.random() for _ in range(count)])
+    num_asked = count
+    while count := min(per_round, search.samples - num_asked):
+        told = yield suggest(told, count, num_asked) if suggest else rates([random.random() for _ in range(count)])
+        num_asked += count
 
 
 def check_sampler(search: Search) -> None:
@@ -308,9 +335,9 @@ def _tpe(search: Search, lowest: float, highest: float, number: int) -> Callable
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space: dict[str, Any] = {"learning_rate": optuna.distributions.FloatDistribution(lowest, highest, log=True)}
 
-    def suggest(told: Sequence[Score], count: int, left: int) -> list[float]:
-        # Made anew from all that is known: what a study would remember beside it is nothing that a resumed search could not know.
-        seed = int(np.random.default_rng((search.seed, number, left)).integers(2**31))
+    def suggest(told: Sequence[Score], count: int, num_asked: int) -> list[float]:
+        # Made anew from all that is known: what a study would remember beside it is nothing that a resumed search, or one of more samples, could not know.
+        seed = int(np.random.default_rng((search.seed, number, num_asked)).integers(2**31))
         constraints = (lambda trial: (0.0,)) if search.constraints else None  # of no trial: all are told with theirs
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True, constraints_func=constraints))
         for score in told:

@@ -144,7 +144,7 @@ class Store:
         """Store what a run set out to do: the resolved sweep and its planned keys; or, of a search, the keys that it evaluated. The same is stored once."""
         if not re.fullmatch(r"[0-9a-f]{8,64}", digest):
             raise ValueError(f"digest must be 8 to 64 hex digits, got {digest!r}")
-        path = self._sweeps / f"{digest}-{_plan_hash(keys)}.json"
+        path = self._sweeps / f"{digest}-{_plan_hash(keys)}{'' if kind == 'grid' else f'-{kind}'}.json"  # a grid may plan just what a search evaluated
         if not files.exists(path):
             saved = {"digest": digest, "kind": kind, "resolved": resolved, "keys": keys, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
             publish(path, json.dumps(saved | {"sha256": manifests.checksum(saved)}, allow_nan=False).encode())

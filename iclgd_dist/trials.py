@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import itertools
 import signal
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from iclgd_dist.blocks import Block
@@ -114,7 +116,15 @@ def _scheduler(blocks: Sequence[Block]) -> Any:
                 "reduction_factor": judged_by.reduction_factor,
                 "stop_last_trials": False,
             }
-            return self.of_study.setdefault(study, ASHAScheduler(**made, grace_period=min(judged_by.steps), max_t=max(judged_by.steps)))
+            if study not in self.of_study:
+                asha: Any = ASHAScheduler(**made, grace_period=min(judged_by.steps), max_t=max(judged_by.steps))
+                self.of_study[study] = asha
+                for learning_rate, steps in itertools.groupby(judged_by.known, key=lambda one: one[0]):
+                    before = SimpleNamespace(trial_id=f"{learning_rate:g}, before")
+                    asha.on_trial_add(None, before)
+                    for _, step, figure in steps:
+                        asha.on_trial_result(None, before, {"judged_step": step, "judged": figure})
+            return self.of_study[study]
 
         def on_trial_add(self, controller: Any, trial: Any) -> None:
             self.of(trial).on_trial_add(controller, trial)

@@ -117,7 +117,7 @@ def test_the_reliability_diagram_is_scikit_learns(whole: Whole) -> None:
     right = np.concatenate([said.argmax(1) == gold for said, gold in answers])
     accuracy, mean = calibration_curve(right, confidence, n_bins=10)
     assert icl["accuracy"].tolist() == pytest.approx(accuracy.tolist()) and icl["confidence"].tolist() == pytest.approx(mean.tolist())
-    assert icl["num_queries"].sum() == len(right) == 4 * 24 and set(icl["num_used"]) == {4}
+    assert icl["num_answers"].sum() == len(right) == 4 * 24 and set(icl["num_used"]) == {4}
     assert len(reliability.panels(whole.setting, rows)) == 4
 
 

@@ -123,6 +123,9 @@ def test_the_paper_is_planned_from_its_file_alone_without_slow_imports(tmp_path:
         assert (code, errors, imported) == (0, "", set())
         assert out.startswith("paper: 4,002 cells in 36 blocks; store results/paper\nnot reachable: tokens, FLOPs and finished cells unknown (model 'KoboldAI/")
         assert out.count("\n") == 2
+        told = json.loads(iclgd(tmp_path, "plan", str(PAPER), "--json", **environment)[1])
+        assert told["cells"] == 4002 and told["unreachable"]
+        assert {told[name] for name in ("cells_to_run", "blocks_to_run", "cells_done")} == {None}, "what is not known is not 0"
         code, out, errors, imported = iclgd(tmp_path, "run", str(PAPER), **environment)
         assert (code, out, imported) == (2, "", set())
         assert errors.startswith("model 'KoboldAI/fairseq-dense-1.3B': ")

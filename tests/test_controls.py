@@ -109,13 +109,15 @@ def test_a_finetuned_cell_is_compared_with_each_control_on_its_own_fold(held: tu
 def test_what_is_specific_to_the_task_is_above_the_largest_empty_context_of_each_seed(held: tuple[list[Row], Frames, Path]) -> None:
     rows, frames, _ = held
     line = only(controls.data(frames, setting_of(frames, train_on="true")), method="vanilla", choice="nearest R*", metric="sim_aou", against="task_specific")
-    gaps = []
+    gaps, queries = [], []
     for seed in SEEDS:
         cell = next(r for r in rows if (r["method"], r["learning_rate"], r["step"], r["seed"], r["train_on"]) == ("vanilla", 1e-2, LAST, seed, "true"))
         largest = 0.1 * max(0.5 + 0.01 * seed, 0.45 + 0.01 * seed + 0.1 * (seed - 1))
         gaps.append(cell["sim_aou"] - largest)
+        queries.append([query["sim_aou"] for query in cell["examples"]])
     assert line["learning_rates"] == "1e-2"
-    assert estimate_of(line) == pytest.approx(t_interval(gaps))
+    of_queries = np.var(np.mean(queries, axis=0), ddof=1) / 24 + 0.1**2 / 24  # ICL's figures, and a context's as if independent of them
+    assert estimate_of(line) == pytest.approx(t_interval(gaps, of_queries))
 
 
 def test_without_one_of_the_empty_contexts_nothing_is_said_of_the_task(tmp_path: Path) -> None:
@@ -127,6 +129,29 @@ def test_without_one_of_the_empty_contexts_nothing_is_said_of_the_task(tmp_path:
     line = only(table, method="vanilla", choice="nearest R*", metric="sim_aou", against="task_specific")
     assert (line["num_used"], line["num_planned"]) == (1, 3)
     assert math.isnan(line["lower"])
+
+
+def test_seeds_held_against_different_other_tasks_all_count(tmp_path: Path) -> None:
+    """An edited control_task: the contexts of seed 1 are of one task, those of the others of another."""
+    rows = controlled(make_rows(seeds=SEEDS))
+    for row in rows:
+        task = "other_task:trec" if row["seed"] == 1 else "other_task:subj"
+        row["measures"] = [measure | {"name": task if measure["name"] == "other_task" else measure["name"]} for measure in row["measures"] or ()]
+    frames = load(make_store(tmp_path, rows))
+    table = controls.data(frames, frames.settings()[0])
+    assert only(table, method="vanilla", choice="nearest R*", metric="sim_aou", against="task_specific")["num_used"] == 3
+
+
+def test_random_weights_that_were_not_matched_have_no_part_in_the_size_shown(tmp_path: Path) -> None:
+    rows = controlled(make_rows(seeds=SEEDS))
+    for row in rows:
+        for each in row["measures"] or ():
+            if each["name"] == "random_delta_2":
+                each["mean"] = 0.001 if each["metric"] == "update_ratio" else None
+    frames = load(make_store(tmp_path, rows))
+    table = controls.data(frames, frames.settings()[0])
+    near = {name: only(table, method="layer_causal", choice="nearest R*", metric="sim_aou", against=name) for name in ("in-context", "random_delta")}
+    assert near["random_delta"]["R"] == pytest.approx(1.02 * near["in-context"]["R"])
 
 
 # --- Layers of measures

@@ -109,6 +109,7 @@ def test_p_values_start_at_six_seeds_and_are_holms_but_the_primary_one(tmp_path:
         plain[place] = 2 * stats.t.sf(abs(line["mean"]) / error, freedom)
     primary = ("all tasks", 0.5)
     assert [tuple(place) for place in part.loc[part["is_primary"], ["task", "matched_ratio"]].to_numpy()] == [primary]
+    assert set(table.loc[table["is_primary"], "metric"]) == {"sim_aou"}, "one contrast is the primary one, not one for each metric"
     found = part.set_index(["task", "matched_ratio"])["p"]
     assert found[primary] == pytest.approx(plain.pop(primary))
     largest = 0.0

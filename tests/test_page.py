@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from iclgd_analysis import explorer
+from iclgd_analysis import explorer, load
 from iclgd_analysis.report import write_report
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -271,6 +271,8 @@ def test_what_settings_share_is_no_cell_without_layers_and_each_untrained_model_
     rows += [changed(row, train_on="other_task") for row in rows if row["kind"] == "finetuned"]
     rows += [changed(row, init="random", init_scheme="fairseq", init_seed=seed) for seed in (1, 2) for row in rows if row["train_on"] in ("true", None)]
     for row in rows:
+        if row["kind"] == "icl":
+            row["demonstrations"] = [f"Demonstration {number} of seed {row['seed']}" for number in range(4)]
         if row["kind"] == "zero_shot" and row["init_seed"]:
             row["balanced_accuracy"] = row["init_seed"] / 10
     file = write_report(make_store(tmp_path / "store", rows))
@@ -283,6 +285,23 @@ def test_what_settings_share_is_no_cell_without_layers_and_each_untrained_model_
     opened.tab.evaluate(f"location.hash = '#cell-{zero_shot['key'][:16]}'")  # the address is followed while the page is open
     opened.tab.wait_for_function(f"document.querySelector('#cell .note').textContent.includes('{zero_shot['key'][:16]}')")
     assert opened.tab.locator("#cell table:not(.queries) thead th").all_inner_texts() == ["figure", "in-context", "zero-shot"]
+    for train_on, also in (("true", ""), ("other_task", "; finetuned on other task instead")):
+        shown = cell(rows, init_seed=None, seed=2, learning_rate=1e-3, step=STEPS[1], train_on=train_on)
+        opened.tab.evaluate(f"location.hash = '#cell-{shown['key'][:16]}'")
+        opened.tab.wait_for_function(f"document.querySelector('#cell .note').textContent.includes('{shown['key'][:16]}')")
+        assert opened.tab.locator("#cell summary").first.inner_text() == f"4 demonstrations in the context{also}"
+    page = json.loads(explorer.data(load(tmp_path / "store"), load(tmp_path / "store").settings())["json"])
+    assert page["texts"] == [[f"Demonstration {number} of seed {seed}" for number in range(4)] for seed in (1, 2)], "once, however many settings show them"
+    opened.close()
+
+
+def test_an_opened_cell_stands_below_the_filters_of_however_many_lines(browser: Browser, page_file: Path) -> None:
+    opened = Opened(browser, page_file, viewport={"width": 520, "height": 900})
+    opened.tab.locator("#cells-table td button").nth(5).click()
+    opened.tab.wait_for_selector("#cell .js-plotly-plot .main-svg")
+    of = "document.querySelector('{}').getBoundingClientRect()"
+    assert opened.tab.evaluate(of.format("#filters") + ".height") > 60, "more than a line"
+    assert opened.tab.evaluate(f"{of.format('#cell h3')}.top >= {of.format('#filters')}.bottom")
     opened.close()
 
 
@@ -296,4 +315,4 @@ def test_the_keyboard_keeps_its_place(opened: Opened) -> None:
     opened.tab.wait_for_selector("#cell:not([hidden])")
     opened.tab.get_by_role("button", name="close").focus()
     opened.tab.keyboard.press("Enter")
-    assert opened.tab.evaluate(focused) == "open"
+    assert opened.tab.evaluate(focused) == "open" and opened.tab.evaluate("document.activeElement.closest('tr').rowIndex") == 1

@@ -14,7 +14,7 @@ import pytest
 from iclgd_dist.blocks import Cell, Judged
 from iclgd_dist.config import Sweep, SweepError, load_sweep
 from iclgd_dist.plan import Plan, make_plan
-from iclgd_dist.search import Study, check_sampler, rounds, rungs_of, studies_of
+from iclgd_dist.search import Score, Study, check_sampler, rounds, rungs_of, studies_of
 from iclgd_dist.search_spec import Search
 
 LOW, HIGH = 1e-4, 1e-1
@@ -211,8 +211,44 @@ def test_an_objective_that_should_be_large_is_made_large(swept: Callable[..., Sw
 
 def test_a_best_at_the_end_of_its_range_is_marked(swept: Callable[..., Sweep]) -> None:
     falling = Made(lambda cell, seed, queries: -math.log10(cell.learning_rate))
-    assert all(study.is_edge for study in falling.search(swept(12)))
-    assert not Made(bowl).search(swept(12))[0].is_edge
+    assert {study.mark for study in falling.search(swept(12, 'sampler = "grid"'))} == {"at the edge of its range: widen it"}
+    assert Made(bowl).search(swept(12))[0].mark == ""
+
+
+def test_what_was_not_tried_is_not_the_end_of_a_range(swept: Callable[..., Sweep]) -> None:
+    study = studies_of(swept(4))[0]
+    made = {rate: [Score(rate, 4, loss, loss, 0.0)] for rate, loss in ((1e-3, 0.1), (1e-2, 0.2), (9e-2, 0.3))}
+    study.scores.append(made)  # of [1e-4, 1e-1]: nothing below 1e-3
+    assert study.mark == "nothing beyond it was tried: raise samples"
+    study.scores[0] = {rate: [Score(rate, 4, math.nan, math.inf, 0.0)] for rate in made}
+    assert study.mark == "nll_label is defined nowhere"
+    study.scores[0] = {rate: [Score(rate, 4, 0.3, 0.3, 0.1)] for rate in made}
+    assert study.mark == "none holds all constraints"
+    study.scores[0] = {rate: [] for rate in made}
+    assert study.mark == "nothing was computed"
+
+
+def test_more_samples_or_tasks_go_on_from_what_was_asked(swept: Callable[..., Sweep]) -> None:
+    """Of 8 samples, then 14: the first 8 are the same, from the store. So they are where another method is searched before this one."""
+    made = Made(bowl)
+    few = made.search(swept(8))
+    before = len(made.plans)
+    more = made.search(swept(14))
+    for first, then in zip(few, more, strict=True):
+        assert set(first.scores[0]) <= set(then.scores[0]) and len(then.scores[0]) > len(first.scores[0])
+    assert len(made.plans) == before + 2
+    alone = Made(bowl).search(swept(8, replace=("", "")).model_copy(update={"methods": ("layer_causal",)}))
+    assert [study.method for study in alone] == ["layer_causal"] and alone[0].scores == few[1].scores
+
+
+def test_tpe_asks_near_what_was_good(swept: Callable[..., Sweep]) -> None:
+    """Of its later samples more lie near the best than of random ones, which cover the range evenly."""
+
+    def near(sampler: str) -> int:
+        later = [list(Made(bowl).search(swept(16, f'sampler = "{sampler}"\nseed = {seed}'))[0].scores[0])[4:] for seed in range(4)]
+        return sum(abs(math.log10(rate / 4e-3)) < 0.5 for rates in later for rate in rates)
+
+    assert near("tpe") > 1.3 * near("random")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +365,7 @@ def test_with_asha_each_learning_rate_is_a_block_and_what_was_stopped_is_not_ask
     (study,) = made.search(sweep)
     (plan,) = made.plans
     assert [len(block.learning_rates("wide")) for block in plan.blocks] == [1] * 6
-    assert [block.judged for block in plan.blocks] == [Judged("nll_label", 1.0, 2, (1, 2, 4))] * 6
+    assert [block.judged for block in plan.blocks] == [Judged("nll_label", 1.0, 2, (1, 2, 4))] * 6  # nothing is known yet
     assert sum(cell.kind != "finetuned" for block in plan.blocks for cell in block.cells) == 2
     kept = [score.learning_rate for score in study.ranking(0) if score.step == 4]
     assert len(kept) == 2 and [score.learning_rate for score in study.ranking(0)][:2] == kept  # the stopped ones stand behind, whatever they scored
@@ -340,6 +376,11 @@ def test_with_asha_each_learning_rate_is_a_block_and_what_was_stopped_is_not_ask
     assert not [plan for plan in again.plans if plan.blocks] and same.ranking(0) == study.ranking(0)
     again.cells = {key: held for key, held in made.cells.items() if held[0].learning_rate != kept[0] or held[0].step == 1}
     again.search(sweep)  # one that was killed, not stopped, goes on
+    (block,) = again.plans[-1].blocks
+    known = sorted(
+        (cell.learning_rate, cell.step, loss(cell, 1, 8)) for cell, _, _ in again.cells.values() if cell.kind == "finetuned" and cell not in block.cells
+    )
+    assert block.judged is not None and block.judged.known == tuple(known) and len(known) == 6 + 2, "what it is compared with"
     assert {cell.learning_rate for plan in again.plans for block in plan.blocks for cell in block.cells} == {kept[0]}
     forgotten = Made(loss)  # and one whose cells were set aside, stopped or not; the baselines ride with whatever runs
     forgotten.cells = {key: held for key, held in made.cells.items() if held[0].kind == "finetuned" and held[0].learning_rate != 1e-4}

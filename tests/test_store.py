@@ -156,9 +156,11 @@ def test_a_sweep_is_stored_once_per_plan(tmp_path: Path) -> None:
     content = first.read_bytes()
     assert made.save_sweep(digest="0123456789abcdef", resolved={"name": "x"}, keys=[key(1), key(2)]) == first
     other = made.save_sweep(digest="0123456789abcdef", resolved={"name": "x"}, keys=[key(1)])
+    search = made.save_sweep(digest="0123456789abcdef", resolved={"name": "x"}, keys=[key(1)], kind="search")
+    assert other != search, "what a search evaluated and what a grid plans are two records, though of the same cells"
     assert other != first
     assert first.read_bytes() == content
-    oldest, newest = made.sweeps()
+    oldest, newest, _ = made.sweeps()
     assert {"digest": "0123456789abcdef", "resolved": {"name": "x"}, "keys": [key(2), key(1)]}.items() <= oldest.items()
     assert oldest["created_at"] <= newest["created_at"]
     with pytest.raises(ValueError, match="hex digits"):

@@ -51,6 +51,15 @@ def test_a_block_that_a_scheduler_ended_is_stopped_and_leaves_an_attempt(sweep_f
     assert [(attempt["block"], attempt["outcome"], attempt["reason"]) for attempt in store.attempts().to_pylist()] == [(block.name, "stopped", BEHIND)]
 
 
+@pytest.mark.parametrize(("known", "action"), [((), "CONTINUE"), (((0.1, 2, 0.1), (0.1, 4, 0.1), (0.2, 2, 0.3)), "STOP")])
+def test_asha_compares_with_what_was_there_before_this_run(sweep_file: Path, known: tuple[tuple[float, int, float], ...], action: str) -> None:
+    block = replace(make_plan(load_sweep(sweep_file)).blocks[0], judged=Judged("nll_label", 1.0, 2, (2, 4), known))
+    scheduler = trials._scheduler([block])
+    trial = SimpleNamespace(trial_id="t", config={"block": block.name})
+    scheduler.on_trial_add(None, trial)
+    assert scheduler.on_trial_result(None, trial, {"judged_step": 2, "judged": 0.5}) == action
+
+
 def test_an_actor_that_dies_in_its_creation_does_not_count_against_its_block_and_new_nodes_are_looked_at(sweep_file: Path, monkeypatch: Any) -> None:
     """A node that joined and lacks the package kills whatever is sent to it, until it has said so itself."""
     block, counts, store = make_plan(load_sweep(sweep_file)).blocks[0], Counts(), Store(sweep_file.parent / "told")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -13,8 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from tensorboardX.proto.event_pb2 import Event
 
+from iclgd_dist import run_commands
+from iclgd_dist.config import load_sweep
+from iclgd_dist.search import studies_of
+from iclgd_dist.stopping import Budget
 from iclgd_dist.store import Store, read_results
 from iclgd_dist.trackers import guarded
 from tests.test_search import stopped_early
@@ -60,8 +66,12 @@ def test_a_search_is_resumed_and_what_it_found_is_the_grids_once_a_grid_asks_for
         time.sleep(0.05)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
+    told = json.loads(iclgd("status", str(store.root), "--json", folder=folder))
+    assert told["extra"] == 0 and told["planned"] > told["committed"], "of a search that goes on, the cells of its round are planned"
     said = iclgd("tune", str(search_file), folder=folder)
-    assert "next: put what was found into [learning_rates]" in said and said.count("vanilla") >= 1, said
+    assert "next: put what was found into [learning_rates]" in said, said
+    (row,) = [line for line in said.splitlines() if re.match(r" *fruit +model +4 +vanilla ", line)]
+    assert re.search(r"vanilla +\d\S* +4 +\d\.\d{4} ", row), said
     cells = read_results(store).cells.to_pandas()
     trained = cells[cells.kind == "finetuned"]
     assert set(cells.origin) == {"search"} and not trained.key.duplicated().any()
@@ -92,6 +102,33 @@ def test_a_search_is_resumed_and_what_it_found_is_the_grids_once_a_grid_asks_for
     frames = load(str(store.root))
     assert set(frames.finetuned.learning_rate) == {rate} and set(frames.finetuned.method) == {"vanilla", "layer_causal"}
     assert frames.num_search and frames.num_missing == 0
+
+
+def test_a_search_that_is_stopped_anywhere_shows_what_it_found(search_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a signal while it plans, or as its hours are over before a round."""
+
+    def stopped(*arguments: object, **options: object) -> int:
+        raise SystemExit(75)
+
+    monkeypatch.chdir(search_file.parent)
+    monkeypatch.setattr(run_commands, "run_sweep", stopped)
+    with pytest.raises(SystemExit):
+        run_commands._tune(str(search_file), None, None, budget=Budget(), is_open=False, track=())
+    assert capsys.readouterr().out.count("nothing was computed") == 2
+    with pytest.raises(typer.Exit) as ended:
+        run_commands._tune(str(search_file), None, None, budget=Budget(hours=0.0), is_open=False, track=())
+    said = capsys.readouterr().out
+    assert ended.value.exit_code == 75 and "0 hours are spent" in said and said.count("nothing was computed") == 2
+
+
+def test_rows_that_differ_in_an_option_alone_say_it(search_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search_file.write_text(search_file.read_text().replace("[search]", '[[protocols]]\n\n[[protocols]]\nseparator = "eos"\n\n[search]'))
+    studies = studies_of(load_sweep(search_file))
+    for study in studies:
+        study.scores.append({})
+    run_commands._show_studies(studies)
+    said = capsys.readouterr().out
+    assert said.count("separator eos") == said.count("separator newline") == 2 and "sink" not in said
 
 
 def test_without_the_section_it_says_what_to_write(sweep_file: Path) -> None:
