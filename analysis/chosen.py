@@ -39,6 +39,13 @@ def select(frames: Frames, setting: Setting, method: str, *, fold: str = "A") ->
 
     Only learning rates with the most defined draws compete: a mean without the diverged draws would flatter. None if none is defined.
     """
+    if (method, fold) not in setting.selected:
+        setting.selected[method, fold] = _select(frames, setting, method, fold)
+    found: Selected | None = setting.selected[method, fold]
+    return found
+
+
+def _select(frames: Frames, setting: Setting, method: str, fold: str) -> Selected | None:
     rows = comparable(setting.at_last_step(method))
     of_fold = frames.folds[frames.folds["fold"] == fold][["key", "nll_label"]]
     table = rows[["key", "learning_rate", "replicate"]].merge(of_fold, on="key").dropna(subset=["nll_label"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,8 +43,11 @@ class Setting:
     variant: str = ""  # of its model's settings in the same store, what tells it apart: computed in bfloat16, query seed 2
     own_methods: tuple[str, ...] = ()  # of the whole store: those that are not built in
     has_twin: bool = False  # another setting differs in the number of queries alone
+    selected: dict[tuple[str, str], Any] = field(
+        default_factory=dict, init=False, repr=False
+    )  # (method, fold) -> what `chosen.select` chose, once it was asked
 
-    @property
+    @cached_property
     def first(self) -> pd.Series:
         return (self.finetuned if len(self.finetuned) else self.icl).iloc[0]
 
