@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .intervals import geometric_mean
+from .intervals import MIN_SEEDS, geometric_mean
 from .load import Frames
 from .setting import Setting
 
@@ -70,9 +70,13 @@ def comparable(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def usual(cells: pd.DataFrame) -> set[float]:
-    """Return the learning rates that have half as many draws as their median has, or more: those of a few draws alone are none of the grid."""
-    counts = cells["learning_rate"].value_counts()
-    return set(counts[counts >= counts.median() / 2].index)
+    """Return the learning rates of the grid: those that make most cells with the draws that have all of them, draws beyond MIN_SEEDS not counted.
+
+    One that a few draws alone have (a pilot, an added one that is under way) is none of it, and one that more draws have (a confirmation) does not stand for it.
+    """
+    counts, draws = cells["learning_rate"].value_counts(), cells.groupby("learning_rate")["draw"].agg(set)
+    sets = [counts[counts >= least].index for least in sorted(counts.unique())]  # the largest first: it is taken of two that make as many
+    return set(max(sets, key=lambda rates: len(rates) * min(len(set.intersection(*draws[rates])), MIN_SEEDS), default=[]))
 
 
 def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:

@@ -109,7 +109,7 @@ def task_specific(frames: Frames, terms: Mapping[str, pd.DataFrame], named: Mapp
 
 
 def _query_variance(frames: Frames, terms: pd.DataFrame, names: Sequence[str], metric: str, fold: str) -> float:
-    """Return the queries' share of the variance of a figure less the largest of some contexts', from above: as if the two were independent.
+    """Return the queries' share of the variance of a figure less the largest of some contexts', from above: as if the two did not go together over queries, as they do.
 
     A context's figures are kept by layer, without those of each query: the variance of a mean over layers, and over draws, is at most the mean of theirs.
     """
@@ -117,7 +117,7 @@ def _query_variance(frames: Frames, terms: pd.DataFrame, names: Sequence[str], m
         return 0.0
     own = frames.per_query(terms, metric, fold)
     rows = frames.controls[frames.controls["cell"].isin(terms["key"]) & frames.controls["control"].isin(names)]
-    rows = rows[rows["metric"].eq(metric) & rows["fold"].eq(fold) & rows["mean"].notna() & rows["sd"].notna()]
+    rows = frames.counted(rows[rows["metric"].eq(metric) & rows["fold"].eq(fold) & rows["mean"].notna() & rows["sd"].notna()], "cell", metric)
     table = pd.DataFrame({"name": rows["control"].astype(str), "share": rows["sd"] ** 2 / rows["n"]})
     table["weight"] = rows["cell"].astype(str).map(terms.groupby("key")["weight"].mean())
     of_names = [np.average(part["share"], weights=part["weight"]) for _, part in table.groupby("name")]

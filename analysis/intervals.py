@@ -2,7 +2,7 @@
 
 A mean is over replicates (seeds of the demonstrations; of the weights, for random weights), the orders of a seed averaged first. Its 95 % interval:
 - 2 replicates and more: mean +- t(n-1) x sqrt(sd^2 / n + se_query^2), se_query from the per-query values averaged over replicates (by label for balanced
-  accuracy; left out for figures that have no value per query);
+  accuracy; from above where figures are kept without them, as in `controls.task_specific`, else left out);
 - 1 replicate ("this draw only"): Wilson for an accuracy; for balanced accuracy the labels' Wilson intervals combined by square-and-add (Newcombe; Zou and
   Donner's MOVER): deterministic, inside [0, 1], and not of width zero when a label is always right. Queries are the only source of variation it knows.
 Over tasks, which are fixed: the mean of the tasks' means, se = sqrt(sum se_t^2) / T, degrees of freedom by Welch and Satterthwaite.

@@ -135,10 +135,15 @@ class Frames:
         rows = measures[(measures["metric"] == metric) & (measures["fold"] == fold)]
         return self._over_layers(rows, list(measures.columns[:2]), metric, "mean")
 
+    def counted(self, rows: pd.DataFrame, cell: str, metric: str) -> pd.DataFrame:
+        """Return the rows by layer that a mean over layers is of: of a change of scores not layer 0, unless the protocol counts it. `cell`: the column of keys."""
+        if metric not in _SCORE_CHANGES:
+            return rows
+        counting = self.cells.loc[self.cells["protocol"].str.contains('"first_layer": ?"count"'), "key"]
+        return rows[rows["layer"].ne(0) | rows[cell].isin(counting)]
+
     def _over_layers(self, rows: pd.DataFrame, by: list[str], metric: str, value: str) -> pd.Series:
-        if metric in _SCORE_CHANGES:
-            counting = self.cells.loc[self.cells["protocol"].str.contains('"first_layer": ?"count"'), "key"]
-            rows = rows[rows["layer"].ne(0) | rows[by[0]].isin(counting)]
+        rows = self.counted(rows, by[0], metric)
         if metric == "update_ratio":  # a metric of one's own cannot have that name
             moved = rows[~pd.MultiIndex.from_arrays([rows[by[0]].astype(str), rows["layer"]]).isin(self._still)]
             means = moved.groupby(by, observed=True)[value].agg(geometric_mean)

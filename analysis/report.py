@@ -172,10 +172,12 @@ def lead(frames: Frames) -> list[str]:
     settings = frames.settings()
     if not settings:
         return [*text, "No in-context or finetuned cell is there yet: nothing to compare."]
-    seeds = min(setting.num_seeds for setting in settings)
-    if seeds < MIN_SEEDS:
-        bound = "the intervals speak of this draw only" if seeds == 1 else "the intervals are wide and the differences untested"
-        text.append(f"Descriptive: {counted(seeds, 'seed')}, fewer than {MIN_SEEDS}; {bound}.")
+    seeds = [count for setting in settings for count in ([setting.num_seeds(method) for method in setting.methods] or [setting.num_seeds()])]
+    fewest, most = min(seeds), max(seeds)
+    if fewest < MIN_SEEDS:
+        bound = "the intervals speak of this draw only" if fewest == 1 else "the intervals are wide and the differences untested"
+        where = "" if fewest == most else "some figures are over "
+        text.append(f"Descriptive: {where}{counted(fewest, 'seed')}, fewer than {MIN_SEEDS}; {bound if fewest == most else f'{bound} there'}.")
     if num_searched := int((done["origin"] == "search").sum()):
         text.append(
             f"{counted(num_searched, 'cell')} of the grid were found by a search, which judged them on fold A: what fold B says of them is free of that choice."

@@ -78,11 +78,10 @@ class Setting:
         """How many draws there are where one order of each seed counts."""
         return len({draw.rpartition("/")[0] for draw in self.planned})
 
-    @property
-    def num_seeds(self) -> int:
-        """Seeds that each of its methods has; of baselines alone, those of ICL."""
-        of_method = self.finetuned.groupby("method")["replicate"].nunique()
-        return int(of_method.min()) if len(of_method) else self.icl["replicate"].nunique()
+    def num_seeds(self, *methods: str) -> int:
+        """Return how many seeds each of these methods has, of all unless some are named; of baselines alone, how many ICL has."""
+        of_method = [self.finetuned.loc[self.finetuned["method"] == method, "replicate"].nunique() for method in methods or self.methods]
+        return min(of_method, default=self.icl["replicate"].nunique())
 
     @property
     def replicates(self) -> list[int]:

@@ -234,7 +234,13 @@ def _line(table: pd.DataFrame, method: str, against: str) -> Estimate:
         return Estimate()
     rows = table[(table["method"] == method) & (table["metric"] == METRIC) & table["against"].map(controls.kind_of).eq(against)]
     rows = rows[rows["choice"].ne(SELECTED)]
-    return Estimate(float(rows["mean"].mean()), used=int(rows["num_used"].max()), replicates=int(rows["num_replicates"].min())) if len(rows) else Estimate()
+    return (
+        Estimate(
+            float(rows["mean"].mean()), used=min(int(rows["num_used"].sum()), int(rows["num_planned"].max())), replicates=int(rows["num_replicates"].min())
+        )
+        if len(rows)
+        else Estimate()
+    )
 
 
 def passed(found: Findings) -> list[str]:
@@ -245,7 +251,7 @@ def passed(found: Findings) -> list[str]:
 def paragraph(found: Findings) -> list[str]:
     """Return the sentences on one trained model, the verdict first."""
     first, ratio = found.settings[0], found.settings[0].matched_ratio
-    tasks, seeds = [setting.named["task"] for setting in found.settings], min(setting.num_seeds for setting in found.settings)
+    tasks, seeds = [setting.named["task"] for setting in found.settings], min(setting.num_seeds(BASE, METHOD) for setting in found.settings)
     steps = " or ".join(dict.fromkeys(setting.last_step for setting in found.settings))
     protocol = "" if first.named["protocol"] == "clean" else f", protocol {first.named['protocol']}"
     protocol += f", {first.variant}" if first.variant else ""

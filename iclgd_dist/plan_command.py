@@ -54,7 +54,9 @@ def plan(
         raise SweepError("\n".join(problems))
     planned = replace(planned, warnings=(*planned.warnings, *_lacking(loaded, results, is_here=address is None)))
     if as_json:
-        say_json({"name": loaded.name, "store": str(results.root)} | _counts_of(planned) | _costs_of(planned))
+        costs = _costs_of(planned)
+        known = dict.fromkeys(costs) if planned.unreachable else costs
+        say_json({"name": loaded.name, "store": str(results.root)} | _counts_of(planned) | known)
     else:
         show_plan(loaded, planned, results)
 
@@ -133,7 +135,7 @@ def _counts_of(planned: Plan) -> dict[str, Any]:
 
 
 def _costs_of(planned: Plan) -> dict[str, Any]:
-    """Return what the blocks of a plan cost: tokens, FLOPs, GiB of an actor, seconds on this machine alone, bytes of kept captures; of what can be reached."""
+    """Return what the blocks of a plan cost: tokens, FLOPs, GiB of an actor, seconds on this machine alone, bytes of kept captures."""
     costs = [block.cost for block in planned.blocks]
     kept = {cell.key: block.cost.capture_bytes for block in planned.blocks for cell in block.cells if cell.is_kept}
     flops, gflops = sum(cost.flops for cost in costs), machine_gflops()

@@ -241,26 +241,29 @@ def _tune(sweep: str, store: str | None, address: str | None, *, budget: Budget,
 
 
 def _show_studies(studies: Sequence[Study]) -> None:
+    """Print what each search found, then what must be known of it. Of model, k and protocol only what is not the same for all is told."""
     if not studies[0].scores:
         return
     options = [_options(study.place) for study in studies]
     common = set.intersection(*(set(each.items()) for each in options))
-    table = Table(box=None, header_style="bold")
-    for column in ("task", "model", "k", "method", "lr", "step", f"{studies[0].search.objective} (A)", "learning rates tried", "mark"):
-        table.add_column(column, justify="left" if column in ("task", "model", "method", "mark") else "right", overflow="fold")
-    for study, own in zip(studies, options, strict=True):
-        best, place, num_tried = study.best, study.place, sum(bool(found) for found in study.scores[0].values())
+    own = [", ".join(f"{name} {value}" for name, value in each.items() if (name, value) not in common) for each in options]
+    table, texts = Table(box=None, header_style="bold"), ("task", "method", *(["of"] if any(own) else []))
+    for column in (*texts, "lr", "step", f"{studies[0].search.objective} (A)", "tried"):
+        table.add_column(column, justify="left" if column in texts else "right", overflow="fold")
+    for study, of in zip(studies, own, strict=True):
+        best, num_tried = study.best, sum(bool(found) for found in study.scores[0].values())
         found = (f"{best.learning_rate:.3g}", str(best.step), f"{best.objective:.4f}") if best else ("", "", "")
-        model = ", ".join(
-            [place.model.source.rstrip("/").rpartition("/")[2], *(f"{name} {value}" for name, value in own.items() if (name, value) not in common)]
-        )
-        table.add_row(*map(Text, (place.task, model, str(place.num_demonstrations), study.method, *found, str(num_tried), study.mark)))
+        table.add_row(*map(Text, (study.place.task, study.method, *([of] if any(own) else []), *found, str(num_tried))))
     console.print(table)
+    for study, of in zip(studies, own, strict=True):
+        if study.mark:
+            say(f"{', '.join(filter(None, (study.place.task, study.method, of)))}: {study.mark}")
 
 
 def _options(place: Place) -> dict[str, str]:
-    """Return the options of a study's model and protocol as text: what tells its row from others' is written beside the model."""
-    dumped = place.model.model_dump(mode="json", exclude={"source"}) | place.protocol.model_dump(mode="json")
+    """Return what may tell a study from others of its task and method, as text."""
+    dumped = {"model": place.model.source.rstrip("/").rpartition("/")[2], "k": place.num_demonstrations}
+    dumped |= place.model.model_dump(mode="json", exclude={"source"}) | place.protocol.model_dump(mode="json")
     return {name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) for name, value in dumped.items()}
 
 

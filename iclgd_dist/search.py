@@ -110,11 +110,12 @@ class Study:
         if self.best is None:
             is_known = any(math.isfinite(score.loss) for scores in tried for score in scores)
             return "nothing was computed" if not tried else "none holds all constraints" if is_known else f"{self.search.objective} is defined nowhere"
-        if self.best.learning_rate not in (min(self.scores[0]), max(self.scores[0])):
+        rates = sorted(scores[0].learning_rate for scores in tried)
+        if self.best.learning_rate not in (rates[0], rates[-1]):
             return ""
         ends = self.search.learning_rates[self.method]
         away = min(abs(math.log(self.best.learning_rate / end)) for end in ends)  # beyond the best, what was not tried
-        is_tried = away <= math.log(ends[1] / ends[0]) / len(tried)
+        is_tried = len(rates) > 1 and away <= 0.5 * math.log(ends[1] / ends[0]) / len(rates)
         return "at the edge of its range: widen it" if is_tried else "nothing beyond it was tried: raise samples"
 
 

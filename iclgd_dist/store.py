@@ -141,10 +141,10 @@ class Store:
             raise
 
     def save_sweep(self, *, digest: str, resolved: dict[str, Any], keys: list[str], kind: str = "grid") -> Location:
-        """Store what a run set out to do: the resolved sweep and its planned keys; or, of a search, the keys that it evaluated. The same is stored once."""
+        """Store what a run set out to do: the resolved sweep and its planned keys; or, of a search, the keys that it asks for. The same is stored once."""
         if not re.fullmatch(r"[0-9a-f]{8,64}", digest):
             raise ValueError(f"digest must be 8 to 64 hex digits, got {digest!r}")
-        path = self._sweeps / f"{digest}-{_plan_hash(keys)}{'' if kind == 'grid' else f'-{kind}'}.json"  # a grid may plan just what a search evaluated
+        path = self._sweeps / f"{digest}-{_plan_hash(keys)}{'' if kind == 'grid' else f'-{kind}'}.json"  # a grid may plan just what a search asks for
         if not files.exists(path):
             saved = {"digest": digest, "kind": kind, "resolved": resolved, "keys": keys, "created_at": datetime.datetime.now(datetime.UTC).isoformat()}
             publish(path, json.dumps(saved | {"sha256": manifests.checksum(saved)}, allow_nan=False).encode())
@@ -156,6 +156,10 @@ class Store:
         for path, sweep in found.items():
             _check_sweep(path, sweep)
         return sorted(found.values(), key=lambda sweep: str(sweep.get("created_at", "")))
+
+    def planned(self, kind: str = "grid") -> set[str]:
+        """Return the keys that the sweeps of a kind planned, or that searches asked for."""
+        return {key for sweep in self.sweeps() if sweep.get("kind", "grid") == kind for key in sweep["keys"]}
 
     def compact(self) -> int:
         """Move the loose cells into one file (merging small ones when there are many) and return how many; 0 if another process is at it.

@@ -19,14 +19,15 @@ SHOWN = 10  # of a long list
 
 
 def show_status(store: Store, *, as_json: bool = False) -> None:
-    keys = store.keys()
-    planned = {key for sweep in store.sweeps() for key in sweep["keys"]}
+    keys, planned = store.keys(), store.planned()
+    asked = planned | store.planned("search")
+    num_extra = len(keys - asked) if asked else 0
     attempts = store.attempts().to_pylist()
     loads = Counter(a["actor"] for a in attempts if a["num_model_loads"])
     others = Counter(a["outcome"] for a in attempts if a["outcome"] != "done")
     failed = [a for a in attempts if a["outcome"] not in ("done", "interrupted", "stopped")]
     if as_json:
-        counts = {"planned": len(planned), "committed": len(keys), "missing": len(planned - keys), "extra": len(keys - planned) if planned else 0}
+        counts = {"planned": len(planned), "committed": len(keys), "missing": len(planned - keys), "extra": num_extra}
         steps = {name: sum(a[name] for a in attempts) for name in ("num_baselines", "num_training_steps", "num_model_loads")}
         say_json({"store": str(store.root), **counts, "attempts": dict(Counter(a["outcome"] for a in attempts)), **steps, "failed": failed[-5:]})
         return
@@ -35,7 +36,7 @@ def show_status(store: Store, *, as_json: bool = False) -> None:
         ("cells planned", len(planned)),
         ("cells committed", len(keys)),
         ("cells missing", len(planned - keys)),
-        ("cells no sweep asks for", len(keys - planned) if planned else 0),
+        ("cells no sweep asks for", num_extra),
         ("blocks run", sum(a["outcome"] == "done" for a in attempts)),
         ("baselines computed", f"{sum(a['num_baselines'] for a in attempts)} (zero-shot and in-context, once each per block)"),
         ("training steps", f"{sum(a['num_training_steps'] for a in attempts)} (summed over learning rates)"),

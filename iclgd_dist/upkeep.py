@@ -43,7 +43,7 @@ class Verified:
     num_cells: int | None = None  # this and what is missing or extra are known once nothing is damaged, or all that is was set aside
     damaged: list[StoreError] = field(default_factory=list)  # a file each: flipped, cut short, empty, of something else, gone
     duplicates: list[str] = field(default_factory=list)  # keys of loose cells that differ from those of a part; readers count each once
-    missing: list[str] = field(default_factory=list)  # keys that a sweep of this store planned
+    missing: list[str] = field(default_factory=list)  # keys that a grid of this store planned; what a search asked for may never be asked for again
     extra: list[str] = field(default_factory=list)  # keys that none planned: a sweep file was edited
 
     @property
@@ -87,9 +87,9 @@ def verify(store: Store, *, quarantine: bool = False) -> Verified:
         from iclgd_dist import captures  # torch, which nothing else here needs
 
         found.damaged += captures.verify(store, aside=(lambda path: set_aside(store, path)) if quarantine else None)
-        planned = {key for sweep in store.sweeps() for key in sweep["keys"]}
-        keys = store.keys()
-        found.num_cells, found.missing, found.extra = len(keys), sorted(planned - keys), sorted(keys - planned) if planned else []
+        keys, planned, searched = store.keys(), store.planned(), store.planned("search")
+        found.num_cells, found.missing = len(keys), sorted(planned - keys)
+        found.extra = sorted(keys - planned - searched) if planned | searched else []
     return found
 
 

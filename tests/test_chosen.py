@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from iclgd_analysis import load
-from iclgd_analysis.chosen import Selected, nearest_ratio, select
+from iclgd_analysis.chosen import Selected, matched, nearest_ratio, select
 from iclgd_analysis.crossing import _without, gains
 from iclgd_analysis.load import Frames
 
@@ -31,17 +31,30 @@ def read(root: Path, cells: list[Row]) -> Frames:
     return load(make_store(root, baselines + cells))
 
 
-GRID = (1e-4, 1e-3, 1e-2)
+GRID, SEEDS = (1e-4, 1e-3, 1e-2), (1, 2, 3, 4, 5)
 
 
-@pytest.mark.parametrize("more", [(1e-4,), (1e-3,)])
+@pytest.mark.parametrize("more", [(1e-4,), (1e-3,), (1e-4, 1e-3)])
 def test_more_draws_of_some_learning_rates_leave_the_others_in(tmp_path: Path, more: tuple[float, ...]) -> None:
-    frames = read(tmp_path, [cell(seed, rate) for seed in (1, 2, 3) for rate in GRID] + [cell(seed, rate) for seed in range(4, 11) for rate in more])
+    frames = read(tmp_path, [cell(seed, rate) for seed in SEEDS for rate in GRID] + [cell(seed, rate) for seed in range(6, 16) for rate in more])
     (setting,) = frames.settings()
     assert select(frames, setting, METHOD) == Selected(1e-3, is_edge=False)
     assert nearest_ratio(setting, METHOD) == (1e-3, pytest.approx(0.45))
     found = gains(frames, setting, METHOD, "A")
     assert found.index.tolist() == list(GRID) and found.notna().all()
+
+
+def test_a_wider_pilot_of_one_seed_is_no_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 1 has more learning rates than the grid, one of them better, and fewer draws of each."""
+    pilot = {3e-5: 0.8, 3e-4: 0.5, 3e-3: 0.1, 3e-2: 0.5, 3e-1: 0.9}
+    for rate, loss in pilot.items():
+        monkeypatch.setitem(LOSS, rate, loss)
+        monkeypatch.setitem(SIZE, rate, 0.5)
+    frames = read(tmp_path, [cell(seed, rate) for seed in range(1, 6) for rate in GRID] + [cell(1, rate) for rate in pilot])
+    (setting,) = frames.settings()
+    assert select(frames, setting, METHOD) == Selected(1e-3, is_edge=False)
+    assert gains(frames, setting, METHOD, "A").index.tolist() == list(GRID)
+    assert set(matched(setting, METHOD).terms["draw"]) == {f"/{seed}/0" for seed in range(1, 6)}, "no gap where the pilot alone has been"
 
 
 @pytest.mark.parametrize("missing", GRID)

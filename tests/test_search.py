@@ -220,6 +220,12 @@ def test_what_was_not_tried_is_not_the_end_of_a_range(swept: Callable[..., Sweep
     made = {rate: [Score(rate, 4, loss, loss, 0.0)] for rate, loss in ((1e-3, 0.1), (1e-2, 0.2), (9e-2, 0.3))}
     study.scores.append(made)  # of [1e-4, 1e-1]: nothing below 1e-3
     assert study.mark == "nothing beyond it was tried: raise samples"
+    study.scores[0] = {**made, 2e-4: []}
+    assert study.mark == "nothing beyond it was tried: raise samples", "one that could not be computed is not tried"
+    study.scores[0] = {1e-4: [Score(1e-4, 4, 0.1, 0.1, 0.0)], **made}
+    assert study.mark == "at the edge of its range: widen it"
+    study.scores[0] = {3e-3: [Score(3e-3, 4, 0.1, 0.1, 0.0)]}
+    assert study.mark == "nothing beyond it was tried: raise samples"
     study.scores[0] = {rate: [Score(rate, 4, math.nan, math.inf, 0.0)] for rate in made}
     assert study.mark == "nll_label is defined nowhere"
     study.scores[0] = {rate: [Score(rate, 4, 0.3, 0.3, 0.1)] for rate in made}

@@ -54,6 +54,11 @@ def test_a_whole_store_is_whole_and_what_is_missing_or_extra_is_counted(made: St
     assert verify(made).extra == [key(8)]
     code, said = iclgd("verify", str(made.root))
     assert code == 3 and "1 cell missing" in said and "1 cell asked for by no sweep" in said
+    made.save_sweep(digest="1" * 16, resolved={}, keys=[key(8), key(9)], kind="search")
+    found = verify(made)
+    assert (found.missing, found.extra) == ([key(6)], []), "what a search asked for is not out of place, nor missing where it ended before"
+    told = json.loads(iclgd("status", str(made.root), "--json")[1])
+    assert (told["planned"], told["missing"], told["extra"]) == (7, 1, 0)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from iclgd_analysis import forest, load, verdict
 from iclgd_analysis.intervals import Estimate, estimate, over_tasks
+from iclgd_analysis.report import lead
 from scipy import stats
 
 from iclgd_dist.store import Store
-from tests.made import Row, diverged, json_of, make_cell, make_rows, make_store
+from tests.made import Row, changed, diverged, json_of, make_cell, make_rows, make_store
 
 TASKS, SEEDS, STEP = ("trec", "subj"), (1, 2, 3, 4, 5), 4
 RATES = {"vanilla": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "layer_causal": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
@@ -132,6 +133,12 @@ def test_seeds_are_those_of_both_methods(tmp_path: Path) -> None:
     rows, _ = world(tmp_path / "whole", closer=0.06)
     (found,) = verdict.findings(load(make_store(tmp_path / "few", [row for row in rows if row["method"] != "vanilla" or row["seed"] < 4])))
     assert "On subj, trec (3 seeds)" in verdict.paragraph(found)[0]
+    third = [changed(row, method="batched") for row in rows if row["method"] == "vanilla" and row["seed"] == 1]
+    frames = load(make_store(tmp_path / "third", rows + third))
+    (found,) = verdict.findings(frames)
+    assert "On subj, trec (5 seeds)" in verdict.paragraph(found)[0] and "Descriptive" not in " ".join(verdict.paragraph(found))
+    assert "Descriptive: some figures" not in " ".join(lead(load(make_store(tmp_path / "whole_again", rows))))
+    assert lead(frames)[-1].startswith("Descriptive: some figures are over 1 seed, fewer than 5")
 
 
 def test_who_never_improves_or_always_diverges_is_named(tmp_path: Path) -> None:
