@@ -70,6 +70,7 @@ class Findings:
     gain: Compared  # the same at equal improvement
     specific: Compared  # of layer-causal at R*: in-context less the largest empty context
     scale: Mapping[str, Compared]  # other_draw, other_task, random_delta
+    trained_on: Mapping[str, Mapping[str, Compared]]  # method -> true and what else was trained on -> sim_aou at the learning rate nearest R*
     untrained: Mapping[str, Compared]  # initialisation -> the difference at R*
     contexts: Sequence[str]  # kinds of control contexts that were captured
 
@@ -173,6 +174,14 @@ def _found(frames: Frames, settings: Sequence[Setting], without: Sequence[str], 
     size_reasons = _by_method(at_size.values())
     gain_reasons = _by_method(of_fold for found in at_gain.values() for of_fold in found.values())
     tables = {setting.named["task"]: controls.data(frames, setting) for setting in settings}
+    also = sorted(
+        {name for table in tables.values() for name in table.get("against", ()) if name.startswith(controls.TRAINED_ON)}, key=list(controls.MEANING).index
+    )
+    variants = {"true": controls.ICL} | {name.removeprefix(controls.TRAINED_ON): name for name in also} if also else {}
+
+    def of(method: str, against: str) -> Callable[[Setting], Estimate]:
+        return lambda setting: _line(tables[setting.named["task"]], method, against)
+
     return Findings(
         settings,
         sorted({*without} - {"", *at_size}),
@@ -188,6 +197,7 @@ def _found(frames: Frames, settings: Sequence[Setting], without: Sequence[str], 
             "with another task's": over(lambda setting: _line(tables[setting.named["task"]], "icl", "other_task")),
             "random weights of the same effect": over(lambda setting: _line(tables[setting.named["task"]], METHOD, controls.RANDOM_DELTA)),
         },
+        trained_on={method: {name: over(of(method, against)) for name, against in variants.items()} for method in (BASE, METHOD)},
         untrained={init: _untrained(frames, some) for init, some in untrained.items()},
         contexts=controls.contexts(frames, settings),
     )
@@ -289,6 +299,12 @@ def paragraph(found: Findings) -> list[str]:
         said.append(f"Specific to the task (ICL less the largest of {', '.join(controls.EMPTY)}): {found.specific.mean}{found.specific.missing}.")
     elif scale or found.contexts:
         said.append(f"How much of it is specific to the task is not known: that takes the control contexts {', '.join(controls.EMPTY)} of the cells around R*.")
+    if found.trained_on[METHOD]:
+        parts = [
+            f"{method} {', '.join(f'{name} {number(one.mean.mean)}{one.missing}' for name, one in found.trained_on[method].items())}"
+            for method in (METHOD, BASE)
+        ]
+        said.append(f"By what was trained on, at the learning rate nearest R*, {METRIC} with the ICL of the true demonstrations: {'; '.join(parts)}.")
     said.append(_in_words(found))
     has_icl = passed(found)
     which = f" ({', '.join(has_icl)})" if has_icl else ""
@@ -346,6 +362,7 @@ def data(every: Sequence[Findings]) -> pd.DataFrame:
         quantities |= {f"scale: {name}": one for name, one in found.scale.items()} | {
             f"D_norm, random weights: {init}": one for init, one in found.untrained.items()
         }
+        quantities |= {f"{METRIC} nearest R*, {m}, trained on {name}": one for m, of_name in found.trained_on.items() for name, one in of_name.items()}
         named |= {"matched_ratio": found.settings[0].matched_ratio, "smallest_effect": found.settings[0].smallest_effect}
         for quantity, one in quantities.items():
             for task, value in (*one.tasks.items(), (ALL_TASKS, one.mean)):

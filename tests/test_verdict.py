@@ -128,6 +128,31 @@ def test_differences_over_different_tasks_decide_nothing_together(tmp_path: Path
     assert "Undecided, as it takes both differences over the same tasks: at equal size alone it would be closer, at equal improvement alone closer." in said
 
 
+def test_what_else_was_trained_on_stands_beside_the_true_demonstrations(tmp_path: Path) -> None:
+    rows, _ = world(tmp_path / "whole", closer=0.06)
+    level = {"random_labels": 0.3, "shuffled_words": 0.2}
+    rows += [
+        changed(row, train_on=name, sim_aou=at + (0.1 if row["task"] == "subj" else 0.0), measures=[])
+        for name, at in level.items()
+        for row in rows
+        if row["kind"] == "finetuned"
+    ]
+    frames = load(make_store(tmp_path / "more", rows))
+    (found,) = verdict.findings(frames)
+    near = {"vanilla": 1e-2, "layer_causal": 1e-3}  # R .45
+    true = {
+        m: np.mean([row["sim_aou"] for row in rows if (row["method"], row["learning_rate"], row["train_on"]) == (m, rate, "true")]) for m, rate in near.items()
+    }
+    for method, of in found.trained_on.items():
+        assert {name: one.mean.mean for name, one in of.items()} == pytest.approx({"true": true[method], "random_labels": 0.35, "shuffled_words": 0.25})
+    said = " ".join(verdict.paragraph(found))
+    assert (
+        f"layer_causal true {true['layer_causal']:.3f}, random_labels 0.350, shuffled_words 0.250; vanilla true {true['vanilla']:.3f}, random_labels 0.350"
+        in said
+    )
+    assert "trained on" not in " ".join(verdict.paragraph(verdict.findings(load(tmp_path / "whole"))[0]))
+
+
 def test_seeds_are_those_of_both_methods(tmp_path: Path) -> None:
     """A store of five seeds in which one method has three so far: seeds of ICL alone do not count."""
     rows, _ = world(tmp_path / "whole", closer=0.06)
