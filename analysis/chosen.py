@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,11 +72,13 @@ def comparable(cells: pd.DataFrame) -> pd.DataFrame:
 def usual(cells: pd.DataFrame) -> set[float]:
     """Return the learning rates of the grid: those that make most cells with the draws that have all of them, draws beyond MIN_SEEDS not counted.
 
-    One that a few draws alone have (a pilot, an added one that is under way) is none of it, and one that more draws have (a confirmation) does not stand for it.
+    And those that half of the draws have. One that a few draws alone have (a pilot, an added one that is under way) is none of it, and one that more draws have (a
+    confirmation) does not stand for it.
     """
     counts, draws = cells["learning_rate"].value_counts(), cells.groupby("learning_rate")["draw"].agg(set)
     sets = [counts[counts >= least].index for least in sorted(counts.unique())]  # the largest first: it is taken of two that make as many
-    return set(max(sets, key=lambda rates: len(rates) * min(len(set.intersection(*draws[rates])), MIN_SEEDS), default=[]))
+    most: Collection[float] = max(sets, key=lambda rates: len(rates) * min(len(set.intersection(*draws[rates])), MIN_SEEDS), default=[])
+    return set(most) | set(counts[counts >= cells["draw"].nunique() / 2].index)
 
 
 def nearest_ratio(setting: Setting, method: str) -> tuple[float, float] | None:

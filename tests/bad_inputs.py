@@ -1201,7 +1201,7 @@ def gguf(damage: Damage) -> Damage:
 
 
 def nested_gguf(path: Path) -> None:
-    from tests.test_sources import nested
+    from tests.model_dirs import nested
 
     nested(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,10 @@ def write_gguf(path: Path) -> LlamaForCausalLM:
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def nested(path: Path) -> None:
+    """Write a GGUF file whose metadata are an array of an array of an array ..."""
+    deep = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000
+    key = b"general.architecture"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + deep)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from tokenizers import Tokenizer
 
 from iclgd_dist import model_files, sources
 from iclgd_dist.config import SweepError
-from tests.model_dirs import TEXT, WEIGHTS, fifo, identify, message, tiny_model, write_gguf
+from tests.model_dirs import TEXT, WEIGHTS, fifo, identify, message, nested, tiny_model, write_gguf
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -137,12 +136,6 @@ def test_a_gguf_that_is_not_the_planned_one_is_not_converted(gguf_file: Path, tm
     copy.write_bytes(copy.read_bytes() + b"\0")
     with pytest.raises(SweepError, match="is not the file that was planned with"):
         sources.fetch(found)
-
-
-def nested(path: Path) -> None:
-    deep = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000
-    key = b"general.architecture"
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + deep)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from iclgd_analysis import explorer, load
 from iclgd_analysis.report import write_report
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.made import NUM_LAYERS, NUM_QUERIES, RATES, STEPS, Row, changed, make_rows, make_store
 
@@ -91,7 +91,7 @@ AT = {"task": "trec", "seed": 2, "step": STEPS[0]}
 def test_every_figure_is_drawn_and_the_page_asks_for_nothing_and_says_nothing(opened: Opened) -> None:
     for panel in opened.tab.query_selector_all("[data-figure]"):
         panel.scroll_into_view_if_needed()
-    opened.tab.wait_for_function("[...document.querySelectorAll('[data-figure]')].every(panel => panel.querySelector('.main-svg'))")
+    opened.tab.locator("[data-figure]:not(:has(.main-svg))").first.wait_for(state="detached")
     assert opened.count() == len(TASKS) * (1 + len(SEEDS) * (1 + 2 * 3 * len(STEPS)))
 
 
@@ -183,7 +183,7 @@ def test_the_view_of_a_cell_shows_its_layers_and_what_each_state_predicts_for_ea
     assert opened.tab.locator("#cell .texts li").all_inner_texts() == [f"Demonstration {number} of seed 2 {HOSTILE} Red" for number in range(4)]
     beside = next(row for row in others if row is not beside)
     opened.tab.select_option("#cell select", value=str(beside["learning_rate"]))
-    opened.tab.wait_for_function(f"document.querySelector('#cell select').value === '{beside['learning_rate']}'")
+    expect(opened.tab.locator("#cell select")).to_have_value(str(beside["learning_rate"]))
     opened.tab.wait_for_selector("#cell .js-plotly-plot .main-svg")
     check()
     differ = sum(
@@ -283,12 +283,12 @@ def test_what_settings_share_is_no_cell_without_layers_and_each_untrained_model_
     assert opened.tab.inner_text("#cell table:not(.queries) tbody tr:first-child td:nth-child(2)") == "0.200"
     zero_shot = cell(rows, "zero_shot", init_seed=1)
     opened.tab.evaluate(f"location.hash = '#cell-{zero_shot['key'][:16]}'")  # the address is followed while the page is open
-    opened.tab.wait_for_function(f"document.querySelector('#cell .note').textContent.includes('{zero_shot['key'][:16]}')")
+    opened.tab.locator("#cell .note", has_text=zero_shot["key"][:16]).wait_for()
     assert opened.tab.locator("#cell table:not(.queries) thead th").all_inner_texts() == ["figure", "in-context", "zero-shot"]
     for train_on, also in (("true", ""), ("other_task", "; finetuned on other task instead")):
         shown = cell(rows, init_seed=None, seed=2, learning_rate=1e-3, step=STEPS[1], train_on=train_on)
         opened.tab.evaluate(f"location.hash = '#cell-{shown['key'][:16]}'")
-        opened.tab.wait_for_function(f"document.querySelector('#cell .note').textContent.includes('{shown['key'][:16]}')")
+        opened.tab.locator("#cell .note", has_text=shown["key"][:16]).wait_for()
         assert opened.tab.locator("#cell summary").first.inner_text() == f"4 demonstrations in the context{also}"
     page = json.loads(explorer.data(load(tmp_path / "store"), load(tmp_path / "store").settings())["json"])
     assert page["texts"] == [[f"Demonstration {number} of seed {seed}" for number in range(4)] for seed in (1, 2)], "once, however many settings show them"
