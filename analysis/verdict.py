@@ -174,9 +174,8 @@ def _found(frames: Frames, settings: Sequence[Setting], without: Sequence[str], 
     size_reasons = _by_method(at_size.values())
     gain_reasons = _by_method(of_fold for found in at_gain.values() for of_fold in found.values())
     tables = {setting.named["task"]: controls.data(frames, setting) for setting in settings}
-    also = sorted(
-        {name for table in tables.values() for name in table.get("against", ()) if name.startswith(controls.TRAINED_ON)}, key=list(controls.MEANING).index
-    )
+    there = {name for table in tables.values() for name in table.get("against", ())}
+    also = [name for name in controls.MEANING if name.startswith(controls.TRAINED_ON) and name in there]
     variants = {"true": controls.ICL} | {name.removeprefix(controls.TRAINED_ON): name for name in also} if also else {}
 
     def of(method: str, against: str) -> Callable[[Setting], Estimate]:
@@ -244,13 +243,10 @@ def _line(table: pd.DataFrame, method: str, against: str) -> Estimate:
         return Estimate()
     rows = table[(table["method"] == method) & (table["metric"] == METRIC) & table["against"].map(controls.kind_of).eq(against)]
     rows = rows[rows["choice"].ne(SELECTED)]
-    return (
-        Estimate(
-            float(rows["mean"].mean()), used=min(int(rows["num_used"].sum()), int(rows["num_planned"].max())), replicates=int(rows["num_replicates"].min())
-        )
-        if len(rows)
-        else Estimate()
-    )
+    if rows.empty:
+        return Estimate()
+    used = min(int(rows["num_used"].sum()), int(rows["num_planned"].max()))
+    return Estimate(float(rows["mean"].mean()), used=used, replicates=int(rows["num_replicates"].min()))
 
 
 def passed(found: Findings) -> list[str]:
