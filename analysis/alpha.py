@@ -17,7 +17,7 @@ from .crossing import crossfit, selected
 from .intervals import Estimate, descriptive
 from .load import Frames, load
 from .setting import Setting
-from .text import Grid, entry, rate, show, stores
+from .text import EDGE_SAID, Grid, entry, rate, show, stores
 
 BASE, METRIC = "vanilla", "alpha"
 SAME, SELECTED, MATCHED = "same learning rate", "selected", "equal size"
@@ -78,7 +78,7 @@ def _selected(frames: Frames, setting: Setting, method: str, by_fold: Mapping[st
     rates = []
     for of in (ours, theirs):
         text = " or ".join(rate(one) for one in sorted({picked.learning_rate for picked, _ in of.values()}))
-        rates.append(text + (" (edge of the grid: extend the grid)" if any(picked.is_edge for picked, _ in of.values()) else ""))
+        rates.append(text + (EDGE_SAID if any(picked.is_edge for picked, _ in of.values()) else ""))
     return crossfit(frames, {fold: terms for fold, (_, terms) in ours.items()}, METRIC, figures=figures), " and ".join(rates)
 
 

@@ -28,7 +28,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Selected:
-    """A learning rate chosen on one fold at the largest step; `is_edge`: the smallest or largest of its grid."""
+    """A learning rate chosen on one fold at the largest step; `is_edge`: the smallest or largest of its grid (of a control trained at one alone: never)."""
 
     learning_rate: float
     is_edge: bool
@@ -54,7 +54,8 @@ def _select(frames: Frames, setting: Setting, method: str, fold: str) -> Selecte
     counts = table.groupby("learning_rate")["key"].count()
     by_seed = table[table["learning_rate"].isin(counts[counts == counts.max()].index)].groupby(["learning_rate", "replicate"])["nll_label"].mean()
     best = float(by_seed.groupby("learning_rate").mean().sort_index().idxmin())
-    return Selected(best, best in (rows["learning_rate"].min(), rows["learning_rate"].max()))
+    lowest, highest = rows["learning_rate"].min(), rows["learning_rate"].max()
+    return Selected(best, best in (lowest, highest) and (setting.train_on == "true" or lowest < highest))
 
 
 def comparable(cells: pd.DataFrame) -> pd.DataFrame:

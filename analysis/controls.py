@@ -17,7 +17,7 @@ from .crossing import Pick, crossfit, picks
 from .intervals import Estimate, descriptive, estimate, geometric_mean
 from .load import SETTING, Frames, each, like, load
 from .setting import Setting
-from .text import Grid, entry, number, show, stores
+from .text import EDGE_NOTE, Grid, entry, marked, number, show, stores
 
 METRICS = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 ICL, TASK_SPECIFIC, RANDOM_DELTA, TRAINED_ON = "in-context", "task_specific", "random_delta", "trained on "
@@ -39,7 +39,7 @@ MEANING = {
     "trained on shuffled_words": "trained on shuffled words; ICL keeps the true ones",
     TASK_SPECIFIC: "in-context minus the largest of other_task, shuffled_words and separator, taken in each seed",
 }
-TITLE, EDGE = "Controls", " (edge of the grid: extend the grid)"
+TITLE = "Controls"
 NOTE = (
     "Cosine (sim_aou) of a change with the change that each context makes, mean over layers, mean over draws at the largest step. In-context: ICL's own "
     "change. Selected: the learning rate with the smallest nll_label on one fold, shown on the other, folds swapped and averaged; nearest R*: all queries. Brackets: 95 % interval over seeds, with "
@@ -167,8 +167,8 @@ def grids(setting: Setting, rows: pd.DataFrame) -> list[Grid]:
             body.append([name, *(number(row.get("R"), 2) for row in found), what])
         if name != "R":
             body.append([name, *map(entry, found), MEANING.get(kind_of(name), "")])
-    headers = ["in-context" if not c["choice"] else f"{c['method']} {c['choice']} {c['learning_rates']}{EDGE if c['is_edge'] else ''}" for c in columns]
-    note = f"{setting.caption} {NOTE}{descriptive(shown)}"
+    headers = ["in-context" if not c["choice"] else f"{c['method']} {c['choice']} {marked(c)}" for c in columns]
+    note = f"{setting.caption} {NOTE}{EDGE_NOTE}{descriptive(shown)}"
     return [Grid(f"{TITLE}: {setting.title}", ("compared with", *headers, "what it is"), body, note)]
 
 

@@ -55,7 +55,8 @@ def _drawn(
         bars["arrayminus"] = [_length(each.mean - each.lower) for each in line]
         text = [f"{safe(row)}{f', {safe(name)}' if name else ''}: {each}; {each.used} draws" for row, each in zip(names, line, strict=True)]
         look = {"mode": "markers", "marker": {"color": shade, "size": 8, "symbol": symbols}, "error_x": bars | {"color": shade}}
-        data.append({"type": "scatter", "x": [_known(each) for each in line], "y": at, "name": safe(name), "hovertext": text, "hoverinfo": "text", **look})
+        where = {"x": [_known(each) for each in line], "y": at, "hovertext": text, "hoverinfo": "text"}
+        data.append({"type": "scatter", "name": safe(name), "legendgroup": safe(name), "showlegend": False, **where, **look})
     axis = {"tickvals": list(range(len(names))), "ticktext": [f"<b>{safe(row)}</b>" if row in bold else safe(row) for row in names]}
     axis |= {"range": [len(names) - 0.5, -0.5], "showgrid": False, "zeroline": False}
     shapes = [
@@ -63,6 +64,9 @@ def _drawn(
         for x in lines
     ]
     has_legend = len(compared) > 1
+    for name, (_, shade) in compared.items() if has_legend else ():  # else the legend is hollow where a first point is
+        key = {"mode": "markers", "marker": {"color": shade, "size": 8}, "x": [None], "y": [None]}
+        data.append({"type": "scatter", "name": safe(name), "legendgroup": safe(name), **key})
     height = (ROW + MORE * (len(compared) - 1)) * len(names) + ROOM + (40 if has_legend else 0)
     under = {"title": {"text": title, "standoff": 4}, "zeroline": False}
     legend = {**LEGEND, "bgcolor": CLEAR, "entrywidth": 80}  # two in a line, beside the names of the tasks

@@ -17,13 +17,12 @@ from typing import Any
 import pandas as pd
 
 from .chosen import SELECTED
-from .controls import EDGE
 from .crossing import Pick, crossfit, picked, picks
 from .intervals import ALL_TASKS, Estimate, descriptive, over_tasks
 from .load import SETTING, Frames, load
 from .reproduction import PUBLISHED_MODEL, published
 from .setting import Setting, called
-from .text import NULL, Grid, number, rate, show, stores
+from .text import EDGE_SAID, NULL, Grid, number, rate, show, stores
 
 Row = dict[str, Any]
 
@@ -245,7 +244,7 @@ def _by_label(rows: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, An
 
 
 def _rate(row: Mapping[str, Any]) -> str:
-    return row["learning_rates"] + (EDGE if row["is_edge"] else "")
+    return row["learning_rates"] + (EDGE_SAID if row["is_edge"] else "")
 
 
 def _share(name: str, row: Mapping[str, Any]) -> str:

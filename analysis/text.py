@@ -30,7 +30,7 @@ def number(value: Any, digits: int = 3) -> str:
     return NULL if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-EDGE = " (edge)"
+EDGE, EDGE_SAID = " (edge)", " (edge of the grid: extend the grid)"
 EDGE_NOTE = " Edge: a selected learning rate is the smallest or the largest of its grid; extend the grid."
 
 

@@ -13,7 +13,7 @@ from iclgd_analysis.chosen import Selected, matched, nearest_ratio, select
 from iclgd_analysis.crossing import _without, gains
 from iclgd_analysis.load import Frames
 
-from tests.made import LAST, Row, diverged, make_cell, make_store
+from tests.made import LAST, Row, changed, diverged, make_cell, make_store
 
 LOSS = {1e-4: 0.6, 1e-3: 0.3, 1e-2: 0.4, 1e-1: 0.2}
 SIZE = {1e-4: 0.1, 1e-3: 0.45, 1e-2: 0.9, 1e-1: 2.0}
@@ -77,6 +77,14 @@ def test_a_learning_rate_of_a_few_draws_is_no_end_of_the_grid(tmp_path: Path) ->
     frames = read(tmp_path, [cell(seed, rate) for seed in (1, 2, 3) for rate in (1e-4, 1e-3)] + [cell(1, 1e-2)])
     (setting,) = frames.settings()
     assert select(frames, setting, METHOD) == Selected(1e-3, is_edge=True)
+
+
+@pytest.mark.parametrize(("rates", "is_edge"), [((1e-3,), False), ((1e-4, 1e-3), True), (GRID, False)])
+def test_a_control_trained_at_one_learning_rate_has_no_grid_to_extend(tmp_path: Path, rates: tuple[float, ...], is_edge: bool) -> None:
+    frames = read(tmp_path, [changed(cell(seed, rate), train_on=to) for seed in (1, 2) for rate in rates for to in ("true", "random_labels")])
+    settings = {setting.train_on: setting for setting in frames.settings()}
+    assert select(frames, settings["random_labels"], METHOD) == Selected(1e-3, is_edge=is_edge)
+    assert select(frames, settings["true"], METHOD) == Selected(1e-3, is_edge=len(rates) < 3)
 
 
 def test_where_no_draw_has_them_all_all_compete(tmp_path: Path) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from iclgd_dist.blocks import Cell, Judged
 from iclgd_dist.config import Sweep, SweepError, load_sweep
-from iclgd_dist.plan import Plan, make_plan
-from iclgd_dist.search import Score, Study, check_sampler, rounds, rungs_of, studies_of
+from iclgd_dist.plan import make_plan
+from iclgd_dist.search import Score, check_sampler, rungs_of, studies_of
 from iclgd_dist.search_spec import Search
+from tests.searches import Made, bowl
 
 LOW, HIGH = 1e-4, 1e-1
 SEARCH = """
@@ -27,57 +27,6 @@ per_round = 4
 vanilla = [1e-4, 1e-1]
 layer_causal = [1e-4, 1e-1]
 """
-
-
-def bowl(cell: Cell, seed: int, num_queries: int) -> float:
-    """Return a loss with its best at 4e-3 (vanilla) or 1e-3, as flat and as steep as a real one; another seed is a little different."""
-    assert cell.learning_rate is not None and cell.step is not None
-    away = math.log10(cell.learning_rate / (4e-3 if cell.method == "vanilla" else 1e-3))
-    return 0.5 + 0.12 * min(away**2, 4.0) + 0.02 / cell.step + 0.001 * seed
-
-
-class Made:
-    """A store that is made up: a cell is there once it was planned, with a figure of our own."""
-
-    def __init__(self, figure: Callable[[Cell, int, int], float | None], fails: Callable[[Cell], bool] = lambda cell: False) -> None:
-        self.figure, self.fails = figure, fails
-        self.cells: dict[str, tuple[Cell, int, int]] = {}
-        self.plans: list[Plan] = []
-        self.stopped: set[str] = set()
-        self.ends_after = 10**9
-        self.accuracies = {"zero_shot": 0.6, "icl": 0.6}
-
-    def run(self, plan: Plan, said: str) -> int:
-        self.plans.append(plan)
-        for block in plan.blocks:
-            assert block.origin == "search"
-            for cell in block.cells:
-                if not self.fails(cell):
-                    self.cells[cell.key] = (cell, block.seed, len(block.draw.queries))
-        return 75 if len(self.plans) >= self.ends_after else 0
-
-    def judge(self, keys: Sequence[str]) -> Mapping[str, Mapping[str, float | None]]:
-        found = {}
-        for key in keys:
-            if key in self.cells:
-                cell, seed, num_queries = self.cells[key]
-                trained = cell.kind == "finetuned"
-                found[key] = {
-                    "nll_label": self.figure(cell, seed, num_queries) if trained else 0.7,
-                    "balanced_accuracy": (0.8 if cell.learning_rate < 2e-3 else 0.5) if trained else self.accuracies[cell.kind],
-                }
-        return found
-
-    def search(self, sweep: Sweep) -> list[Study]:
-        studies = studies_of(sweep)
-        for code in rounds(sweep, studies, lambda: set(self.cells), self.judge, self.run, lambda: self.stopped):
-            if code:
-                break
-        return studies
-
-    @property
-    def num_finetuned(self) -> int:
-        return sum(cell.kind == "finetuned" for cell, _, _ in self.cells.values())
 
 
 @pytest.fixture
@@ -307,106 +256,6 @@ def test_a_sweep_for_a_search_alone_needs_no_list_of_learning_rates(sweep_file: 
         load_sweep(sweep_file)
     sweep_file.write_text("\n".join(lines) + SEARCH.format(samples=4, more=""))
     assert load_sweep(sweep_file).rates_of("fruit") == {"vanilla": (), "layer_causal": ()}
-
-
-ASHA = """
-[resources]
-max_actors = 1
-
-[[method]]
-name = "wide"
-base = "vanilla"
-weights = "all_linear"
-
-[search]
-samples = 6
-scheduler = "asha"
-{more}
-[search.learning_rates]
-wide = [1e-4, {highest}]
-"""
-
-
-def stopped_early(text: str, more: str = 'sampler = "grid"', highest: float = 0.1) -> str:
-    """Return the tiny sweep with one seed and one method, whose learning rates a scheduler may stop after a step of three."""
-    changes = {"seeds = [1, 2]": 'seeds = [1]\nmethods = ["wide"]', "steps = [2, 4]": "steps = [1, 2, 4]", "layer_causal = [0.003, 0.05]\n": ""}
-    changes["vanilla = [0.003, 0.05]"] = "wide = [0.003]"
-    for old, new in changes.items():
-        assert old in text
-        text = text.replace(old, new)
-    return text + ASHA.format(more=more, highest=highest)
-
-
-@pytest.fixture
-def stopped(sweep_file: Path) -> Callable[..., Sweep]:
-    text = sweep_file.read_text()
-
-    def write(more: str = 'sampler = "grid"') -> Sweep:
-        sweep_file.write_text(stopped_early(text, more))
-        return load_sweep(sweep_file)
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ("", '"tpe" learns nothing: set "random" or "grid"'),
-        ('sampler = "grid"\nconstraints = ["balanced_accuracy >= 0.5"]', "stops by the objective alone: leave constraints out"),
-        ('sampler = "grid"\nobjective = "sim_aou"', "must be known of a fold at each step: accuracy, balanced_accuracy"),
-    ],
-)
-def test_what_asha_cannot_do_is_told(stopped: Callable[..., Sweep], more: str, said: str) -> None:
-    with pytest.raises(SweepError, match=r"tiny\.toml:\d+: ") as caught:
-        stopped(more)
-    assert said in str(caught.value)
-
-
-def test_with_asha_each_learning_rate_is_a_block_and_what_was_stopped_is_not_asked_for_again(stopped: Callable[..., Sweep]) -> None:
-    def loss(cell: Cell, seed: int, num_queries: int) -> float:
-        return 0.5 + math.log10(cell.learning_rate / 2e-3) ** 2 / cell.step
-
-    sweep, made = stopped(), Made(loss)
-    made.fails = lambda cell: cell.learning_rate is not None and not 1e-3 < cell.learning_rate < 1e-2 and cell.step > 1  # stopped after the first step
-    (study,) = made.search(sweep)
-    (plan,) = made.plans
-    assert [len(block.learning_rates("wide")) for block in plan.blocks] == [1] * 6
-    assert [block.judged for block in plan.blocks] == [Judged("nll_label", 1.0, 2, (1, 2, 4))] * 6  # nothing is known yet
-    assert sum(cell.kind != "finetuned" for block in plan.blocks for cell in block.cells) == 2
-    kept = [score.learning_rate for score in study.ranking(0) if score.step == 4]
-    assert len(kept) == 2 and [score.learning_rate for score in study.ranking(0)][:2] == kept  # the stopped ones stand behind, whatever they scored
-    again = Made(loss)
-    again.cells = dict(made.cells)
-    again.stopped = {block.name for block in plan.blocks if block.learning_rates("wide")[0] not in kept}
-    (same,) = again.search(sweep)
-    assert not [plan for plan in again.plans if plan.blocks] and same.ranking(0) == study.ranking(0)
-    again.cells = {key: held for key, held in made.cells.items() if held[0].learning_rate != kept[0] or held[0].step == 1}
-    again.search(sweep)  # one that was killed, not stopped, goes on
-    (block,) = again.plans[-1].blocks
-    known = sorted(
-        (cell.learning_rate, cell.step, loss(cell, 1, 8)) for cell, _, _ in again.cells.values() if cell.kind == "finetuned" and cell not in block.cells
-    )
-    assert block.judged is not None and block.judged.known == tuple(known) and len(known) == 6 + 2, "what it is compared with"
-    assert {cell.learning_rate for plan in again.plans for block in plan.blocks for cell in block.cells} == {kept[0]}
-    forgotten = Made(loss)  # and one whose cells were set aside, stopped or not; the baselines ride with whatever runs
-    forgotten.cells = {key: held for key, held in made.cells.items() if held[0].kind == "finetuned" and held[0].learning_rate != 1e-4}
-    forgotten.stopped = again.stopped
-    forgotten.search(sweep)
-    (plan,) = forgotten.plans
-    assert [sorted({str(cell.learning_rate) for cell in block.cells}) for block in plan.blocks] == [["0.0001", "None"]]
-    bare = Made(loss)
-    bare.cells = {key: held for key, held in made.cells.items() if held[0].kind == "finetuned"}
-    bare.stopped = again.stopped
-    bare.search(sweep)
-    (plan,) = bare.plans
-    assert [(block.judged, {cell.kind for cell in block.cells}) for block in plan.blocks] == [(None, {"zero_shot", "icl"})]
-
-
-def test_asha_compares_trials_of_one_draw_only(stopped: Callable[..., Sweep], sweep_file: Path) -> None:
-    stopped()
-    sweep_file.write_text(sweep_file.read_text().replace("seeds = [1]", "seeds = [1, 2]"))
-    with pytest.raises(SweepError, match="one seed and one order are required, fruit has 2"):
-        studies_of(load_sweep(sweep_file))
 
 
 def test_a_sampler_whose_package_is_missing_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

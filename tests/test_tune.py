@@ -23,7 +23,7 @@ from iclgd_dist.search import studies_of
 from iclgd_dist.stopping import Budget
 from iclgd_dist.store import Store, read_results
 from iclgd_dist.trackers import guarded
-from tests.test_search import stopped_early
+from tests.searches import stopped_early
 
 pytestmark = pytest.mark.slow
 ICLGD = [sys.executable, "-m", "iclgd_dist.cli"]

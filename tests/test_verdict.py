@@ -271,16 +271,18 @@ def test_the_forest_plot_draws_what_was_found(tmp_path: Path) -> None:
         assert drawn["error_x"]["array"] == pytest.approx([each.upper - each.mean for each in line])
         assert drawn["error_x"]["arrayminus"] == pytest.approx([each.mean - each.lower for each in line])
         assert sorted(shape["x0"] for shape in layout["shapes"]) == [0.0, 0.02]
-    drawn = json_of(accuracy)
-    assert {symbol for trace in drawn["data"] for symbol in trace["marker"]["symbol"]} == {"circle", "diamond"}, "no selected learning rate at an edge"
-    assert [trace["name"] for trace in drawn["data"]] == ["zero-shot", "in-context", "vanilla", "layer_causal"]
-    for trace in drawn["data"]:
+    drawn = json_of(accuracy)["data"]
+    assert {symbol for trace in drawn[:4] for symbol in trace["marker"]["symbol"]} == {"circle", "diamond"}, "no selected learning rate at an edge"
+    assert [trace["name"] for trace in drawn] == ["zero-shot", "in-context", "vanilla", "layer_causal"] * 2
+    assert [trace.get("showlegend", True) for trace in drawn] == [False] * 4 + [True] * 4
+    for trace, key in zip(drawn[:4], drawn[4:], strict=True):
+        assert key["legendgroup"] == trace["legendgroup"] and key["marker"]["color"] == trace["marker"]["color"] and "symbol" not in key["marker"]
         one = found.accuracies[trace["name"]]
         assert trace["x"] == [one.tasks["subj"].mean, one.tasks["trec"].mean, one.mean.mean]
     never = world(tmp_path / "b", closer=0.06, gains=lambda method, rank: -0.1 * (rank + 1) if method == "vanilla" else GAINS[rank])[1]
     (found,) = verdict.findings(load(never))
     *_, last = forest.panels(found)
-    symbols = {trace["name"]: trace["marker"]["symbol"] for trace in json_of(last)["data"]}
+    symbols = {trace["name"]: trace["marker"]["symbol"] for trace in json_of(last)["data"][:4]}
     assert symbols["vanilla"] == ["circle-open", "circle-open", "diamond"] and symbols["layer_causal"] == ["circle", "circle", "diamond"]
     assert len(forest.panels(found)) == 2  # no point at equal improvement, so no drawing of it
 
