@@ -73,10 +73,11 @@ def test_one_that_diverged_in_a_draw_is_out_and_still_no_missing_end_of_the_grid
     assert gains(frames, setting, METHOD, "A").isna().tolist() == [False, False, False, True]
 
 
-def test_a_learning_rate_of_a_few_draws_is_no_end_of_the_grid(tmp_path: Path) -> None:
-    frames = read(tmp_path, [cell(seed, rate) for seed in (1, 2, 3) for rate in (1e-4, 1e-3)] + [cell(1, 1e-2)])
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_a_learning_rate_of_fewer_than_half_of_the_draws_is_no_end_of_the_grid(tmp_path: Path, num_draws: int) -> None:
+    frames = read(tmp_path, [cell(seed, rate) for seed in (1, 2, 3, 4) for rate in (1e-4, 1e-3)] + [cell(seed, 1e-2) for seed in (1, 2, 3, 4)[:num_draws]])
     (setting,) = frames.settings()
-    assert select(frames, setting, METHOD) == Selected(1e-3, is_edge=True)
+    assert select(frames, setting, METHOD) == Selected(1e-3, is_edge=num_draws < 2)
 
 
 @pytest.mark.parametrize(("rates", "is_edge"), [((1e-3,), False), ((1e-4, 1e-3), True), (GRID, False)])
