@@ -47,7 +47,9 @@ def swept(sweep_file: Path) -> Callable[..., Sweep]:
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
 def test_each_method_gets_its_samples_inside_its_range(swept: Callable[..., Sweep], made: Made, sampler: str) -> None:
-    for study in made.search(swept(10, f'sampler = "{sampler}"')):
+    studies = made.search(swept(10, f'sampler = "{sampler}"'))
+    assert sampler == "grid" or list(studies[0].scores[0])[:4] != list(studies[1].scores[0])[:4], "each has numbers of its own"
+    for study in studies:
         asked = list(study.scores[0])
         assert 8 <= len(asked) <= 10 and all(LOW <= rate <= HIGH for rate in asked)
         assert all(rate == float(f"{rate:.2e}") for rate in asked)

@@ -370,6 +370,21 @@ def test_the_rule(norm: tuple[float, ...], gain: tuple[float, ...], expected: st
         assert said == (f"{expected}, task-specific or not" if expected == "closer" else expected)
 
 
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        ((0.05, 0.01, 0.09), "closer"),
+        ((0.015, 0.005, 0.025), "undecided"),
+        ((0.05, -0.01, 0.11), "undecided"),
+        ((0.015, 0.011, 0.019), "not closer"),
+        ((-0.05, -0.09, -0.01), "further"),
+        ((0.05, math.nan, math.nan), "undecided"),
+    ],
+)
+def test_what_one_difference_says_alone(one: tuple[float, ...], expected: str) -> None:
+    assert verdict._alone(Estimate(*one), 0.02) == expected
+
+
 @pytest.mark.parametrize(("query_noise", "least", "most"), [(0.3, 0.93, 0.998), (0.0, 0.93, 0.97)])
 def test_the_intervals_cover_the_truth(query_noise: float, least: float, most: float) -> None:
     """1,000 simulated stores of 3 tasks and 5 seeds: a paired difference with noise of seeds, of queries and of both together."""
