@@ -194,8 +194,8 @@ def _found(frames: Frames, settings: Sequence[Setting], without: Sequence[str], 
         scale={
             "ICL with other demonstrations": over(lambda setting: _line(tables[setting.named["task"]], "icl", "other_draw")),
             "with another task's": over(lambda setting: _line(tables[setting.named["task"]], "icl", "other_task")),
-            "random weights of the same effect": over(lambda setting: _line(tables[setting.named["task"]], METHOD, controls.RANDOM_DELTA)),
-        },
+        }
+        | {f"random weights of the same effect as {method}'s": over(of(method, controls.RANDOM_DELTA)) for method in (METHOD, BASE)},
         trained_on={method: {name: over(of(method, against)) for name, against in variants.items()} for method in (BASE, METHOD)},
         untrained={init: _untrained(frames, some) for init, some in untrained.items()},
         contexts=controls.contexts(frames, settings),

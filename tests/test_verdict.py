@@ -153,6 +153,17 @@ def test_what_else_was_trained_on_stands_beside_the_true_demonstrations(tmp_path
     assert "trained on" not in " ".join(verdict.paragraph(verdict.findings(load(tmp_path / "whole"))[0]))
 
 
+def test_each_method_stands_beside_random_weights_of_its_own_effect(tmp_path: Path) -> None:
+    rows, _ = world(tmp_path / "whole", closer=0.06)
+    level = {"vanilla": 0.2, "layer_causal": 0.1}
+    for row in rows:
+        if row["kind"] == "finetuned":
+            row["measures"] += controls(**{f"random_delta_{draw}": level[row["method"]] + 0.02 * (draw - 1) for draw in range(3)})
+    (found,) = verdict.findings(load(make_store(tmp_path / "more", rows)))
+    said = "For scale: ICL with other demonstrations 0.950, with another task's 0.600, random weights of the same effect as layer_causal's 0.100"
+    assert f"{said}, random weights of the same effect as vanilla's 0.200." in " ".join(verdict.paragraph(found))
+
+
 def test_seeds_are_those_of_both_methods(tmp_path: Path) -> None:
     """A store of five seeds in which one method has three so far: seeds of ICL alone do not count."""
     rows, _ = world(tmp_path / "whole", closer=0.06)
