@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from iclgd_analysis import forest, load, verdict
-from iclgd_analysis.intervals import Estimate, estimate, over_tasks
+from iclgd_analysis.intervals import estimate, over_tasks
 from iclgd_analysis.report import lead
 from scipy import stats
 
@@ -358,42 +358,6 @@ def test_both_differences_equal_plain_loops_over_the_rows(tmp_path: Path) -> Non
     row = table[(table["quantity"] == "D_norm") & (table["task"] == "all tasks")].iloc[0]
     assert row["mean"] == pytest.approx(found.norm.mean.mean) and (row["num_used"], row["num_planned"]) == (10, 10)
     assert (row["matched_ratio"], row["smallest_effect"]) == (0.5, 0.02)
-
-
-@pytest.mark.parametrize(
-    ("norm", "gain", "expected"),
-    [
-        ((0.05, 0.01, 0.09), (0.04, 0.001, 0.08), "closer"),
-        ((0.015, 0.01, 0.02), (0.04, 0.001, 0.08), "undecided"),
-        ((0.05, 0.01, 0.09), (0.04, -0.001, 0.08), "undecided"),
-        ((-0.05, -0.09, -0.01), (-0.04, -0.08, -0.001), "further"),
-        ((0.001, -0.01, 0.012), (0.0, -0.019, 0.019), "not closer"),
-        ((0.015, 0.011, 0.019), (0.015, 0.011, 0.019), "not closer"),
-        ((0.05, math.nan, math.nan), (0.04, 0.001, 0.08), "undecided"),
-    ],
-)
-def test_the_rule(norm: tuple[float, ...], gain: tuple[float, ...], expected: str) -> None:
-    assert verdict.verdict(Estimate(*norm), Estimate(*gain), Estimate(0.1, 0.05, 0.15), 0.02) == expected
-    said = verdict.verdict(Estimate(*norm), Estimate(*gain), Estimate(0.1, -0.05, 0.15), 0.02)
-    assert said == (f"{expected}, but not task-specific" if expected == "closer" else expected)
-    for unknown in (Estimate(), Estimate(-0.1, used=1, replicates=1)):  # no context, or of one draw only
-        said = verdict.verdict(Estimate(*norm), Estimate(*gain), unknown, 0.02)
-        assert said == (f"{expected}, task-specific or not" if expected == "closer" else expected)
-
-
-@pytest.mark.parametrize(
-    ("one", "expected"),
-    [
-        ((0.05, 0.01, 0.09), "closer"),
-        ((0.015, 0.005, 0.025), "undecided"),
-        ((0.05, -0.01, 0.11), "undecided"),
-        ((0.015, 0.011, 0.019), "not closer"),
-        ((-0.05, -0.09, -0.01), "further"),
-        ((0.05, math.nan, math.nan), "undecided"),
-    ],
-)
-def test_what_one_difference_says_alone(one: tuple[float, ...], expected: str) -> None:
-    assert verdict._alone(Estimate(*one), 0.02) == expected
 
 
 @pytest.mark.parametrize(("query_noise", "least", "most"), [(0.3, 0.93, 0.998), (0.0, 0.93, 0.97)])
